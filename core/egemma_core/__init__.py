@@ -1,0 +1,1 @@
+"""What the model is. The files beside this one need NumPy and sentencepiece only; `nn` and `train` need torch."""

@@ -1,0 +1,65 @@
+"""Weights from a checkpoint into an `Encoder`, and back into the published layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from egemma_core.checkpoint import Checkpoint
+from egemma_core.errors import CheckpointError
+from egemma_core.nn.encoder import Encoder
+
+_DTYPES = ("F32", "BF16")
+
+
+def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Encoder:
+    """The encoder of a checkpoint, in evaluation mode.
+
+    Args:
+        dtype: float32 or bfloat16. float16 is refused: this family's activations reach 800,000, float16 ends at 65,504.
+
+    Raises:
+        CheckpointError: a tensor is missing, surplus, of another shape, not float, or not finite.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise CheckpointError(f"dtype={dtype}: EmbeddingGemma computes in float32 or bfloat16 only; its activations overflow float16.")
+    with torch.device("meta"):
+        encoder = Encoder(checkpoint.config).to(dtype)
+    wanted = {name: weight.shape for name, weight in encoder.named_parameters()}
+    found = _read(checkpoint.folder / "model.safetensors", dtype)
+    for position, folder in enumerate(checkpoint.dense_folders):
+        tensors = _read(folder / "model.safetensors", dtype)
+        if set(tensors) != {"linear.weight"}:
+            raise CheckpointError(f"{folder}: holds {sorted(tensors)}, wanted only linear.weight.")
+        found[f"dense.{position}.weight"] = tensors["linear.weight"]
+
+    missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or surplus:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(missing)} tensors are missing {missing[:3]} and {len(surplus)} are not understood {surplus[:3]}. "
+            "The published layout has names such as layers.0.mlp.up_proj.weight, without a prefix."
+        )
+    for name, weight in found.items():
+        if weight.shape != wanted[name]:
+            raise CheckpointError(f"{checkpoint.folder}: {name} has shape {tuple(weight.shape)}, the config says {tuple(wanted[name])}.")
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{checkpoint.folder}: {name} holds NaN or infinite values; the file is damaged or training diverged.")
+    encoder.load_state_dict(found, strict=True, assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def _read(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]  # safetensors has no types
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                kind = file.get_slice(name).get_dtype()
+                if kind not in _DTYPES:
+                    raise CheckpointError(f"{path}: {name} is {kind}; only {_DTYPES} are read.")
+                tensors[name] = file.get_tensor(name).to(dtype)
+            return tensors
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}. It may be cut off; fetch it again.") from error

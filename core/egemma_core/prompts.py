@@ -1,0 +1,86 @@
+"""The prompts of a checkpoint: the text that goes before every query and document, read from the checkpoint itself.
+
+Without its prompt a text still gets 768 plausible floats, only in the wrong place; so nothing here has a default of "".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from egemma_core.errors import CheckpointError, PromptError
+
+DEFAULT_TASK = "search result"
+# The model card names these tasks without giving them a key in config_sentence_transformers.json.
+CARD_TASKS = ("question answering", "fact checking", "code retrieval")
+
+_QUERY = re.compile(r"task: (?P<task>.+) \| query: ")
+_NO_TITLE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompt strings by name, byte for byte as in the checkpoint; trailing blanks matter."""
+
+    by_name: Mapping[str, str] = field()
+
+    def __post_init__(self) -> None:
+        for name in ("query", "document"):
+            if not self.by_name.get(name):
+                raise CheckpointError(
+                    f"the checkpoint has no {name!r} prompt, only {sorted(self.by_name)}. Its config_sentence_transformers.json "
+                    "must list one; EmbeddingGemma's are 'task: search result | query: ' and 'title: none | text: '."
+                )
+        object.__setattr__(self, "by_name", MappingProxyType(dict(self.by_name)))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names that `query` accepts, sorted."""
+        named = {match["task"] for text in self.by_name.values() if (match := _QUERY.fullmatch(text))}
+        return tuple(sorted(named | set(CARD_TASKS))) if named else ()
+
+    def query(self, task: str = DEFAULT_TASK) -> str:
+        """The text before a query.
+
+        Args:
+            task: a task such as "search result" or "clustering", or the name of a prompt in the checkpoint such as "STS".
+
+        Raises:
+            PromptError: the checkpoint was not trained for that task.
+        """
+        if task in self.tasks:
+            return f"task: {task} | query: "
+        if task in self.by_name:
+            return self.by_name[task]
+        if task == DEFAULT_TASK:  # a checkpoint whose prompts have another form still has its default query prompt
+            return self.by_name["query"]
+        raise PromptError(f"task={task!r}: this model knows {list(self.tasks)} and the prompt names {sorted(self.by_name)}.")
+
+    def document(self, title: str | None = None) -> str:
+        """The text before a document; a missing or blank title is written as the checkpoint writes it ("none").
+
+        Raises:
+            PromptError: a title was given, and the checkpoint's document prompt has no place for one.
+        """
+        prompt = self.by_name["document"]
+        if title is None or not title.strip():
+            return prompt
+        before, slot, after = prompt.partition(f"title: {_NO_TITLE} |")
+        if not slot:
+            raise PromptError(f"the document prompt {prompt!r} has no place for a title; put it into the text instead.")
+        return f"{before}title: {title.strip()} |{after}"
+
+
+def read_prompts(config: Mapping[str, Any]) -> Prompts:
+    """From the parsed config_sentence_transformers.json.
+
+    Raises:
+        CheckpointError: `prompts` is missing or not a table of strings.
+    """
+    prompts = config.get("prompts")
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise CheckpointError(f"prompts={prompts!r}: config_sentence_transformers.json must map prompt names to strings.")
+    return Prompts(by_name={name: text for name, text in prompts.items() if text})

@@ -1,0 +1,55 @@
+"""What may be done to a finished vector: shorten it to a trained width and give it unit length again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from egemma_core.errors import DimensionError, InputError
+
+# The widths EmbeddingGemma was trained for. Source: arXiv:2509.20354, section 2.2; the model card.
+MATRYOSHKA_DIMS = (768, 512, 256, 128)
+
+
+def check_dim(dim: int | None, dims: Sequence[int]) -> int:
+    """`dim`, or the full width for None.
+
+    Raises:
+        DimensionError: the model was not trained for that width.
+    """
+    if dim is None:
+        return dims[0]
+    if isinstance(dim, bool) or dim not in dims:
+        raise DimensionError(f"dim={dim!r} was not trained; choose one of {tuple(dims)}.")
+    return int(dim)
+
+
+def shorten(vectors: NDArray[np.float32], dim: int | None, dims: Sequence[int]) -> NDArray[np.float32]:
+    """The first `dim` channels, at unit length again: a prefix of a unit vector is shorter than 1.
+
+    Args:
+        vectors: (..., dims[0]) float32 unit vectors.
+        dim: one of `dims`; None keeps the full width.
+
+    Returns:
+        (..., dim) float32, each of length 1.
+
+    Raises:
+        DimensionError: `dim` is not in `dims`.
+    """
+    return normalize(vectors[..., : check_dim(dim, dims)])
+
+
+def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each row divided by its length; computed in float64, returned as float32.
+
+    Raises:
+        InputError: a row is zero, NaN or infinite and has no direction.
+    """
+    wide = np.asarray(vectors, dtype=np.float64)
+    length = np.sqrt(np.square(wide).sum(-1, keepdims=True))
+    if not (np.isfinite(length) & (length > 0)).all():
+        raise InputError("a vector is zero, NaN or infinite and has no direction. Check the model file with `egemma verify`.")
+    return (wide / length).astype(np.float32)

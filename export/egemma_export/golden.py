@@ -1,0 +1,84 @@
+"""golden.json: texts, their ids, and the vectors that the float model and the rounded model give them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from egemma_core.nn.encoder import Encoder
+from egemma_core.prompts import Prompts
+from egemma_core.tokens import Tokenizer, Tokens
+
+_PARAGRAPH = (
+    "A lighthouse keeper wrote down the weather every evening: the wind, the height of the waves and the ships that passed. "
+    "In winter the lamp was lit before four o'clock, and the oil had to be carried up two hundred and seven steps. "
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenText:
+    """A text as the runtime will see it, prompt in front."""
+
+    name: str
+    text: str
+    tokens: Tokens
+
+
+def golden_texts(tokenizer: Tokenizer, prompts: Prompts) -> list[GoldenText]:
+    """One text for each way in which embedding models are known to go wrong, cut to what the model reads."""
+    document = prompts.document()
+    texts = {
+        "query": prompts.query() + "How do I grow tomatoes on a balcony?",
+        "titled document": prompts.document("Balcony tomatoes") + "Give each plant ten litres of soil, sun and steady water."
+        if "title: none |" in document else document + "Give each plant ten litres of soil, sun and steady water.",
+        "no prompt": "tomato",
+        "empty": "",
+        "empty query": prompts.query(),
+        "cjk": document + "東京タワーは1958年に完成した電波塔です。机器学习正在改变世界。서울의 봄은 따뜻하다.",
+        "code": document + "def add(a: int, b: int) -> int:\n    \"\"\"Sum.\"\"\"\n    return a + b  # O(1)\n\n\tfor (;;) { i++; }",
+        "emoji": prompts.query() + "🎉👩‍🚀 naïve café — Ⅷ½ \u0000 <bos> <unused3> \U00010380",
+        # Longer than any window, so that a wrong one shows; the next is cut, so that a lost EOS shows.
+        "past the window": document + _PARAGRAPH * 12,
+        "cut at the limit": document + _PARAGRAPH * (tokenizer.max_tokens // 20),
+    }
+    return [GoldenText(name=name, text=text, tokens=tokenizer.encode(text, overflow="truncate")) for name, text in texts.items()]
+
+
+# Run together as one padded batch where the runtime takes batches: the vectors must not change.
+BATCHES = (("query", "empty", "past the window", "cjk"),)
+
+
+@torch.no_grad()
+def reference_vectors(encoder: Encoder, texts: list[GoldenText], tick: Callable[[], None] = lambda: None) -> dict[str, NDArray[np.float32]]:
+    """(dim,) float32 by name, each text alone and unpadded."""
+    vectors = {}
+    for text in texts:
+        ids = torch.tensor([text.tokens.ids])
+        vectors[text.name] = encoder(ids, torch.ones_like(ids))[0].numpy()
+        tick()
+    return vectors
+
+
+def golden_file(texts: list[GoldenText], exact: dict[str, NDArray[np.float32]], rounded: dict[str, NDArray[np.float32]],
+                measured: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of golden.json; `measured` holds the deviations by case once the file was run."""
+    return {
+        "format_version": 1,
+        "cases": [
+            {"name": text.name, "text": text.text, "ids": list(text.tokens.ids), "num_tokens": text.tokens.num_tokens,
+             "truncated": text.tokens.truncated, "vector": _floats(exact[text.name]), "quantized_vector": _floats(rounded[text.name])}
+            for text in texts
+        ],
+        "batches": [list(batch) for batch in BATCHES],
+        "measured": measured or {},
+    }
+
+
+def _floats(vector: NDArray[np.float32]) -> list[float]:
+    # The shortest decimal that reads back as the same float32.
+    return [float(str(value)) for value in vector.astype(np.float32)]

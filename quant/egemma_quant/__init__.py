@@ -1,0 +1,1 @@
+"""Float to integer: the one place where a weight is rounded."""

@@ -1,0 +1,142 @@
+"""Quantization schemes: which weights get how many bits, and the one function that makes codes and scales.
+
+Training (straight-through) and both exporters use these codes and scales, so what is trained is what ships.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from egemma_core.errors import ConfigError
+
+ROLES = ("embedding", "attention", "feed_forward", "projection")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """How one matrix (rows = output channels, or vocabulary rows) is stored: symmetric, no zero point."""
+
+    bits: int                # 4: codes in [-8, 7]; 8: codes in [-127, 127]
+    group_size: int | None   # g, weights along the input axis that share a scale; None: the whole row
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ConfigError(f"bits={self.bits}: the runtimes have kernels for 4 and 8.")
+        if self.group_size is not None and self.group_size % 32:
+            raise ConfigError(f"group_size={self.group_size}: the runtimes need a multiple of 32.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """One format per role; `projection` is the dense head."""
+
+    name: str
+    embedding: WeightFormat
+    attention: WeightFormat
+    feed_forward: WeightFormat
+    projection: WeightFormat
+
+    def format_of(self, role: str) -> WeightFormat:
+        if role not in ROLES:
+            raise ConfigError(f"role={role!r}: one of {ROLES}.")
+        return getattr(self, role)  # type: ignore[no-any-return]
+
+
+def _uniform(name: str, weight_format: WeightFormat) -> Scheme:
+    return Scheme(name=name, **{role: weight_format for role in ROLES})
+
+
+INT4_BLOCK = WeightFormat(bits=4, group_size=32)
+INT8_BLOCK = WeightFormat(bits=8, group_size=32)
+INT4_CHANNEL = WeightFormat(bits=4, group_size=None)
+INT8_CHANNEL = WeightFormat(bits=8, group_size=None)
+
+INT4 = _uniform("int4", INT4_BLOCK)
+INT8 = _uniform("int8", INT8_BLOCK)
+INT8_PER_CHANNEL = _uniform("int8-per-channel", INT8_CHANNEL)
+MIXED = Scheme(name="mixed", embedding=INT4_CHANNEL, attention=INT8_CHANNEL, feed_forward=INT4_CHANNEL, projection=INT4_CHANNEL)
+SCHEMES = {scheme.name: scheme for scheme in (INT4, INT8, INT8_PER_CHANNEL, MIXED)}
+
+# Candidate scales of a 4-bit group, as amax / divisor. 7 never clips; 8 uses the code -8 and clips +amax to 7.
+# The smallest squared error wins, so a group is never worse than plain amax / 7.
+INT4_DIVISORS = (7.0, 7.25, 7.5, 7.75, 8.0, 8.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """A matrix as integers. Codes never travel without their scales."""
+
+    codes: Tensor   # (rows, columns) int8
+    scales: Tensor  # (rows, G) float32, each exactly a bfloat16 number and > 0
+    format: WeightFormat
+
+    def dequantize(self) -> Tensor:
+        """(rows, columns) float32: code times scale, one rounding. Exact: 4 or 8 bits times 8 bits fit into 24."""
+        rows, columns = self.codes.shape
+        groups = self.codes.float().view(rows, self.scales.shape[1], -1)    # (rows, G, g)
+        return (groups * self.scales.unsqueeze(-1)).view(rows, columns)     # (rows, columns)
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, weight_format: WeightFormat) -> Quantized:
+    """Round a matrix to integers and scales.
+
+    Scales are bfloat16 numbers, because XNNPACK's blockwise 4-bit kernel stores them so; every other kernel holds
+    the same values in wider types. Codes are round-half-to-even of weight / scale, clipped.
+
+    Args:
+        weight: (rows, columns), any float dtype, finite.
+        weight_format: bits and group size; columns must be a multiple of the group size.
+
+    Returns:
+        Codes (rows, columns) int8 and scales (rows, G) float32.
+
+    Raises:
+        ConfigError: columns do not divide into groups, or a weight is not finite.
+    """
+    rows, columns = weight.shape
+    size = weight_format.group_size or columns
+    if columns % size:
+        raise ConfigError(f"{columns} columns do not divide into groups of {size}; choose a per-channel scheme.")
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scales = torch.empty(rows, columns // size)
+    for start in range(0, rows, 16384):  # bounds the memory for a 262,144-row table
+        stop = min(start + 16384, rows)
+        part = weight[start:stop].float().view(stop - start, -1, size)       # (rows, G, g)
+        if not torch.isfinite(part).all():
+            raise ConfigError("a weight is NaN or infinite; the checkpoint is damaged.")
+        part_scales = _scales(part, weight_format.bits)                      # (rows, G)
+        codes[start:stop] = _codes(part, part_scales, weight_format.bits).view(stop - start, columns).to(torch.int8)
+        scales[start:stop] = part_scales
+    return Quantized(codes=codes, scales=scales, format=weight_format)
+
+
+def _codes(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
+    lowest, highest = (-8, 7) if bits == 4 else (-127, 127)
+    return (groups / scales.unsqueeze(-1)).round().clamp(lowest, highest)
+
+
+def _scales(groups: Tensor, bits: int) -> Tensor:
+    amax = groups.abs().amax(-1)
+    if bits == 8:
+        return _as_scale(amax / 127)
+    best_scale = best_error = None
+    for divisor in INT4_DIVISORS:
+        scale = _as_scale(amax / divisor)
+        error = (_codes(groups, scale, bits) * scale.unsqueeze(-1) - groups).square().sum(-1)
+        if best_error is None:
+            best_scale, best_error = scale, error
+        else:
+            better = error < best_error
+            best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    assert best_scale is not None
+    return best_scale
+
+
+def _as_scale(scale: Tensor) -> Tensor:
+    """The nearest bfloat16, normal and positive as XNNPACK demands; 1 for a group of zeros, whose codes are 0 anyway."""
+    rounded = scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16).float()
+    return torch.where(scale == 0, torch.ones_like(rounded), rounded)
