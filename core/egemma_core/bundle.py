@@ -210,7 +210,8 @@ def _parse(body: dict[str, Any], path: Path) -> Manifest:
     for name, facts in body["files"].items():
         if not isinstance(facts, dict) or set(facts) != {"bytes", "sha256"}:
             raise BundleError(f"{path}: files[{name!r}] must give bytes and sha256. Export again.")
-    return Manifest(**{name: tuple(body[name]) if name == "dims" else body[name] for name in wanted})
+    values: dict[str, Any] = {name: body[name] for name in wanted}
+    return Manifest(**values | {"dims": tuple(dims)})
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -188,10 +188,10 @@ def _dense(folder: Path) -> tuple[int, int]:
             f"{folder}: bias={config.get('bias')!r}, activation_function={config.get('activation_function')!r}, "
             f"use_residual={config.get('use_residual', False)!r}; EmbeddingGemma's dense layers have no bias, no activation, no residual."
         )
-    widths = config.get("in_features"), config.get("out_features")
-    if not all(isinstance(width, int) and width > 0 for width in widths):
-        raise CheckpointError(f"{folder}: in_features and out_features are {widths}.")
-    return widths  # type: ignore[return-value]  # two ints, checked above
+    into, out = config.get("in_features"), config.get("out_features")
+    if not (isinstance(into, int) and isinstance(out, int) and into > 0 and out > 0):
+        raise CheckpointError(f"{folder}: in_features and out_features are {into!r} and {out!r}; they must be whole numbers.")
+    return into, out
 
 
 def _max_tokens(folder: Path) -> int:

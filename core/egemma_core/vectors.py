@@ -52,4 +52,5 @@ def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     length = np.sqrt(np.square(wide).sum(-1, keepdims=True))
     if not (np.isfinite(length) & (length > 0)).all():
         raise InputError("a vector is zero, NaN or infinite and has no direction. Check the model file with `egemma verify`.")
-    return (wide / length).astype(np.float32)
+    unit: NDArray[np.float32] = (wide / length).astype(np.float32)
+    return unit

@@ -55,7 +55,8 @@ class Attention(nn.Module):
         key = rotate(key, rotary).repeat_interleave(shared, dim=1)                                   # (B, H, T, C)
         value = value.repeat_interleave(shared, dim=1)                                               # (B, H, T, C)
         mixed = F.scaled_dot_product_attention(rotate(query, rotary), key, value, attn_mask=bias, scale=self.scale)
-        return self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))                                  # (B, T, D)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))                           # (B, T, D)
+        return out
 
 
 class FeedForward(nn.Module):

@@ -53,7 +53,7 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
 
 def _read(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]  # safetensors has no types
+        with safe_open(path, framework="pt") as file:
             tensors = {}
             for name in file.keys():  # noqa: SIM118  # not a dict
                 kind = file.get_slice(name).get_dtype()

@@ -1,0 +1,71 @@
+"""The house: which room may import which, what the SDK may load, and what every room promises to strangers."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {"egemma_core": ROOT / "core", "egemma_quant": ROOT / "quant", "egemma_export": ROOT / "export", "egemma": ROOT / "sdk"}
+# Data flows down this list; imports only look up it. Export also opens its finished bundle, through the command line.
+MAY_IMPORT = {
+    "egemma_core": {"egemma_core"},
+    "egemma_quant": {"egemma_core", "egemma_quant"},
+    "egemma_export": {"egemma_core", "egemma_quant", "egemma_export"},
+    "egemma": {"egemma_core", "egemma"},
+}
+TORCH_FREE = {"numpy", "sentencepiece", "huggingface_hub"}  # beside the standard library; the last only for a hub id
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((ROOMS[room] / room).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_only_look_back(room: str) -> None:
+    for path in modules(room):
+        ours = {name.split(".")[0] for name in imported(path)} & set(ROOMS)
+        assert ours <= MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {ours - MAY_IMPORT[room]}"
+
+
+def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
+    import sys
+
+    for path in sorted((ROOMS["egemma_core"] / "egemma_core").glob("*.py")):
+        outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - TORCH_FREE - {"egemma_core"}
+        assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
+
+
+def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
+    import sys
+
+    allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime", "egemma", "egemma_core"}
+    for path in modules("egemma"):
+        names = imported(path)
+        assert not {name.split(".")[0] for name in names} - allowed, f"{path.relative_to(ROOT)} imports {names}"
+        upstairs = {name for name in names if name.startswith(("egemma_core.nn", "egemma_core.train"))}
+        assert not upstairs, f"{path.relative_to(ROOT)} imports {upstairs}"
+
+
+def test_every_public_function_says_what_it_does() -> None:
+    for room in ROOMS:
+        for path in modules(room):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in tree.body:
+                public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+                small = isinstance(node, ast.ClassDef) and any("Module" in ast.unparse(base) for base in node.bases)
+                if public and not small and node.end_lineno - node.lineno > 12:  # type: ignore[attr-defined, operator]
+                    assert ast.get_docstring(node), f"{path.relative_to(ROOT)}: {node.name} has no docstring"  # type: ignore[arg-type, attr-defined]
