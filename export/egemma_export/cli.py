@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not args.target or not args.model:
         arguments.error("give --target and --model, or --list-targets")
+    _quiet_libraries()
     try:
         from egemma_export.pipeline import ExportConfig, export
 
@@ -62,6 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(report.to_json() if args.json else report.to_text())
     return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep out of the output what torch and torchao say of their own insides at import and export."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Scheme:
 
 
 def _uniform(name: str, weight_format: WeightFormat) -> Scheme:
-    return Scheme(name=name, **{role: weight_format for role in ROLES})
+    return Scheme(name=name, **dict.fromkeys(ROLES, weight_format))
 
 
 INT4_BLOCK = WeightFormat(bits=4, group_size=32)
@@ -123,17 +123,18 @@ def _scales(groups: Tensor, bits: int) -> Tensor:
     amax = groups.abs().amax(-1)
     if bits == 8:
         return _as_scale(amax / 127)
-    best_scale = best_error = None
-    for divisor in INT4_DIVISORS:
+    best_scale = _as_scale(amax / INT4_DIVISORS[0])
+    best_error = _squared_error(groups, best_scale, bits)
+    for divisor in INT4_DIVISORS[1:]:
         scale = _as_scale(amax / divisor)
-        error = (_codes(groups, scale, bits) * scale.unsqueeze(-1) - groups).square().sum(-1)
-        if best_error is None:
-            best_scale, best_error = scale, error
-        else:
-            better = error < best_error
-            best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
-    assert best_scale is not None
+        error = _squared_error(groups, scale, bits)
+        best_scale = torch.where(error < best_error, scale, best_scale)
+        best_error = torch.minimum(error, best_error)
     return best_scale
+
+
+def _squared_error(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return (_codes(groups, scale, bits) * scale.unsqueeze(-1) - groups).square().sum(-1)
 
 
 def _as_scale(scale: Tensor) -> Tensor:

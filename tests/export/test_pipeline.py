@@ -1,0 +1,236 @@
+"""One export, whole: what it writes is what was proven, and what is not proven is not written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.make_checkpoint import write_checkpoint
+from egemma_core.bundle import read_bundle
+from egemma_core.config import FULL
+from egemma_core.errors import BundleError, CheckpointError, ConfigError, ExportError
+from egemma_core.nn.encoder import Encoder
+from egemma_export import pipeline
+from egemma_export.cli import main
+from egemma_export.pipeline import ExportConfig, export
+from egemma_export.targets import TARGETS
+
+pytest.importorskip("sentence_transformers", reason="it writes the checkpoints; pip install 'egemma[dev]'")
+pytestmark = pytest.mark.timeout(300)
+
+# A random three-layer model is not trained for any rounding; the bounds of trained weights do not apply to it.
+LOOSE = {"min_cosine_float": 0.5, "min_cosine_quantized": 0.9}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_spm: Path) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("published") / "tiny-gemma", "tiny", tiny_spm)
+
+
+def run(checkpoint: Path, out: Path, target: str, **changes: Any) -> pipeline.ExportReport:
+    return export(ExportConfig(target=target, model=str(checkpoint), out=out, **(LOOSE | changes)))
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if not name.startswith("ios")])
+def test_every_target_gives_a_verified_bundle(checkpoint: Path, tmp_path: Path, target: str) -> None:
+    report = run(checkpoint, tmp_path / "b", target)
+    manifest = read_bundle(tmp_path / "b").manifest
+    assert manifest.target == target
+    assert manifest.source["model"] == "tiny-gemma"
+    assert manifest.dims == (96,)
+    assert manifest.tokenizer["max_tokens"] == 96
+    assert manifest.verification["measured"]["passed"] is True
+    assert report.worst_cosine_quantized > 0.98
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted([*manifest.files, "manifest.json"])
+    assert [path.name for path in tmp_path.iterdir()] == ["b"], "no scratch folder is left"
+    golden = read_bundle(tmp_path / "b").golden()
+    assert golden["measured"]["cases"]
+    assert {case["name"] for case in golden["cases"]} >= {"empty", "cjk", "code", "emoji", "past the window", "cut at the limit"}
+
+
+def test_golden_texts_go_past_the_window_and_past_the_limit(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path / "b", "onnx-fp32")
+    cases = {case["name"]: case for case in read_bundle(tmp_path / "b").golden()["cases"]}
+    assert len(cases["past the window"]["ids"]) > 2 * 4 + 1
+    cut = cases["cut at the limit"]
+    assert cut["truncated"]
+    assert len(cut["ids"]) == 96 < cut["num_tokens"]
+    assert cut["ids"][-1] == 1
+
+
+def test_the_same_scheme_has_one_fingerprint_whatever_the_runtime(checkpoint: Path, tmp_path: Path) -> None:
+    prints = {}
+    for target in ("android-int4", "onnx-int4", "onnx-int8"):
+        run(checkpoint, tmp_path / target, target)
+        prints[target] = read_bundle(tmp_path / target).manifest.fingerprint
+    assert prints["android-int4"] == prints["onnx-int4"] != prints["onnx-int8"]
+
+
+def causal(encoder: Encoder) -> None:
+    """A graph cannot be made causal by its config; every token seeing only itself is the nearest slip that can."""
+    encoder.config = dataclasses.replace(encoder.config, layer_types=(encoder.config.layer_types[0],) * 3, window=0)
+
+
+BUGS: dict[str, Callable[[Encoder], Any]] = {
+    "window doubled": lambda e: setattr(e, "config", dataclasses.replace(e.config, window=8)),
+    "window halved": lambda e: setattr(e, "config", dataclasses.replace(e.config, window=2)),
+    "no context": causal,
+    "all layers full": lambda e: setattr(e, "config", dataclasses.replace(e.config, layer_types=(FULL,) * 3)),
+    "rotary bases swapped": lambda e: setattr(e, "config", dataclasses.replace(e.config, rope_theta_full=1e4, rope_theta_sliding=1e6)),
+    "a norm weight lost": lambda e: e.layers[1].post_feedforward_layernorm.weight.zero_(),
+    "a layer lost": lambda e: e.layers[2].mlp.down_proj.weight.zero_(),
+    "a dense layer replaced": lambda e: e.dense[0].weight.copy_(torch.randn_like(e.dense[0].weight) * 0.05),
+}
+
+
+@pytest.mark.parametrize("target", ["onnx-fp32"])
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_graph_that_computes_something_else_is_not_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, bug: str
+) -> None:
+    honest = pipeline._write_model
+
+    def planted(encoder: Encoder, *rest: Any) -> dict[str, Any]:
+        import copy
+
+        wrong = copy.deepcopy(encoder)
+        with torch.no_grad():
+            BUGS[bug](wrong)
+        return honest(wrong, *rest)
+
+    monkeypatch.setattr(pipeline, "_write_model", planted)
+    with pytest.raises(ExportError, match="failed its verification"):
+        export(ExportConfig(target=target, model=str(checkpoint), out=tmp_path / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_says_which_layer_lost_what(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as caught:
+        run(checkpoint, tmp_path / "b", "onnx-int4", min_cosine_float=0.99999)
+    text = str(caught.value)
+    for word in ("embedding", "layer 0", "layer 2", "dense head", "0.99999", "--min-cosine-float"):
+        assert word in text, text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_leaves_the_bundle_that_was_there(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path / "b", "onnx-fp32")
+    with pytest.raises(ExportError):
+        run(checkpoint, tmp_path / "b", "onnx-int4", replace=True, min_cosine_float=0.99999)
+    assert read_bundle(tmp_path / "b").manifest.target == "onnx-fp32"
+    with pytest.raises(BundleError, match="--force"):
+        run(checkpoint, tmp_path / "b", "onnx-fp32")
+
+
+def test_the_bundle_answers_as_the_float_model_through_the_sdk(checkpoint: Path, tmp_path: Path) -> None:
+    from egemma import Embedder
+    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.nn.load import load_encoder
+
+    run(checkpoint, tmp_path / "b", "onnx-fp32")
+    opened = open_checkpoint(checkpoint)
+    encoder, tokenizer = load_encoder(opened), opened.tokenizer()
+    with Embedder.open(tmp_path / "b", threads=1) as embedder:
+        texts = ["short", "a longer text about gardens and rain " * 3, ""]
+        found = embedder.embed_documents(texts)
+        for row, text in enumerate(texts):
+            ids = torch.tensor([tokenizer.encode("title: none | text: " + text).ids])
+            assert np.abs(encoder(ids, torch.ones_like(ids))[0].numpy() - found.vectors[row]).max() < 1e-5
+        assert not np.allclose(embedder.embed_query("short").vector, found.vectors[0], atol=1e-3), "the prompts differ"
+
+
+def test_impossible_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="android-int4"):
+        ExportConfig(target="tflite", model="m", out=tmp_path)
+    with pytest.raises(ConfigError, match="between -1 and 1"):
+        ExportConfig(target="onnx-fp32", model="m", out=tmp_path, min_cosine_float=2)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        export(ExportConfig(target="onnx-fp32", model=str(tmp_path / "absent"), out=tmp_path / "b"))
+
+
+# The command line
+
+
+def test_list_targets_says_what_is_done_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list-targets"]) == 0
+    text = capsys.readouterr().out
+    for name in TARGETS:
+        assert name in text
+    assert "instead: int8 per channel: XNNPACK has no int8 kernel" in text
+    assert main(["--list-targets", "--json"]) == 0
+    assert {row["name"] for row in json.loads(capsys.readouterr().out)} == set(TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--target", "tflite", "--model", "x"], "target='tflite' is unknown"),
+        (["--target", "onnx-fp32", "--model", "no/such/folder"], "no such folder"),
+        (["--target", "onnx-fp32", "--model", "/etc/hostname"], "no such folder"),
+    ],
+)
+def test_mistakes_are_one_clear_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.startswith("egemma-export: ")
+    assert error.count("\n") == 1
+
+
+def test_missing_arguments_are_a_usage_error() -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--target", "onnx-fp32"])
+    assert caught.value.code == 2
+
+
+def command(checkpoint: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "egemma_export", "--target", "onnx-int4", "--model", str(checkpoint), "--out", str(out),
+            "--min-cosine-float", "0.5", "--min-cosine-quantized", "0.9", *more]
+
+
+def test_the_command_prints_one_json_document(checkpoint: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(command(checkpoint, tmp_path / "b", "--json"), capture_output=True, text=True, check=True)
+    report = json.loads(ended.stdout)
+    assert report["target"] == "onnx-int4"
+    assert report["latency_ms"]
+    assert report["layers"][0]["layer"] == "embedding"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_export_leaves_no_bundle(checkpoint: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    child = subprocess.Popen(command(checkpoint, tmp_path / "b"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(sent)
+    _, error = child.communicate(timeout=60)
+    assert not (tmp_path / "b").exists()
+    if sent == signal.SIGINT:
+        assert child.returncode == 130
+        assert error.strip().endswith("egemma-export: stopped; nothing was written.")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    ended = subprocess.run(command(checkpoint, tmp_path / "b"), capture_output=True, text=True, preexec_fn=small_files, check=False,
+                           env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert ended.returncode == 1
+    assert ended.stderr.strip().splitlines()[-1].startswith("egemma-export: ")
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
