@@ -198,20 +198,34 @@ def _parse(body: dict[str, Any], path: Path) -> Manifest:
     found = set(body) - {"format", "format_version"}
     if wanted != found:
         raise BundleError(f"{path}: missing {sorted(wanted - found)}, not understood {sorted(found - wanted)}. Export again.")
+    _check_types(body, path)
+    values: dict[str, Any] = {name: body[name] for name in wanted}
+    return Manifest(**values | {"dims": tuple(body["dims"])})
+
+
+def _check_types(body: dict[str, Any], path: Path) -> None:
+    """Refuse a manifest whose fields are all there but are not what `Manifest` says."""
     tables = ("source", "architecture", "tokenizer", "prompts", "scheme", "verification", "tools", "files")
     for name in tables:
         if not isinstance(body[name], dict):
             raise BundleError(f"{path}: {name} is not a table. Export again.")
+    for name in ("target", "runtime", "fingerprint", "batch"):
+        if not isinstance(body[name], str):
+            raise BundleError(f"{path}: {name}={body[name]!r} is not text. Export again.")
     dims = body["dims"]
     if not isinstance(dims, list) or not dims or not all(isinstance(dim, int) and dim > 0 for dim in dims):
         raise BundleError(f"{path}: dims={dims!r} is not a list of widths. Export again.")
     if set(body["tokenizer"]) != {"bos_id", "eos_id", "pad_id", "vocab_size", "max_tokens"}:
         raise BundleError(f"{path}: tokenizer={body['tokenizer']!r} lacks a field. Export again.")
+    for name, value in body["tokenizer"].items():
+        if type(value) is not int or value < (3 if name == "max_tokens" else 0):  # BOS, one piece, EOS
+            raise BundleError(f"{path}: tokenizer has {name}={value!r}. Export again.")
+    for name, text in body["prompts"].items():
+        if not isinstance(text, str):
+            raise BundleError(f"{path}: prompts[{name!r}] is not text. Export again.")
     for name, facts in body["files"].items():
         if not isinstance(facts, dict) or set(facts) != {"bytes", "sha256"}:
             raise BundleError(f"{path}: files[{name!r}] must give bytes and sha256. Export again.")
-    values: dict[str, Any] = {name: body[name] for name in wanted}
-    return Manifest(**values | {"dims": tuple(dims)})
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -219,7 +233,7 @@ def _json(path: Path) -> dict[str, Any]:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BundleError(f"{path} is missing. Copy the whole bundle folder again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: a hundred thousand brackets
         raise BundleError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(body, dict):
         raise BundleError(f"{path} is not a JSON table.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,11 +23,11 @@ from egemma_core.prompts import Prompts
 
 _POOLING_MODES = {"mean": "mean", "first": "cls", "last": "lasttoken"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-# SentencePiece piece types. Source: sentencepiece_model.proto.
-_NORMAL, _USER_DEFINED = 1, 4
 
 
-def save_checkpoint(encoder: Encoder, tokenizer_path: Path, prompts: Prompts, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+def save_checkpoint(
+    encoder: Encoder, tokenizer_path: Path, prompts: Prompts, folder: Path, *, dtype: torch.dtype = torch.float32
+) -> None:
     """Write `folder` whole or not at all. `open_checkpoint` and `load_encoder` read it back.
 
     Args:
@@ -52,67 +53,126 @@ def save_checkpoint(encoder: Encoder, tokenizer_path: Path, prompts: Prompts, fo
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(temporary, config, weights, tokenizer_path, prompts, _DTYPE_NAMES[dtype])
+        _write(temporary, config, weights, tokenizer_path, prompts)
         temporary.chmod(0o755)  # mkdtemp's folders are closed to others
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder: Path, config: EncoderConfig, weights: dict[str, Tensor], tokenizer_path: Path, prompts: Prompts, dtype: str) -> None:
+def _write(folder: Path, config: EncoderConfig, weights: dict[str, Tensor], tokenizer_path: Path, prompts: Prompts) -> None:
     dense = {name: weight for name, weight in weights.items() if name.startswith("dense.")}
     metadata = {"format": "pt"}  # transformers refuses files without it
     save_file({name: weight for name, weight in weights.items() if name not in dense}, folder / WEIGHTS, metadata=metadata)
     shutil.copyfile(tokenizer_path, folder / TOKENIZER)
-    _json(folder / "config.json", _transformer(config, dtype))
-    _json(folder / "config_sentence_transformers.json", {
-        "model_type": "SentenceTransformer", "prompts": dict(prompts.by_name), "default_prompt_name": None,
-        "similarity_fn_name": "cosine", "matryoshka_dims": list(config.dims),
-    })
-    _json(folder / "sentence_bert_config.json", {
-        "transformer_task": "feature-extraction", "max_seq_length": config.max_tokens,
-        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-        "module_output_name": "token_embeddings",
-    })
-    _json(folder / "1_Pooling/config.json", {
-        "embedding_dimension": config.width, "pooling_mode": _POOLING_MODES[config.pooling], "include_prompt": True,
-    })
+    _json(folder / "config.json", _transformer(config, _DTYPE_NAMES[weights["norm.weight"].dtype]))
+    _json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": dict(prompts.by_name),
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+            "matryoshka_dims": list(config.dims),
+        },
+    )
+    _json(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "feature-extraction",
+            "max_seq_length": config.max_tokens,
+            "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+            "module_output_name": "token_embeddings",
+        },
+    )
+    _json(
+        folder / "1_Pooling/config.json",
+        {
+            "embedding_dimension": config.width,
+            "pooling_mode": _POOLING_MODES[config.pooling],
+            "include_prompt": True,
+        },
+    )
     flow = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
     types = ["base.modules.transformer.Transformer", "sentence_transformer.modules.pooling.Pooling"]
     for position, (into, out) in enumerate(config.dense):
         place = folder / f"{len(types)}_Dense"
-        _json(place / "config.json", {
-            "in_features": into, "out_features": out, "bias": False,
-            "activation_function": "torch.nn.modules.linear.Identity", **flow,
-        })
+        _json(
+            place / "config.json",
+            {
+                "in_features": into,
+                "out_features": out,
+                "bias": False,
+                "activation_function": "torch.nn.modules.linear.Identity",
+                **flow,
+            },
+        )
         save_file({"linear.weight": dense[f"dense.{position}.weight"]}, place / WEIGHTS, metadata=metadata)
         types.append("base.modules.dense.Dense")
     _json(folder / f"{len(types)}_Normalize/config.json", flow)
     types.append("base.modules.normalize.Normalize")
-    _json(folder / "modules.json", [
-        {"idx": index, "name": str(index), "path": f"{index}_{kind.rsplit('.', 1)[1]}" if index else "", "type": f"sentence_transformers.{kind}"}
-        for index, kind in enumerate(types)
-    ])
+    _json(
+        folder / "modules.json",
+        [
+            {
+                "idx": index,
+                "name": str(index),
+                "path": f"{index}_{kind.rsplit('.', 1)[1]}" if index else "",
+                "type": f"sentence_transformers.{kind}",
+            }
+            for index, kind in enumerate(types)
+        ],
+    )
     _json(folder / "tokenizer.json", tokenizer_json(tokenizer_path), indent=None)
-    _json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>",
-        "unk_token": "<unk>", "padding_side": "right", "model_max_length": config.max_tokens, "clean_up_tokenization_spaces": False,
-    })
+    _json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "padding_side": "right",
+            "model_max_length": config.max_tokens,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
 
 
 def _transformer(config: EncoderConfig, dtype: str) -> dict[str, Any]:
     """config.json, as transformers 5 writes it."""
     return {
-        "architectures": ["Gemma3TextModel"], "model_type": "gemma3_text", "dtype": dtype, "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_tokens, "hidden_size": config.width, "intermediate_size": config.ffn_width,
-        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim, "query_pre_attn_scalar": round(config.query_scale**-2, 6), "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": config.norm_eps, "layer_types": list(config.layer_types), "sliding_window": 2 * config.window,
-        "use_bidirectional_attention": True, "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
-        "final_logit_softcapping": None, "initializer_range": 0.02, "tie_word_embeddings": True, "use_cache": False,
-        "rope_parameters": {FULL: {"rope_type": "default", "rope_theta": config.rope_theta_full},
-                            SLIDING: {"rope_type": "default", "rope_theta": config.rope_theta_sliding}},
-        "bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id,
+        "architectures": ["Gemma3TextModel"],
+        "model_type": "gemma3_text",
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_tokens,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "query_pre_attn_scalar": round(config.query_scale**-2),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": config.norm_eps,
+        "layer_types": list(config.layer_types),
+        "sliding_window": 2 * config.window,
+        "use_bidirectional_attention": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+        "rope_parameters": {
+            FULL: {"rope_type": "default", "rope_theta": config.rope_theta_full},
+            SLIDING: {"rope_type": "default", "rope_theta": config.rope_theta_sliding},
+        },
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "pad_token_id": config.pad_id,
     }
 
 
@@ -128,10 +188,10 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
     pieces = [model.id_to_piece(token) for token in range(model.vocab_size())]
     ids = {piece: token for token, piece in enumerate(pieces)}
     controls = [token for token in range(len(pieces)) if model.is_control(token) or model.is_unknown(token)]
-    byte = {token for token in range(len(pieces)) if model.is_byte(token)}
-    # The Python class cannot tell user-defined pieces from normal ones, but a user-defined piece scores 0.
-    normal = [token for token in range(len(pieces)) if token not in byte and token not in controls and model.get_score(token) < 0]
-    user_defined = [token for token in range(len(pieces)) if token not in byte and token not in controls and model.get_score(token) == 0]
+    others = [token for token in range(len(pieces)) if token not in controls and not model.is_byte(token)]
+    # SentencePiece scores what it merged -0, -1, -2, ... and pieces that a user defined +0; its Python class tells no more.
+    normal = [token for token in others if math.copysign(1, model.get_score(token)) < 0]
+    user_defined = sorted(set(others) - set(normal))
     mergeable = {pieces[token] for token in normal}
     merges = []
     for token in sorted(normal, key=model.get_score, reverse=True):
@@ -140,24 +200,63 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
         merges += sorted(splits, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
 
     def added(token: int, special: bool) -> dict[str, Any]:
-        return {"id": token, "content": pieces[token], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+        return {
+            "id": token,
+            "content": pieces[token],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": not special,
+            "special": special,
+        }  # runs of blanks are found after they became "▁"
 
     bos, eos = pieces[model.bos_id()], pieces[model.eos_id()]
-    special = {bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]}, eos: {"id": eos, "ids": [model.eos_id()], "tokens": [eos]}}
+    special = {
+        bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]},
+        eos: {"id": eos, "ids": [model.eos_id()], "tokens": [eos]},
+    }
     return {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": [*(added(token, True) for token in controls), *(added(token, False) for token in user_defined)],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         "pre_tokenizer": None,
         "post_processor": {
-            "type": "TemplateProcessing", "special_tokens": special,
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}}],
-            "pair": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}},
-                     {"SpecialToken": {"id": eos, "type_id": 0}}],
+            "type": "TemplateProcessing",
+            "special_tokens": special,
+            "single": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": eos, "type_id": 0}},
+            ],
+            "pair": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 0}},
+                {"SpecialToken": {"id": eos, "type_id": 0}},
+            ],
         },
-        "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": pieces[model.unk_id()], "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": ids, "merges": merges},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[model.unk_id()],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": merges,
+        },
     }
 
 

@@ -1,0 +1,1 @@
+"""Training in torch: pairs -> batches -> contrastive loss -> a checkpoint folder."""

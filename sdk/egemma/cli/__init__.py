@@ -1,0 +1,169 @@
+"""The `egemma` command: what may be typed, and what a shell gets back.
+
+Exit codes: 0 done; 1 it could not be done, and one line on stderr says why; 2 the command line is wrong; 130 Ctrl-C;
+141 the reader of our output went away. Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from egemma_core.errors import EgemmaError
+from egemma_core.prompts import DEFAULT_TASK
+
+MODEL_VARIABLE = "EGEMMA_MODEL"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale says, JSON is UTF-8
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        args = _parse(argv)
+        from egemma.cli import commands  # not above: it loads NumPy and the runtime, which `--help` can do without
+
+        code = commands.run(args)
+        sys.stdout.flush()
+    except EgemmaError as error:
+        return _complain(str(error).replace("pass overflow='truncate'", "pass --overflow truncate"))
+    except KeyboardInterrupt:
+        _complain("interrupted.")
+        return 130
+    except BrokenPipeError:  # the reader has what it wanted; without this Python would complain once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _complain(f"{error}.")
+    return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    top = parser()
+    args, late = top.parse_known_args(argv)
+    # argparse ends a list of files at the first option: what stands behind it arrives here.
+    several = {"embed": "texts", "add": "files"}.get(args.command)
+    if late and (several is None or any(word.startswith("-") and word != "-" for word in late)):
+        top.error(f"unrecognized arguments: {' '.join(late)}")
+    if several is not None:
+        setattr(args, several, getattr(args, several) + late)
+    if args.command == "embed" and args.role == "query" and args.title is not None:
+        top.error("--title is for documents: add --as document, or leave it out")
+    if args.command == "embed" and args.role == "document" and args.task is not None:
+        top.error("--task is for queries, a document is embedded the same for all: leave it out")
+    return args
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="egemma", description="Embed text and search it, on this machine only.")
+    top.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    embed = commands.add_parser("embed", help="print or save vectors of texts",
+                                description="Print or save vectors of texts, one per line of stdin when no TEXT is given.")
+    embed.add_argument("texts", nargs="*", metavar="TEXT", help="a text; '-' or none at all: each line of stdin is one")
+    embed.add_argument("--as", dest="role", choices=("query", "document"), default="query",
+                       help="which of the model's prompts goes before the text (default: query)")
+    embed.add_argument("--task", help=f"what a query is for (default: {DEFAULT_TASK!r})")
+    embed.add_argument("--title", help="the title of a document")
+    embed.add_argument("--out", metavar="FILE.npy", help="save all vectors, one per row, as float32")
+    _add_model(embed)
+    _add_dim(embed)
+    _add_overflow(embed)
+    _add_json(embed, "print one JSON object per line")
+
+    add = commands.add_parser("add", help="put documents into an index",
+                              description="Embed documents and put them into an index, which is made when there is none. "
+                                          "A document whose id is stored already replaces it.")
+    add.add_argument("index", metavar="INDEX", help="the index file")
+    add.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 text; each is one document, its id the full path; '-' or none: stdin")
+    form = add.add_mutually_exclusive_group()
+    form.add_argument("--lines", dest="form", action="store_const", const="lines", default="file", help="each line is a document")
+    form.add_argument("--jsonl", dest="form", action="store_const", const="jsonl",
+                      help='each line is a JSON object with "text" and, if wanted, "id", "title" and "metadata"')
+    _add_model(add)
+    _add_overflow(add)
+    _add_json(add)
+
+    search = commands.add_parser("search", help="find the documents nearest to a query",
+                                 description="Find the documents nearest to a query: every vector is compared.")
+    search.add_argument("index", metavar="INDEX", help="the index file")
+    search.add_argument("query", metavar="QUERY")
+    search.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    search.add_argument("--task", default=DEFAULT_TASK, help=f"what the query is for (default: {DEFAULT_TASK!r})")
+    _add_model(search)
+    _add_dim(search)
+    _add_json(search)
+
+    inspect = commands.add_parser("inspect", help="say what a bundle or an index is", description="Say what a bundle or an index is, "
+                                  "and check it for damage.")
+    inspect.add_argument("path", metavar="BUNDLE|INDEX", help="a bundle folder, 'builtin', or an index file")
+    _add_json(inspect)
+
+    verify = commands.add_parser("verify", help="check that a bundle gives the vectors its model gave at export",
+                                 description="Run a bundle's golden texts on this machine and compare. Exit code 1 when one fails.")
+    verify.add_argument("bundle", metavar="BUNDLE", help="a bundle folder, or 'builtin'")
+    for name, about in (("--min-cosine-float", "worst cosine to the float model"),
+                        ("--min-cosine-quantized", "worst cosine to float arithmetic on the rounded weights"),
+                        ("--max-batch-difference", "largest difference of a channel between alone and in a batch")):
+        verify.add_argument(name, type=float, metavar="X", help=f"{about} (default: the bundle's own bound)")
+    _add_threads(verify)
+    _add_json(verify)
+
+    bench = commands.add_parser("bench", help="measure load time, latency and memory",
+                                description="Measure load time, latency by length and peak memory of a bundle on this machine.")
+    bench.add_argument("bundle", metavar="BUNDLE", help="a bundle folder, or 'builtin'")
+    bench.add_argument("--tokens", type=_lengths, metavar="N,N,...", help="lengths, BOS and EOS included (default: 16,64,256)")
+    bench.add_argument("--runs", type=int, default=20, help="of each length (default: 20)")
+    _add_threads(bench)
+    _add_json(bench)
+    return top
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="BUNDLE", help="a bundle folder, or 'builtin' (default: the one that the index was made with, "
+                         f"else ${MODEL_VARIABLE}, else builtin)")
+    _add_threads(command)
+
+
+def _add_threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--threads", type=int, metavar="N", help="to compute with (default: the CPUs that this process may use)")
+
+
+def _add_dim(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dim", type=int, metavar="D", help="a width that the model was trained for (default: the full one)")
+
+
+def _add_overflow(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--overflow", choices=("error", "truncate"), default="error",
+                         help="what to do with a text that is longer than the model reads (default: error)")
+
+
+def _add_json(command: argparse.ArgumentParser, about: str = "print one JSON object") -> None:
+    command.add_argument("--json", action="store_true", help=about)
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers with commas between them, such as 16,64") from error
+
+
+class _ShowVersion(argparse.Action):
+    """argparse's own wants the version beforehand, and looking it up takes longer than all of `--help`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from egemma import __version__
+
+        print(f"egemma {__version__}")
+        parser.exit()
+
+
+def _complain(text: str) -> int:
+    print("egemma: " + " ".join(text.split("\n")), file=sys.stderr)
+    return 1

@@ -1,0 +1,275 @@
+"""What each command does: open, call one function of the package, print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from egemma.bench import bench
+from egemma.cli import MODEL_VARIABLE
+from egemma.cli.progress import Progress
+from egemma.cli.reading import STDIN, Incoming, check_files, read_documents, read_lines
+from egemma.embedder import BUILTIN, BUILTIN_FOLDER, Embedder, Embedding, Embeddings
+from egemma.index import Document, Hit, Index
+from egemma.index_file import IndexFacts, describe_index, is_new
+from egemma.verify import verify_bundle
+from egemma_core.bundle import read_bundle
+from egemma_core.errors import EgemmaError, IndexFileError, InputError, PromptError, TokenLimitError
+from egemma_core.prompts import DEFAULT_TASK
+
+# Texts that are embedded and stored together: what Ctrl-C in the middle of a long run costs.
+GROUP = 64
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command that was parsed; returns its exit code."""
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "embed": _embed, "add": _add, "search": _search, "inspect": _inspect, "verify": _verify, "bench": _bench,
+    }
+    return commands[args.command](args)
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from_stdin = args.texts in ([], [STDIN])
+    typed = (Incoming(where=f"TEXT {number}", text=text) for number, text in enumerate(args.texts, start=1))
+    kept = []
+    with (Embedder.open(_model(args.model, None), threads=args.threads) as embedder,
+          Progress("texts", None if from_stdin else len(args.texts)) as progress):
+
+        def embed(group: list[Incoming]) -> Embeddings:
+            texts = [incoming.text for incoming in group]
+            if args.role == "query":
+                return embedder.embed_queries(texts, task=args.task or DEFAULT_TASK, dim=args.dim, overflow=args.overflow)
+            return embedder.embed_documents(texts, titles=[args.title] * len(texts), dim=args.dim, overflow=args.overflow)
+
+        for group in _groups(read_lines([STDIN]) if from_stdin else typed):
+            found = _blaming(embed, group)
+            progress.advance(len(group))
+            if args.out is not None:
+                kept.append(found.vectors)
+            for incoming, embedding in zip(group, found, strict=True):
+                if args.json:
+                    print(json.dumps(_embedding_row(args, incoming.text, embedding), ensure_ascii=False))
+                elif args.out is None:
+                    print(_embedding_line(args, incoming.text, embedding))
+            sys.stdout.flush()
+        width = args.dim or embedder.dim
+    if args.out is not None:
+        vectors = np.concatenate(kept) if kept else np.empty((0, width), np.float32)
+        _save(Path(args.out), vectors)
+        if not args.json:
+            print(f"{args.out}: {vectors.shape[0]} vectors of {vectors.shape[1]} float32")
+    return 0
+
+
+def _add(args: argparse.Namespace) -> int:
+    names = args.files or [STDIN]
+    check_files(names)
+    known = None if is_new(args.index) else describe_index(args.index)
+    model = _model(args.model, known)
+    stored: list[Document] = []  # without their texts
+    with Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder) as index:
+        location = model if model == BUILTIN else str(Path(model).resolve())
+        if known is None or known.model_path != location:
+            index.remember_model_path(location)
+
+        def add(group: list[Incoming]) -> None:
+            for part in ([incoming for incoming in group if incoming.id is not None], [incoming for incoming in group if incoming.id is None]):
+                ids = index.add([incoming.text for incoming in part], titles=[incoming.title for incoming in part],
+                                ids=[incoming.id for incoming in part if incoming.id is not None] or None,
+                                metadata=[incoming.metadata for incoming in part], overflow=args.overflow)
+                stored.extend(replace(document, text="") for document in index.get(ids))
+
+        try:
+            with Progress("documents", len(names) if args.form == "file" else None) as progress:
+                for group in _groups(_once_each(read_documents(names, args.form))):
+                    _blaming(add, group)
+                    progress.advance(len(group))
+        except (EgemmaError, KeyboardInterrupt):
+            if documents := len(index):  # asked of the file: Ctrl-C may come between storing and counting
+                print(f"egemma: {args.index} now holds {documents} documents.", file=sys.stderr)
+            raise
+        documents = len(index)
+    tokens, cut = sum(document.num_tokens for document in stored), [document.id for document in stored if document.truncated]
+    if args.json:
+        print(json.dumps({"index": args.index, "added": len(stored), "tokens": tokens, "truncated": len(cut), "truncated_ids": cut,
+                          "documents": documents}, ensure_ascii=False))
+        return 0
+    print(f"{args.index}: added {len(stored)} documents, {tokens} tokens; it now holds {documents}")
+    if cut:
+        print(f"{len(cut)} were longer than the model reads, only the beginning of each can be found: "
+              f"{', '.join(_printable(id_) for id_ in cut[:5])}{', ...' if len(cut) > 5 else ''}")
+    return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    model = _model(args.model, describe_index(args.index))
+    with Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder, create=False) as index:
+        hits = index.search(args.query, args.k, dim=args.dim, task=args.task)
+        dim = args.dim or embedder.dim
+    if args.json:
+        print(json.dumps({"query": args.query, "task": args.task, "dim": dim, "hits": [asdict(hit) for hit in hits]}, ensure_ascii=False))
+        return 0
+    for rank, hit in enumerate(hits, start=1):
+        print(_hit_lines(rank, hit))
+    if not hits:
+        print(f"{args.index} is empty", file=sys.stderr)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    path = Path(args.path)
+    if args.path != BUILTIN and path.is_file():
+        facts = describe_index(path, check=True)
+        print(json.dumps({"kind": "index", **asdict(facts)}, ensure_ascii=False) if args.json else _index_text(facts))
+        return 0 if facts.damage is None else 1
+    bundle = read_bundle(BUILTIN_FOLDER if args.path == BUILTIN else path)
+    manifest = asdict(bundle.manifest)
+    if args.json:
+        print(json.dumps({"kind": "bundle", "path": str(bundle.folder), **manifest}, ensure_ascii=False))
+        return 0
+    megabytes = sum(facts["bytes"] for facts in manifest["files"].values()) / 1e6
+    bounds = manifest["verification"].get("bounds", {})
+    _print_table([
+        ("bundle", f"{bundle.folder}, every file as its SHA-256 says"),
+        ("model", f"{manifest['source'].get('model')} {manifest['source'].get('revision') or ''}".strip()),
+        ("target", f"{manifest['target']}, {manifest['runtime']}, weights {manifest['scheme'].get('name')}"),
+        ("reads", f"{manifest['tokenizer']['max_tokens']} tokens, {'one text' if manifest['batch'] == 'one' else 'several texts'} at a time"),
+        ("widths", ", ".join(map(str, manifest["dims"]))),
+        ("tasks", ", ".join(bundle.prompts.tasks)),
+        ("size", f"{megabytes:.1f} MB"),
+        ("verified", ", ".join(f"{name} {bound}" for name, bound in bounds.items()) or "no bounds"),
+        ("made by", ", ".join(f"{tool} {version}" for tool, version in manifest["tools"].items())),
+        ("fingerprint", manifest["fingerprint"]),
+    ])
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    result = verify_bundle(args.bundle, threads=args.threads, min_cosine_float=args.min_cosine_float,
+                           min_cosine_quantized=args.min_cosine_quantized, max_batch_difference=args.max_batch_difference)
+    print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else result.to_text())
+    return 0 if result.passed else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    report = bench(args.bundle, tokens=args.tokens, runs=args.runs, threads=args.threads)
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else report.to_text())
+    return 0
+
+
+def _model(asked: str | None, index: IndexFacts | None) -> str:
+    """Which bundle to open: the one asked for, else the one that the index was made with, else the environment's, else builtin."""
+    if asked is not None:
+        return asked
+    named = os.environ.get(MODEL_VARIABLE)
+    if index is not None and index.model_path is not None:
+        if index.model_path == BUILTIN or Path(index.model_path).is_dir():
+            return index.model_path
+        if not named:
+            raise IndexFileError(f"{index.path} was made with {index.model} in {index.model_path}, which is gone. "
+                                 "Say where that model is now with --model.")
+    return named or BUILTIN
+
+
+def _groups(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    iterator = iter(items)
+    while group := list(islice(iterator, GROUP)):
+        yield group
+
+
+def _blaming(call: Callable[[list[Incoming]], _Result], group: list[Incoming]) -> _Result:
+    """`call(group)`; when that fails, one text at a time, so that the error can say where the culprit came from."""
+    try:
+        return call(group)
+    except (InputError, TokenLimitError, PromptError):
+        for incoming in group:
+            try:
+                call([incoming])
+            except EgemmaError as error:
+                raise type(error)(f"{incoming.where}: {str(error).removeprefix('text 0: ').removeprefix('text 0 ')}") from error
+        raise
+
+
+def _once_each(documents: Iterable[Incoming]) -> Iterator[Incoming]:
+    """The same documents; refuses an id that comes twice in one run, as the later would replace the earlier."""
+    seen: dict[str, str] = {}
+    for document in documents:
+        if document.id is not None and seen.setdefault(document.id, document.where) != document.where:
+            raise InputError(f"{document.where}: id {document.id!r} was given to {seen[document.id]} already. Give each its own.")
+        yield document
+
+
+def _embedding_row(args: argparse.Namespace, text: str, embedding: Embedding) -> dict[str, Any]:
+    prompt = {"task": args.task or DEFAULT_TASK} if args.role == "query" else {"title": args.title}
+    row = {"text": text, "as": args.role, **prompt, "dim": embedding.dim, "num_tokens": embedding.num_tokens,
+           "truncated": embedding.truncated, "fingerprint": embedding.fingerprint}
+    # The shortest decimals that read back as the same float32; left out where a file holds them.
+    return row if args.out is not None else {**row, "vector": [float(str(value)) for value in embedding.vector]}
+
+
+def _embedding_line(args: argparse.Namespace, text: str, embedding: Embedding) -> str:
+    first = ", ".join(f"{value:.4f}" for value in embedding.vector[:4])
+    cut = ", truncated" if embedding.truncated else ""
+    return f"{args.role}, {embedding.num_tokens} tokens{cut}, {embedding.dim} floats [{first}, ...]  {_shortened(text, 40)}"
+
+
+def _hit_lines(rank: int, hit: Hit) -> str:
+    name = f"{_printable(hit.id)}  {_printable(hit.title)}" if hit.title else _printable(hit.id)
+    cut = "  (only its beginning was embedded)" if hit.truncated else ""
+    return f"{rank:>3}  {hit.score:.3f}  {name}{cut}\n            {_shortened(hit.text, max(20, shutil.get_terminal_size().columns - 13))}"
+
+
+def _shortened(text: str, width: int) -> str:
+    words = " ".join(_printable(text[: 4 * width]).split())
+    return words if len(words) <= width else words[: width - 3] + "..."
+
+
+def _printable(text: str) -> str:
+    """Without what would steer a terminal: a document may come from anywhere."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _index_text(facts: IndexFacts) -> str:
+    cut = f", {facts.truncated_documents} of them only from their beginning" if facts.truncated_documents else ""
+    rows = [("index", facts.path), ("documents", f"{facts.documents}{cut}"), ("model", facts.model),
+            ("model was in", facts.model_path or "not known"), ("widths", ", ".join(map(str, facts.dims))),
+            ("size", f"{facts.file_bytes / 1e6:.1f} MB, format version {facts.format_version}"),
+            ("damage", facts.damage or "none found"), ("fingerprint", facts.fingerprint)]
+    return _table(rows)
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    print(_table(rows))
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {_printable(value)}" for name, value in rows)
+
+
+def _save(path: Path, vectors: NDArray[np.float32]) -> None:
+    """All or nothing: a reader never sees half a file."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        try:
+            with partial.open("wb") as file:
+                np.lib.format.write_array(file, vectors, allow_pickle=False)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,86 @@
+"""The two programs that can run a bundle's model, behind one small interface."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from egemma_core.bundle import Bundle
+from egemma_core.errors import BundleError, ConfigError
+
+
+class Runtime(Protocol):
+    """A loaded model. Calls must not overlap; the embedder holds the lock."""
+
+    @property
+    def name(self) -> str:
+        """As in the manifest: "onnxruntime" or "executorch"."""
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def threads(self) -> int:
+        """Threads that it computes with."""
+
+    @property
+    def batch(self) -> str:
+        """What one run takes: "one" text, or "dynamic": any number of them."""
+
+    def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One vector per text.
+
+        Args:
+            ids: (B, T) int64.
+            mask: (B, T) int64, 1 on real tokens and 0 on padding; at least one 1 per row.
+
+        Returns:
+            (B, D) float32, finite, owned by the caller.
+
+        Raises:
+            BundleError: the model failed, or gave something else than such vectors.
+        """
+
+    def close(self) -> None:
+        """Give the memory back; nothing else may be called afterwards."""
+
+
+def open_runtime(bundle: Bundle, *, threads: int, kleidiai: bool) -> Runtime:
+    """Load the bundle's model into the runtime it was exported for.
+
+    Raises:
+        BundleError: the model file is damaged, or is not what the manifest says.
+        RuntimeUnavailableError: that runtime is not installed here.
+        ConfigError: it cannot work with these settings.
+    """
+    manifest = bundle.manifest
+    if manifest.runtime == "executorch":
+        from egemma.runtimes.executorch import ExecuTorchRuntime
+
+        if not kleidiai:
+            raise ConfigError("kleidiai=False is a switch of ONNX Runtime, this bundle is for ExecuTorch. Leave it out.")
+        runtime: Runtime = ExecuTorchRuntime(bundle.model_path, dim=manifest.dims[0], max_tokens=manifest.tokenizer["max_tokens"],
+                                             threads=threads)
+    else:
+        from egemma.runtimes.onnx import OnnxRuntime
+
+        runtime = OnnxRuntime(bundle.model_path, dim=manifest.dims[0], threads=threads, kleidiai=kleidiai)
+    if manifest.batch == "dynamic" and runtime.batch == "one":
+        runtime.close()
+        raise BundleError(f"{bundle.model_path} takes one text per run, the manifest says batch='dynamic'. Export again.")
+    return runtime
+
+
+def check_vectors(vectors: NDArray[np.float32], *, texts: int, dim: int, model: object) -> NDArray[np.float32]:
+    """`vectors`, if they are (texts, dim) float32 and finite.
+
+    Raises:
+        BundleError: they are not; a model that gives NaN must not fill an index.
+    """
+    if vectors.dtype != np.float32 or vectors.shape != (texts, dim):
+        raise BundleError(f"{model} gave {vectors.shape} {vectors.dtype}, the manifest says {(texts, dim)} float32. Export again.")
+    if not np.isfinite(vectors).all():
+        raise BundleError(f"{model} gave NaN or infinity. Copy the bundle again, or export it again and look at its verification.")
+    return vectors
