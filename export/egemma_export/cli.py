@@ -78,7 +78,7 @@ def _quiet_libraries() -> None:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, str], None]]:
     """A bar over the stages on a terminal; nothing elsewhere."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     from egemma_export.pipeline import STAGES
 

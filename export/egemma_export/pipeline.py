@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from egemma_core.checkpoint import Checkpoint, open_checkpoint, sha256_of
 from egemma_core.errors import ConfigError, ExportError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
-from egemma_export.golden import GoldenText, golden_file, golden_texts, reference_vectors
+from egemma_export.golden import golden_file, golden_texts, reference_vectors
 from egemma_export.layers import LayerLoss, compare_layers, outputs_by_layer, round_in_place
-from egemma_export.targets import TARGETS, Target
+from egemma_export.targets import TARGETS, Bounds, Target
 from egemma_quant.schemes import ROLES, Scheme
 from egemma_quant.weights import quantize_encoder
 
@@ -51,6 +51,12 @@ class ExportConfig:
     min_cosine_float: float | None = None    # None: the target's own bound
     min_cosine_quantized: float | None = None
     threads: int | None = None               # of the verification run; None: what this process may use
+
+    @property
+    def bounds(self) -> Bounds:
+        """The target's own, or what was asked for instead."""
+        asked = {"min_cosine_float": self.min_cosine_float, "min_cosine_quantized": self.min_cosine_quantized}
+        return replace(TARGETS[self.target].bounds, **{name: bound for name, bound in asked.items() if bound is not None})
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -97,7 +103,7 @@ class ExportReport:
             ("cosine to float", f"{self.worst_cosine_float:.5f} worst of {self.num_cases} golden texts at every width"),
             ("cosine to rounded", f"{self.worst_cosine_quantized:.5f} worst, float arithmetic on the same rounded weights"),
             ("rounding hurts most", f"{worst.layer}, cosine {worst.hidden_cosine:.5f}" if worst else ""),
-            ("graph", ", ".join(f"{name} {value}" for name, value in self.graph.items() if not isinstance(value, dict))),
+            ("graph", _graph_text(self.graph)),
             ("latency", f"{latency}; {self.latency_threads} threads, median" if latency else ""),
             ("took", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items()) + f"; peak {self.peak_mb} MB"),
         ]
@@ -142,25 +148,21 @@ def export(config: ExportConfig, progress: Callable[[str, str], None] = lambda s
             gc.collect()
         with clock("verify"):
             shutil.copyfile(checkpoint.tokenizer_path, folder / TOKENIZER)
-            bounds = {
-                "min_cosine_float": config.min_cosine_float if config.min_cosine_float is not None else target.min_cosine_float,
-                "min_cosine_quantized": config.min_cosine_quantized if config.min_cosine_quantized is not None else target.min_cosine_quantized,
-                "max_batch_difference": 1e-2,
-            }
+            bounds = asdict(config.bounds)
             _write_golden(folder, golden_file(texts, exact, rounded, None))
             write_manifest(folder, _manifest(checkpoint, target, folder, {"bounds": bounds}))
             verification = _run_sdk(folder, "verify", config.threads)
             if not verification["passed"]:
                 raise ExportError(_failure(verification, layers))
             measured = {key: value for key, value in verification.items() if key not in ("cases", "failures", "path")}
-            latency = _run_sdk(folder, "bench", config.threads, "--tokens", _bench_lengths(texts, checkpoint), "--runs", "5")
+            latency = _run_sdk(folder, "bench", config.threads, "--tokens", _bench_lengths(checkpoint), "--runs", "5")
         with clock("finish"):
             _write_golden(folder, golden_file(texts, exact, rounded, {"cases": verification["cases"]}))
             write_manifest(folder, _manifest(checkpoint, target, folder, {"bounds": bounds, "measured": measured}))
             sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     return ExportReport(
         out=str(config.out), target=target.name, runtime=target.runtime, scheme=target.scheme.name if target.scheme else "float32",
-        instead=target.instead, bundle_bytes=sum(sizes.values()), model_bytes=sizes[RUNTIMES[target.runtime]], num_cases=len(texts),
+        instead=target.instead, bundle_bytes=sum(sizes.values()), model_bytes=sum(size for name, size in sizes.items() if name.startswith(RUNTIMES[target.runtime])), num_cases=len(texts),
         worst_cosine_float=verification["worst_cosine_float"], worst_cosine_quantized=verification["worst_cosine_quantized"],
         graph=graph, layers=layers, latency_ms={str(row["tokens"]): row["median_ms"] for row in latency["latency"]},
         latency_threads=latency["threads"], seconds=clock.seconds,
@@ -176,7 +178,8 @@ def _write_model(encoder: Encoder, target: Target, folder: Path, progress: Calla
         return asdict(write_pte(encoder, target.scheme, path, progress=progress))
     from egemma_export.to_onnx import write_onnx
 
-    return asdict(write_onnx(encoder, target.scheme, path, progress=progress))
+    # Beside, because ONNX Runtime maps that file instead of copying it: less than half the memory after loading.
+    return asdict(write_onnx(encoder, target.scheme, path, weights_beside=True, progress=progress))
 
 
 def _manifest(checkpoint: Checkpoint, target: Target, folder: Path, verification: dict[str, Any]) -> Manifest:
@@ -224,7 +227,13 @@ def _tools(runtime: str) -> dict[str, str]:
     return found
 
 
-def _bench_lengths(texts: list[GoldenText], checkpoint: Checkpoint) -> str:
+def _graph_text(graph: dict[str, Any]) -> str:
+    if "delegates" in graph:
+        return f"{graph['delegates']} delegate, {sum(graph['outside'].values())} operators outside of it"
+    return f"{sum(graph['nodes'].values())} nodes, {max(graph['nodes'].items(), key=lambda row: row[1])[0]} the most frequent"
+
+
+def _bench_lengths(checkpoint: Checkpoint) -> str:
     return ",".join(str(tokens) for tokens in (16, 64, 256) if tokens <= checkpoint.config.max_tokens)
 
 

@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from egemma_core.bundle import GOLDEN, MANIFEST, TOKENIZER, Manifest, atomic_folder, describe_files, fingerprint_of, read_bundle, write_manifest
+from egemma_core.bundle import (
+    GOLDEN,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    atomic_folder,
+    describe_files,
+    fingerprint_of,
+    read_bundle,
+    write_manifest,
+)
 from egemma_core.errors import BundleError
 
 
@@ -97,17 +107,21 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
         read_bundle(tmp_path)
 
 
-def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "b", replace=False) as scratch:
+def write_half(folder: Path, error: BaseException) -> None:
+    with atomic_folder(folder, replace=True) as scratch:
         (scratch / MANIFEST).write_text("half")
-        raise RuntimeError
+        raise error
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        write_half(tmp_path / "b", RuntimeError())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_writer_leaves_the_old_bundle(bundle: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), atomic_folder(bundle, replace=True) as scratch:
-        (scratch / MANIFEST).write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_half(bundle, KeyboardInterrupt())
     assert read_bundle(bundle).manifest.target == "onnx-int4"
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
