@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -27,33 +27,33 @@ def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path) -> None:
     Source: the trainer and normalizer specification inside Gemma 3's tokenizer.model.
     """
     runs = ["\n" * n for n in range(1, 32)] + ["\u2581" * n for n in range(2, 32)]
-    with tempfile.TemporaryDirectory() as folder:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line),
-            model_prefix=f"{folder}/spm",
-            model_type="bpe",
-            vocab_size=num_pieces,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            pad_id=0,
-            eos_id=1,
-            bos_id=2,
-            unk_id=3,
-            pad_piece="<pad>",
-            eos_piece="<eos>",
-            bos_piece="<bos>",
-            user_defined_symbols=["<mask>", *runs],
-            character_coverage=0.9995,
-            max_sentence_length=4096,
-            num_threads=2,
-            minloglevel=2,
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(Path(f"{folder}/spm.model").read_bytes())
+    model = io.BytesIO()  # a model written to a file holds that file's name
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=num_pieces,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        user_defined_symbols=["<mask>", *runs],
+        character_coverage=0.9995,
+        max_sentence_length=4096,
+        num_threads=2,
+        minloglevel=2,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
 
 
 def token_vectors(
