@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from egemma_core.checkpoint import Checkpoint, open_checkpoint, sha256_of
+from egemma_core.checkpoint import Checkpoint, open_checkpoint
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.train.data import tokenize
@@ -178,7 +178,7 @@ def main() -> int:
         results[name.split("/", 1)[1]] = of
         print(name, of, flush=True)
     report = {
-        "model": checkpoint.weight_hashes() | {"tokenizer.model": sha256_of(checkpoint.tokenizer_path)},
+        "model": checkpoint.weight_hashes(),
         "sets": sizes,
         "results": results,
         "demo": demo(encoder, checkpoint),

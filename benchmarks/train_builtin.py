@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
+    if args.out.exists():
+        parser.error(f"{args.out} exists; remove it, or give another --out.")
     torch.set_num_threads(args.threads)
     try:
         sets, dev = read_sets(args.data)

@@ -54,7 +54,9 @@ def save_checkpoint(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write(temporary, config, weights, tokenizer_path, prompts)
-        temporary.chmod(0o755)  # mkdtemp's folders are closed to others
+        temporary.chmod(0o755)  # mkdtemp closes its folders to others, and safetensors its files
+        for path in temporary.rglob(WEIGHTS):
+            path.chmod(0o644)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
