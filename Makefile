@@ -17,7 +17,7 @@ demo: $(VENV)/.export
 	rm -f $(DEMO)/notes.db $(DEMO)/notes.db-wal $(DEMO)/notes.db-shm
 	$(BIN)/egemma add $(DEMO)/notes.db benchmarks/demo_texts.jsonl --jsonl --model $(BUNDLE)
 	while read -r query; do \
-	  echo; $(BIN)/egemma search $(DEMO)/notes.db "$$query" -k 3 --model $(BUNDLE) || exit 1; \
+	  echo; $(BIN)/egemma search $(DEMO)/notes.db "$$query" -k 2 --model $(BUNDLE) || exit 1; \
 	done < benchmarks/demo_queries.txt
 
 test: lint
@@ -25,7 +25,6 @@ test: lint
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
-	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 # The 24-layer, 262,144-row model, random: about 4 GB of memory and 2 GB of cache.
