@@ -65,8 +65,14 @@ def reference_vectors(encoder: Encoder, texts: list[GoldenText], tick: Callable[
 
 
 def golden_file(texts: list[GoldenText], exact: dict[str, NDArray[np.float32]], rounded: dict[str, NDArray[np.float32]],
-                measured: dict[str, Any] | None) -> dict[str, Any]:
-    """The content of golden.json; `measured` holds the deviations by case once the file was run."""
+                mistaken: dict[str, dict[str, NDArray[np.float32]]], measured: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of golden.json.
+
+    Args:
+        exact, rounded: vectors of the float and of the rounded model, by text.
+        mistaken: vectors of the rounded model under each known mistake, by mistake and text.
+        measured: the deviations by case, once the finished file was run.
+    """
     return {
         "format_version": 1,
         "cases": [
@@ -75,6 +81,8 @@ def golden_file(texts: list[GoldenText], exact: dict[str, NDArray[np.float32]], 
             for text in texts
         ],
         "batches": [list(batch) for batch in BATCHES],
+        "mistakes": [{"name": name, "vectors": {case: _floats(vector) for case, vector in vectors.items()}}
+                     for name, vectors in mistaken.items()],
         "measured": measured or {},
     }
 

@@ -32,6 +32,7 @@ from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_export.golden import golden_file, golden_texts, reference_vectors
 from egemma_export.layers import LayerLoss, compare_layers, outputs_by_layer, round_in_place
+from egemma_export.mistakes import mistaken_vectors
 from egemma_export.targets import TARGETS, Bounds, Target
 from egemma_quant.schemes import ROLES, Scheme
 from egemma_quant.weights import quantize_encoder
@@ -102,13 +103,20 @@ class ExportReport:
             ("size", f"{self.bundle_bytes / 1e6:.1f} MB, model file {self.model_bytes / 1e6:.1f} MB"),
             ("cosine to float", f"{self.worst_cosine_float:.5f} worst of {self.num_cases} golden texts at every width"),
             ("cosine to rounded", f"{self.worst_cosine_quantized:.5f} worst, float arithmetic on the same rounded weights"),
+            ("known mistakes", self._mistakes_text()),
             ("rounding hurts most", f"{worst.layer}, cosine {worst.hidden_cosine:.5f}" if worst else ""),
             ("graph", _graph_text(self.graph)),
             ("latency", f"{latency}; {self.latency_threads} threads, median" if latency else ""),
             ("took", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items()) + f"; peak {self.peak_mb} MB"),
         ]
-        width = max(len(name) for name, _ in rows)
+        width = max(len(name) for name, value in rows if value)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows if value)
+
+
+    def _mistakes_text(self) -> str:
+        shares = self.verification["mistakes"]
+        name = max(shares, key=shares.get, default=None)
+        return f"{len(shares)} ruled out; nearest {name}, {shares[name]:.2f} of the way" if name else ""
 
 
 def export(config: ExportConfig, progress: Callable[[str, str], None] = lambda stage, detail: None) -> ExportReport:
@@ -144,12 +152,13 @@ def export(config: ExportConfig, progress: Callable[[str, str], None] = lambda s
                 errors = round_in_place(encoder, quantize_encoder(encoder, target.scheme))
                 layers = compare_layers(before, outputs_by_layer(encoder, probe.tokens.ids), errors)
                 rounded = reference_vectors(encoder, texts)
+            mistaken = mistaken_vectors(encoder, texts, rounded)
             del encoder
             gc.collect()
         with clock("verify"):
             shutil.copyfile(checkpoint.tokenizer_path, folder / TOKENIZER)
             bounds = asdict(config.bounds)
-            _write_golden(folder, golden_file(texts, exact, rounded, None))
+            _write_golden(folder, golden_file(texts, exact, rounded, mistaken, None))
             write_manifest(folder, _manifest(checkpoint, target, folder, {"bounds": bounds}))
             verification = _run_sdk(folder, "verify", config.threads)
             if not verification["passed"]:
@@ -157,7 +166,7 @@ def export(config: ExportConfig, progress: Callable[[str, str], None] = lambda s
             measured = {key: value for key, value in verification.items() if key not in ("cases", "failures", "path")}
             latency = _run_sdk(folder, "bench", config.threads, "--tokens", _bench_lengths(checkpoint), "--runs", "5")
         with clock("finish"):
-            _write_golden(folder, golden_file(texts, exact, rounded, {"cases": verification["cases"]}))
+            _write_golden(folder, golden_file(texts, exact, rounded, mistaken, {"cases": verification["cases"]}))
             write_manifest(folder, _manifest(checkpoint, target, folder, {"bounds": bounds, "measured": measured}))
             sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     return ExportReport(

@@ -33,9 +33,9 @@ _PER_BLOCK = "int8, scaled at run time per block of 32 or per token, as the CPU'
 _NO_INT8_BLOCKS = "int8 per channel: XNNPACK has no int8 kernel with a scale per block of 32, so each output row has one scale"
 
 _EXACT = Bounds(min_cosine_float=0.99999, min_cosine_quantized=0.99999, max_batch_difference=1e-5)
-_INT8 = Bounds(min_cosine_float=0.98, min_cosine_quantized=0.98)
-_INT4 = Bounds(min_cosine_float=0.90, min_cosine_quantized=0.98)
-_MIXED = Bounds(min_cosine_float=0.80, min_cosine_quantized=0.98)
+_INT8 = Bounds(min_cosine_float=0.98, min_cosine_quantized=0.99)
+_INT4 = Bounds(min_cosine_float=0.90, min_cosine_quantized=0.99)
+_MIXED = Bounds(min_cosine_float=0.80, min_cosine_quantized=0.99)
 
 
 def _executorch(system: str) -> tuple[Target, ...]:

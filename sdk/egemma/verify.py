@@ -19,6 +19,8 @@ from egemma_core.vectors import shorten
 GOLDEN_VERSION = 1
 # A float32 vector of 768 channels that was divided by its own length is within 1e-6 of length 1.
 MAX_LENGTH_ERROR = 1e-5
+# Of the way from the right vector to a mistaken one: rounding goes a few hundredths of it, the mistake itself all of it.
+MAX_MISTAKE_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class Verification:
     worst_cosine_float: float | None           # over all texts and widths
     worst_cosine_quantized: float | None
     batch_difference: float | None             # None when the runtime takes one text at a time
+    mistakes: dict[str, float]                 # known mistake -> share of the way from the right vectors to those it gives; about 0
     cases: list[CaseResult]
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +84,8 @@ class Verification:
                   f"worst cosine to the rounded weights  {_number(self.worst_cosine_quantized)}  (bound {self.bounds.min_cosine_quantized})"]
         if self.batch_difference is not None:
             lines.append(f"alone against in a padded batch      {self.batch_difference:.1e}  (bound {self.bounds.max_batch_difference})")
+        for name, share in self.mistakes.items():
+            lines.append(f"{'of the way to ' + name:<35}{share:8.2f}   (bound {MAX_MISTAKE_SHARE})")
         return "\n".join([*lines, "", *(f"FAILED  {failure}" for failure in self.failures), *(["passed"] if self.passed else [])])
 
 
@@ -121,10 +126,13 @@ def verify_bundle(path: str | Path, *, threads: int | None = None, check_hashes:
             failures += found
         runtime, used_threads = embedder.runtime, embedder.threads
     failures += _compare(results, difference, bounds)
+    mistakes = _mistake_shares(golden, vectors)
+    failures += [f"it computes like a model with {name}: {share:.2f} of the way to its vectors, bound {MAX_MISTAKE_SHARE}"
+                 for name, share in mistakes.items() if not share <= MAX_MISTAKE_SHARE]
     return Verification(
         path=str(path), target=bundle.manifest.target, fingerprint=bundle.manifest.fingerprint, runtime=runtime, threads=used_threads,
         passed=not failures, failures=failures, bounds=bounds, worst_cosine_float=_worst(result.cosine_float for result in results),
-        worst_cosine_quantized=_worst(result.cosine_quantized for result in results), batch_difference=difference, cases=results,
+        worst_cosine_quantized=_worst(result.cosine_quantized for result in results), batch_difference=difference, mistakes=mistakes, cases=results,
     )
 
 
@@ -153,7 +161,19 @@ def read_golden(bundle: Bundle) -> dict[str, Any]:
     names = [case["name"] for case in cases]
     if len(set(names)) < len(names) or not all(isinstance(batch, list) and len(batch) > 1 and set(batch) <= set(names) for batch in batches):
         raise BundleError(f"{path}: two cases of one name, or a batch that is not of two or more cases. Export again.")
+    _check_mistakes(golden.get("mistakes"), names, width, path)
     return golden
+
+
+def _check_mistakes(mistakes: object, names: Sequence[str], width: int, path: Path) -> None:
+    def is_mistake(row: object) -> bool:
+        return (isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("vectors"), dict)
+                and bool(row["vectors"]) and set(row["vectors"]) <= set(names)
+                and all(isinstance(vector, list) and len(vector) == width and all(isinstance(value, (int, float)) for value in vector)
+                        for vector in row["vectors"].values()))
+
+    if not isinstance(mistakes, list) or not all(is_mistake(row) for row in mistakes):
+        raise BundleError(f"{path}: mistakes must each have a name and vectors of {width} channels by case. Export again.")
 
 
 def _stated_bounds(bundle: Bundle) -> dict[str, float]:
@@ -216,6 +236,24 @@ def _run_batches(embedder: Embedder, golden: Mapping[str, Any],
             continue
         differences += [float(np.abs(row - alone[name]).max()) for name, row in zip(names, together, strict=True)]
     return (max(differences) if differences else None), failures
+
+
+def _mistake_shares(golden: Mapping[str, Any], vectors: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
+    """For each known mistake how far the file's vectors went from the right ones towards those of the mistake: 0 not at all, 1 all the way.
+
+    Rounding moves a vector as far as some mistakes do, but in no particular direction.
+    """
+    right = {case["name"]: np.array(case["quantized_vector"]) for case in golden["cases"]}
+    shares = {}
+    for mistake in golden["mistakes"]:
+        along = whole = 0.0
+        for name, wrong in mistake["vectors"].items():
+            direction = np.array(wrong) - right[name]
+            whole += float(direction @ direction)
+            if name in vectors:
+                along += float((vectors[name] - right[name]) @ direction)
+        shares[mistake["name"]] = along / whole if whole else 0.0
+    return shares
 
 
 def _cosines(vector: NDArray[np.float32], reference: Sequence[float], dims: Sequence[int]) -> dict[str, float | None]:

@@ -44,26 +44,63 @@ def run(checkpoint: Path, out: Path, target: str, **changes: Any) -> pipeline.Ex
     return export(ExportConfig(target=target, model=str(checkpoint), out=out, **(LOOSE | changes)))
 
 
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, pipeline.ExportReport]]:
+    """A target's bundle and report; each is made once, because lowering takes seconds."""
+    folder = tmp_path_factory.mktemp("bundles")
+    made: dict[str, tuple[Path, pipeline.ExportReport]] = {}
+
+    def get(target: str) -> tuple[Path, pipeline.ExportReport]:
+        if target not in made:
+            made[target] = folder / target, run(checkpoint, folder / target, target)
+            assert sorted(path.name for path in folder.iterdir()) == sorted(made), "no scratch folder is left"
+        return made[target]
+
+    return get
+
+
+Exported = Callable[[str], tuple[Path, pipeline.ExportReport]]
+
+
 @pytest.mark.parametrize("target", [name for name in TARGETS if not name.startswith("ios")])
-def test_every_target_gives_a_verified_bundle(checkpoint: Path, tmp_path: Path, target: str) -> None:
-    report = run(checkpoint, tmp_path / "b", target)
-    manifest = read_bundle(tmp_path / "b").manifest
+def test_every_target_gives_a_verified_bundle(exported: Exported, target: str) -> None:
+    folder, report = exported(target)
+    manifest = read_bundle(folder).manifest
     assert manifest.target == target
     assert manifest.source["model"] == "tiny-gemma"
     assert manifest.dims == (96,)
     assert manifest.tokenizer["max_tokens"] == 96
     assert manifest.verification["measured"]["passed"] is True
     assert report.worst_cosine_quantized > 0.98
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted([*manifest.files, "manifest.json"])
-    assert [path.name for path in tmp_path.iterdir()] == ["b"], "no scratch folder is left"
-    golden = read_bundle(tmp_path / "b").golden()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*manifest.files, "manifest.json"])
+    golden = read_bundle(folder).golden()
     assert golden["measured"]["cases"]
     assert {case["name"] for case in golden["cases"]} >= {"empty", "cjk", "code", "emoji", "past the window", "cut at the limit"}
 
 
-def test_golden_texts_go_past_the_window_and_past_the_limit(checkpoint: Path, tmp_path: Path) -> None:
-    run(checkpoint, tmp_path / "b", "onnx-fp32")
-    cases = {case["name"]: case for case in read_bundle(tmp_path / "b").golden()["cases"]}
+WITHOUT_TORCH = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("torch", "executorch", "torchao", "onnx", "safetensors", "transformers", "huggingface_hub", "tqdm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from egemma.cli import main
+sys.exit(main(["verify", sys.argv[1], "--json"]))
+"""
+
+
+@pytest.mark.parametrize("target", ["android-int4", "onnx-int4"])
+def test_a_bundle_keeps_its_bounds_where_nothing_but_the_base_install_can_be_imported(exported: Exported, target: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(exported(target)[0])], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["passed"] is True
+
+
+def test_golden_texts_go_past_the_window_and_past_the_limit(exported: Exported) -> None:
+    cases = {case["name"]: case for case in read_bundle(exported("onnx-fp32")[0]).golden()["cases"]}
     assert len(cases["past the window"]["ids"]) > 2 * 4 + 1
     cut = cases["cut at the limit"]
     assert cut["truncated"]
@@ -71,11 +108,8 @@ def test_golden_texts_go_past_the_window_and_past_the_limit(checkpoint: Path, tm
     assert cut["ids"][-1] == 1
 
 
-def test_the_same_scheme_has_one_fingerprint_whatever_the_runtime(checkpoint: Path, tmp_path: Path) -> None:
-    prints = {}
-    for target in ("android-int4", "onnx-int4", "onnx-int8"):
-        run(checkpoint, tmp_path / target, target)
-        prints[target] = read_bundle(tmp_path / target).manifest.fingerprint
+def test_the_same_scheme_has_one_fingerprint_whatever_the_runtime(exported: Exported) -> None:
+    prints = {target: read_bundle(exported(target)[0]).manifest.fingerprint for target in ("android-int4", "onnx-int4", "onnx-int8")}
     assert prints["android-int4"] == prints["onnx-int4"] != prints["onnx-int8"]
 
 
@@ -135,15 +169,14 @@ def test_a_failed_export_leaves_the_bundle_that_was_there(checkpoint: Path, tmp_
         run(checkpoint, tmp_path / "b", "onnx-fp32")
 
 
-def test_the_bundle_answers_as_the_float_model_through_the_sdk(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_bundle_answers_as_the_float_model_through_the_sdk(checkpoint: Path, exported: Exported) -> None:
     from egemma import Embedder
     from egemma_core.checkpoint import open_checkpoint
     from egemma_core.nn.load import load_encoder
 
-    run(checkpoint, tmp_path / "b", "onnx-fp32")
     opened = open_checkpoint(checkpoint)
     encoder, tokenizer = load_encoder(opened), opened.tokenizer()
-    with Embedder.open(tmp_path / "b", threads=1) as embedder:
+    with Embedder.open(exported("onnx-fp32")[0], threads=1) as embedder:
         texts = ["short", "a longer text about gardens and rain " * 3, ""]
         found = embedder.embed_documents(texts)
         for row, text in enumerate(texts):

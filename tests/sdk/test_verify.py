@@ -33,7 +33,7 @@ def certify(folder: Path, *, bounds: dict[str, float] | None = BOUNDS, **changes
         vector = [float(str(value)) for value in tiny_vectors([tokens.ids])[0].astype(np.float32)]
         cases.append({"name": name, "text": text, "ids": list(tokens.ids), "num_tokens": tokens.num_tokens, "truncated": tokens.truncated,
                       "vector": vector, "quantized_vector": vector})
-    golden = {"format_version": 1, "cases": cases, "batches": [["query", "empty", "cut"]], "measured": {}}
+    golden = {"format_version": 1, "cases": cases, "batches": [["query", "empty", "cut"]], "mistakes": [], "measured": {}}
     (folder / GOLDEN).write_text(json.dumps(golden | changes))
     rewrite_manifest(folder, verification={} if bounds is None else {"bounds": bounds})
     return folder

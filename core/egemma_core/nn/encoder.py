@@ -109,12 +109,16 @@ class Encoder(nn.Module):
         x = self.embed_tokens(ids)                                                    # (B, T, D)
         # Gemma rounds sqrt(D) to the weights' dtype: 27.7128 becomes 27.75 in bfloat16.
         x = x * torch.tensor(self.config.width**0.5, dtype=x.dtype)
-        full_bias, sliding_bias = attention_biases(mask, self.config.window, x.dtype)  # (B, 1, T, T)
+        full_bias, sliding_bias = self.biases(mask, x.dtype)                          # (B, 1, T, T)
         full_rotary = rotary_tables(T, self.config.head_dim, self.config.rope_theta_full, x)
         sliding_rotary = rotary_tables(T, self.config.head_dim, self.config.rope_theta_sliding, x)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(x, full_rotary, full_bias) if kind == FULL else layer(x, sliding_rotary, sliding_bias)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def biases(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What full and sliding layers add to their scores; see `attention_biases`."""
+        return attention_biases(mask, self.config.window, dtype)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """
