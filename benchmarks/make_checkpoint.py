@@ -90,13 +90,17 @@ def write_checkpoint(folder: Path, size: str = "tiny", tokenizer: Path | None = 
     return folder
 
 
-def load_reference(folder: Path) -> Any:
-    """The folder opened by sentence-transformers: `reference(ids, mask)` gives (B, dim) vectors."""
+def load_reference(folder: Path, **changes: Any) -> Any:
+    """The folder opened by sentence-transformers: `reference(ids, mask)` gives (B, dim) vectors.
+
+    Args:
+        changes: fields of config.json to override.
+    """
     from sentence_transformers import SentenceTransformer
 
     for stand_in in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(folder / f"stand-in-{stand_in}", folder / stand_in)
-    model = SentenceTransformer(str(folder), device="cpu").eval()
+    model = SentenceTransformer(str(folder), device="cpu", config_kwargs=changes or None).eval()
 
     @torch.no_grad()
     def reference(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -18,19 +18,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.make_checkpoint import write_checkpoint
+from benchmarks.make_checkpoint import load_reference, write_checkpoint
 from egemma_core.bundle import read_bundle
 from egemma_core.config import FULL
 from egemma_core.errors import BundleError, CheckpointError, ConfigError, ExportError
 from egemma_core.nn.encoder import Encoder
 from egemma_export import pipeline
 from egemma_export.cli import main
+from egemma_export.mistakes import MISTAKES, mistaken_vectors
 from egemma_export.pipeline import ExportConfig, export
 from egemma_export.targets import TARGETS
 
 pytest.importorskip("sentence_transformers", reason="it writes the checkpoints; pip install 'egemma[dev]'")
 pytestmark = pytest.mark.timeout(300)
 
+BUILTIN = Path(__file__).resolve().parents[2] / "models" / "egemma-small"
 # A random three-layer model is not trained for any rounding; the bounds of trained weights do not apply to it.
 LOOSE = {"min_cosine_float": 0.5, "min_cosine_quantized": 0.9}
 
@@ -149,6 +151,37 @@ def test_a_graph_that_computes_something_else_is_not_written(
     with pytest.raises(ExportError, match="failed its verification"):
         export(ExportConfig(target=target, model=str(checkpoint), out=tmp_path / "b"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mistake", [name for name in MISTAKES if name not in ("causal attention", "no dense head")])
+def test_a_rounded_file_with_a_mistake_is_not_taken_for_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+    # In a trained model a doubled window moves a vector by no more than int4 does (cosine 0.9993): no bound on the cosine could see it.
+    # (The graph has no place for the two others: it is not causal by construction, and has the width of the dense head.)
+    honest = pipeline._write_model
+    monkeypatch.setattr(pipeline, "_write_model", lambda encoder, *rest: honest(MISTAKES[mistake](encoder), *rest))
+    with pytest.raises(ExportError, match=f"computes like a model with {mistake}"):
+        export(ExportConfig(target="onnx-int4", model=str(BUILTIN), out=tmp_path / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_mistakes_are_other_models_and_leave_the_right_one_alone(checkpoint: Path) -> None:
+    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.nn.load import load_encoder
+    from egemma_export.golden import golden_texts, reference_vectors
+
+    opened = open_checkpoint(checkpoint)
+    encoder, texts = load_encoder(opened), golden_texts(opened.tokenizer(), opened.prompts)
+    right = reference_vectors(encoder, texts)
+    found = mistaken_vectors(encoder, texts, right)
+    assert found.keys() == MISTAKES.keys()
+    after = reference_vectors(encoder, texts)
+    assert all(np.array_equal(right[name], after[name]) for name in right)
+    for vectors in found.values():
+        assert max(np.linalg.norm(vectors[name] - right[name]) for name in vectors) > 0.01
+    # What transformers itself computes when it is told to be causal.
+    ids = torch.tensor([next(text.tokens.ids for text in texts if text.name == "titled document")])
+    model = load_reference(checkpoint, use_bidirectional_attention=False)
+    assert np.abs(model(ids, torch.ones_like(ids))[0].numpy() - found["causal attention"]["titled document"]).max() < 2e-5
 
 
 def test_a_failed_export_says_which_layer_lost_what(checkpoint: Path, tmp_path: Path) -> None:

@@ -223,6 +223,46 @@ def test_a_golden_vector_that_is_no_unit_vector_is_refused(bundle: Path, vector:
         verify_bundle(bundle)
 
 
+def nudged(vector: list[float], towards: list[float], by: float) -> list[float]:
+    moved = np.array(vector) + by * (np.array(towards) - np.array(vector))
+    return [float(value) for value in moved / np.linalg.norm(moved)]
+
+
+def test_a_file_that_computes_a_known_mistake_is_told_from_one_that_rounds(bundle: Path) -> None:
+    # The true vectors stand 0.2 of the way from what the golden file calls right towards another text's: cosines are all above the
+    # bound. With the mistake at the true vectors, the file went all the way to it; with the mistake elsewhere, nowhere near.
+    golden = json.loads((bundle / GOLDEN).read_text())
+    query, other = (next(case["vector"] for case in golden["cases"] if case["name"] == name) for name in ("query", "smuggled"))
+    right = nudged(query, other, -0.2)
+    change_case(bundle, "query", vector=right, quantized_vector=right)
+    loose = {"min_cosine_float": 0.9, "min_cosine_quantized": 0.9}
+
+    def verified(mistaken: list[float]) -> Any:
+        body = json.loads((bundle / GOLDEN).read_text())
+        (bundle / GOLDEN).write_text(json.dumps(body | {"mistakes": [{"name": "upside down", "vectors": {"query": mistaken}}]}))
+        rewrite_manifest(bundle)
+        return verify_bundle(bundle, **loose)
+
+    caught = verified(query)
+    assert not caught.passed
+    assert caught.mistakes["upside down"] == pytest.approx(1, abs=0.01)
+    assert caught.failures == ["it computes like a model with upside down: 1.00 of the way to its vectors, bound 0.5"]
+    assert "of the way to upside down" in caught.to_text()
+    away = verified(nudged(query, other, -0.4))
+    assert away.passed, away.failures
+    assert away.mistakes["upside down"] < 0
+
+
+@pytest.mark.parametrize("mistakes", [
+    None, {}, ["x"], [{"name": "x"}], [{"name": "x", "vectors": {}}], [{"name": "x", "vectors": {"unknown": [1.0] * WIDTH}}],
+    [{"name": "x", "vectors": {"query": [1.0]}}], [{"name": 3, "vectors": {"query": [1.0] * WIDTH}}],
+    [{"name": "x", "vectors": {"query": ["a"] * WIDTH}}]])
+def test_mistakes_that_are_not_understood_are_refused(bundle: Path, mistakes: Any) -> None:
+    certify(bundle, mistakes=mistakes)
+    with pytest.raises(BundleError, match="mistakes must each have a name"):
+        verify_bundle(bundle)
+
+
 def test_two_golden_texts_of_one_name_are_refused(bundle: Path) -> None:
     change_case(bundle, "query", name="empty")
     with pytest.raises(BundleError, match="two cases of one name"):
