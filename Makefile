@@ -20,8 +20,10 @@ demo: $(VENV)/.export
 	  echo; echo "? $$query"; $(BIN)/egemma search $(DEMO)/notes.db "$$query" -k 2 --model $(BUNDLE) || exit 1; \
 	done < benchmarks/demo_queries.txt
 
+# Two processes: the exporter's ExecuTorch and the SDK's own cannot share one.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/sdk
+	$(BIN)/python -m pytest --ignore=tests/sdk
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -29,7 +31,7 @@ lint: $(VENV)/.dev
 
 # The 24-layer, 262,144-row model, random: about 4 GB of memory and 2 GB of cache.
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "full_size or slow"
+	$(BIN)/python -m pytest --ignore=tests/sdk -m "full_size or slow"
 
 $(VENV)/.dev: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -11,6 +11,13 @@ SHARED_DATA = Path(os.environ.get("EGEMMA_DATA", Path(__file__).resolve().parent
 GEMMA_TOKENIZER = SHARED_DATA / "tokenizer" / "gemma3.model"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rooms = {item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    if {"sdk", "export"} <= rooms:
+        raise pytest.UsageError("the exporter's ExecuTorch and the SDK's own cannot share a process (docs/decisions/0004): run `make test`, "
+                                "or `pytest tests/sdk` and `pytest --ignore=tests/sdk`")
+
+
 @pytest.fixture(scope="session")
 def gemma_tokenizer() -> Path:
     """The real Gemma 3 SentencePiece model; not committed."""
