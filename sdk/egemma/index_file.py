@@ -23,6 +23,7 @@ import json
 import os
 import re
 import sqlite3
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -180,7 +181,7 @@ def is_blank(connection: sqlite3.Connection) -> bool:
 
 
 def create_tables(connection: sqlite3.Connection, embedder: Embedder) -> None:
-    connection.execute("PRAGMA journal_mode = WAL")
+    _switch_to_wal(connection)
     connection.execute("BEGIN IMMEDIATE")
     try:
         if is_blank(connection):  # or else another process was faster
@@ -195,6 +196,21 @@ def create_tables(connection: sqlite3.Connection, embedder: Embedder) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Another process that switches the same new file holds the lock for a moment, and here SQLite does not wait by itself: it
+    would have to raise a read lock that both may hold.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def read_facts(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
