@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 
 # The 24-layer, 262,144-row model, random: about 4 GB of memory and 2 GB of cache.
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore=tests/sdk -m "full_size or slow"
+	$(BIN)/python -m pytest --ignore=tests/sdk -m full_size
 
 $(VENV)/.dev: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
