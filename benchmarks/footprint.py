@@ -3,7 +3,9 @@
 Makes a fresh virtual environment without torch and without the executorch package, installs this source tree into it as a user
 would, and measures from outside. Not answered: other machines' disks, cold file caches.
 
-    python benchmarks/footprint.py [--runs 15]
+    python benchmarks/footprint.py [--runs 15] [--bundle FOLDER ...]
+
+Each bundle given is verified in that environment and timed to its first vector as well.
 
 Writes benchmarks/results/footprint.json.
 """
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,13 +30,13 @@ from benchmarks.latency import commit, machine
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("numpy", "numpy.libs", "onnxruntime")  # what the size is counted beside
 FIRST_VECTOR = "import egemma; print(egemma.Embedder.open('builtin').embed_query('hello').vector.shape)"
-FIRST_PTE_VECTOR = "import egemma, sys; print(egemma.Embedder.open(sys.argv[1]).embed_query('hello').vector.shape)"
+FIRST_BUNDLE_VECTOR = "import egemma, sys; print(egemma.Embedder.open(sys.argv[1]).embed_query('hello').vector.shape)"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--bundle", help="an ExecuTorch bundle to time as well")
+    parser.add_argument("--bundle", action="append", default=[], help="a bundle to verify and time there as well; may be repeated")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / "env" / "bin" / "python"
@@ -46,7 +49,7 @@ def main() -> int:
         assert not names & {"torch", "executorch"}, "the base install must not bring torch"
         sizes = {path.name: megabytes(path) for path in site.iterdir() if not path.name.startswith(("pip", "setuptools", "__", "_distutils"))}
         empty = median_seconds([python, "-c", "pass"], args.runs)
-        body = {
+        body: dict[str, Any] = {
             "question": __doc__.splitlines()[0], "machine": machine(), "commit": commit(), "runs": args.runs,
             "install_s": round(install_s, 1),
             "installed_mb": {name: round(size, 1) for name, size in sorted(sizes.items(), key=lambda row: -row[1]) if size > 0.1},
@@ -56,8 +59,15 @@ def main() -> int:
             "import_embedder_s": round(median_seconds([python, "-c", "from egemma import Embedder, Index"], args.runs) - empty, 3),
             "first_vector_s": round(median_seconds([python, "-c", FIRST_VECTOR], args.runs), 3),
         }
-        if args.bundle:
-            body["first_executorch_vector_s"] = round(median_seconds([python, "-c", FIRST_PTE_VECTOR, args.bundle], args.runs), 3)
+        for bundle in args.bundle:
+            ended = subprocess.run([python, "-m", "egemma", "verify", bundle, "--json"], capture_output=True, text=True, check=False)
+            verification = json.loads(ended.stdout)
+            body.setdefault("bundles", {})[Path(bundle).name] = {
+                "passed": verification["passed"], "runtime": verification["runtime"],
+                "worst_cosine_float": round(verification["worst_cosine_float"], 5),
+                "worst_cosine_rounded": round(verification["worst_cosine_quantized"], 5),
+                "first_vector_s": round(median_seconds([python, "-c", FIRST_BUNDLE_VECTOR, bundle], args.runs), 3),
+            }
     results = ROOT / "benchmarks" / "results" / "footprint.json"
     results.write_text(json.dumps(body, indent=1) + "\n")
     print(json.dumps(body, indent=1))
