@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.tables import with_numbers
 from egemma import Embedder, Index
 from egemma.embedder import BUILTIN_FOLDER
 from egemma.verify import verify_bundle
@@ -53,6 +54,11 @@ def test_the_first_hits_of_the_demo_make_sense(tmp_path: Path) -> None:
         index.add([row["text"] for row in documents], ids=[row["id"] for row in documents], titles=[row.get("title") for row in documents])
         assert [index.search(query, k=1)[0].id for query in queries] == wanted
         assert [index.search(query, k=1, dim=128)[0].id for query in queries] == wanted
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert with_numbers(page) == page, "run python benchmarks/tables.py"
 
 
 @pytest.mark.parametrize("page", ["README.md"])
