@@ -86,10 +86,11 @@ def test_a_token_that_is_not_in_the_table_is_an_error(folder: Path, token: int) 
     runtime.close()
 
 
-def test_vectors_of_another_shape_type_or_without_a_number_are_refused() -> None:
-    good = np.ones((2, 4), np.float32)
+def test_vectors_of_another_shape_type_or_length_or_without_a_number_are_refused() -> None:
+    good = np.full((2, 4), 0.5, np.float32)
     assert check_vectors(good, texts=2, dim=4, model="m") is good
-    for bad in (good[:1], good[:, :3], good.astype(np.float64), good * np.nan, good * np.inf):
+    for bad in (good[:1], good[:, :3], good.astype(np.float64), good * np.nan, good * np.inf, good * 2, good * 0,
+                good * np.array([[1], [1.01]], np.float32)):
         with pytest.raises(BundleError, match="m gave"):
             check_vectors(bad, texts=2, dim=4, model="m")
 

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from egemma_core.bundle import Bundle
 from egemma_core.errors import BundleError, ConfigError
 
+# A float32 vector divided by its own length is within 1e-6 of 1; XNNPACK's reciprocal square root may be coarser on some processors.
+LARGEST_LENGTH_ERROR = 1e-3
+
 
 class Runtime(Protocol):
     """A loaded model. Calls must not overlap; the embedder holds the lock."""
@@ -74,13 +77,16 @@ def open_runtime(bundle: Bundle, *, threads: int, kleidiai: bool) -> Runtime:
 
 
 def check_vectors(vectors: NDArray[np.float32], *, texts: int, dim: int, model: object) -> NDArray[np.float32]:
-    """`vectors`, if they are (texts, dim) float32 and finite.
+    """`vectors`, if they are (texts, dim) float32, finite and of length 1, as the bundle format promises.
 
     Raises:
-        BundleError: they are not; a model that gives NaN must not fill an index.
+        BundleError: they are not; a model that gives NaN must not fill an index, and one that lost its last step gives other vectors.
     """
     if vectors.dtype != np.float32 or vectors.shape != (texts, dim):
         raise BundleError(f"{model} gave {vectors.shape} {vectors.dtype}, the manifest says {(texts, dim)} float32. Export again.")
     if not np.isfinite(vectors).all():
         raise BundleError(f"{model} gave NaN or infinity. Copy the bundle again, or export it again and look at its verification.")
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not (np.abs(lengths - 1) <= LARGEST_LENGTH_ERROR).all():
+        raise BundleError(f"{model} gave a vector of length {lengths[np.abs(lengths - 1).argmax()]:.4g}, not 1: it lost its last step. Export again.")
     return vectors
