@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- numbers: benchmarks/tables.py -->\n", "<!-- end of numbers -->\n"
 LENGTHS = ("16", "64", "256", "512")
 PEERS = {"torch float32": "*sentence-transformers, torch float32*", "plain onnx float32": "*`torch.onnx` export, ONNX Runtime float32*",
-         "plain onnx int4": "*the same, generic int4 (`MatMulNBits`)*"}
+         "plain onnx int4": "*the same, generic int4 (`MatMulNBits`; its table stays float32)*"}
 
 
 def numbers() -> str:
