@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from egemma_core.errors import EgemmaError
+
+if TYPE_CHECKING:  # at run time it would import torch for --help
+    from egemma_quant.schemes import Scheme
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,7 +105,7 @@ def _targets_text() -> str:
     return "\n".join(lines)
 
 
-def _weights(scheme) -> str:  # type: ignore[no-untyped-def]  # Scheme would import torch for --help
+def _weights(scheme: Scheme | None) -> str:
     if scheme is None:
         return "float32 weights"
     by_format: dict[str, list[str]] = {}

@@ -11,8 +11,8 @@ from egemma_quant.schemes import (
     INT4_CHANNEL,
     INT8_BLOCK,
     INT8_CHANNEL,
+    MIXED,
     PART_WEIGHTS,
-    SCHEMES,
     WeightFormat,
     quantize,
 )
@@ -114,8 +114,7 @@ def test_bad_weights_are_refused() -> None:
 
 def test_the_mixed_scheme_is_the_reports() -> None:
     # arXiv:2509.20354 section 2.3: int4 per channel for embedding, feed-forward and projection, int8 for attention.
-    mixed = SCHEMES["mixed"]
-    assert [mixed.format_of(role).bits for role in ("embedding", "feed_forward", "projection", "attention")] == [4, 4, 4, 8]
-    assert all(mixed.format_of(role).group_size is None for role in ("embedding", "feed_forward", "projection", "attention"))
+    assert [MIXED.format_of(role).bits for role in ("embedding", "feed_forward", "projection", "attention")] == [4, 4, 4, 8]
+    assert all(MIXED.format_of(role).group_size is None for role in ("embedding", "feed_forward", "projection", "attention"))
     with pytest.raises(ConfigError, match="role='norm'"):
-        mixed.format_of("norm")
+        MIXED.format_of("norm")
