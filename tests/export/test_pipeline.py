@@ -285,7 +285,9 @@ def test_an_interrupted_export_leaves_no_bundle(checkpoint: Path, tmp_path: Path
     _, error = child.communicate(timeout=60)
     assert not (tmp_path / "b").exists()
     if sent == signal.SIGINT:
-        assert child.returncode == 130
+        # A shell sees 130 either way. Python ends itself by the signal, after our own exit code, where the interrupt hit an exec() of
+        # a string, as libraries run while they are imported.
+        assert child.returncode in (130, -signal.SIGINT), error
         assert error.strip().endswith("egemma-export: stopped; nothing was written.")
         assert list(tmp_path.iterdir()) == []
 
