@@ -7,7 +7,8 @@ A filter is true or false for every document, never unknown:
 - A comparison with a field that is missing, or of another JSON type, is false. `$ne` is not `$eq` and `$nin` is not `$in`,
   so these are true there.
 - true and false are not numbers. null equals null only; a missing field is not null (`$exists` tells them apart).
-- Numbers compare by value, 1 and 1.0 alike: whole numbers of 64 bits exactly, all others as the nearest double.
+- Numbers compare by value, 1 and 1.0 alike: whole numbers of 64 bits exactly, all others as the nearest double. (Metadata
+  holds no whole number beyond 64 bits; a filter may ask for more than any of them.)
 - Texts compare by code point.
 - A name is one key, dots included: {"a.b": 1} asks for the key "a.b". A key inside an object is asked for with a tuple,
   {("a", "b"): 1}; so is a key that begins with "$".
@@ -128,7 +129,7 @@ def pack_metadata(metadata: Mapping[str, Any] | None) -> str | None:
 
 def comparable(number: float) -> int | float:
     """A number as filters compare it: a whole number of 64 bits stays, any other becomes the nearest double."""
-    return number if isinstance(number, int) and -(2**63) <= number < 2**63 else float(number)
+    return number if isinstance(number, int) and _has_64_bits(number) else float(number)
 
 
 def is_number(value: object) -> bool:
@@ -333,12 +334,7 @@ def _json_value(value: object, place: str, depth: int) -> Any:
     if depth > MAX_METADATA_DEPTH:
         raise InputError(f"{place[:200]} is nested more than {MAX_METADATA_DEPTH} deep. Store it flatter.")
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise InputError(f"{place} has the key {_shown(key)}: keys are str.")
-            if flaw := _text_flaw(key):
-                raise InputError(f"{place} has the key {_shown(key)}, which holds {flaw}. Remove it.")
-        return {str.__str__(key): _json_value(entry, f"{place}[{_shown(key)}]", depth + 1) for key, entry in value.items()}
+        return {_key(key, place): _json_value(entry, f"{place}[{_shown(key)}]", depth + 1) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_json_value(entry, f"{place}[{position}]", depth + 1) for position, entry in enumerate(value)]
     if value is None or isinstance(value, bool):
@@ -347,12 +343,24 @@ def _json_value(value: object, place: str, depth: int) -> Any:
         if flaw := _text_flaw(value):
             raise InputError(f"{place} is {_shown(value)}, which holds {flaw}. Remove it.")
         return str.__str__(value)
-    if isinstance(value, (int, float)):
-        plain = int(value) if isinstance(value, int) else float(value)
-        if not _is_finite(plain):
-            raise InputError(f"{place} is {_shown(plain)}: JSON has no such number that every reader can hold.")
-        return plain
+    if isinstance(value, int):
+        if _has_64_bits(value):
+            return int(value)
+        # As a double it would equal its neighbours, and SQLite's versions disagree on which double it is.
+        raise InputError(f"{place} is {_shown(value)}, beyond 64 bits, which not every reader can hold. Store it as a text.")
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        raise InputError(f"{place} is {_shown(float(value))}: JSON has no such number. Use None, or leave it out.")
     raise InputError(f"{place} is {type(value).__name__}: metadata holds str, int, float, bool, None, lists and mappings.")
+
+
+def _key(key: object, place: str) -> str:
+    if not isinstance(key, str):
+        raise InputError(f"{place} has the key {_shown(key)}: keys are str.")
+    if flaw := _text_flaw(key):
+        raise InputError(f"{place} has the key {_shown(key)}, which holds {flaw}. Remove it.")
+    return str.__str__(key)
 
 
 def _text_flaw(text: str) -> str | None:
@@ -364,6 +372,10 @@ def _text_flaw(text: str) -> str | None:
     except UnicodeEncodeError:
         return "a lone surrogate"
     return None
+
+
+def _has_64_bits(number: int) -> bool:
+    return -(2**63) <= number < 2**63
 
 
 def _is_finite(number: float) -> bool:
