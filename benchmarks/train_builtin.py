@@ -121,11 +121,11 @@ def make_vocabulary(sets: Sequence[PairSet], path: Path) -> Tokenizer:
     )
 
 
-def make_token_vectors(sets: Sequence[PairSet], tokenizer: Tokenizer, path: Path) -> torch.Tensor:
+def make_token_vectors(sets: Sequence[PairSet], tokenizer: Tokenizer, path: Path, width: int) -> torch.Tensor:
     if not path.exists():
         texts = sorted({f"{pair.query}\n{pair.positive}" for s in sets for pair in s.pairs})
         rows = [tokenizer.encode(text, overflow="truncate").ids for text in texts]
-        torch.save(token_vectors(rows, CONFIG.vocab_size, CONFIG.width, seed=SEED), path)
+        torch.save(token_vectors(rows, CONFIG.vocab_size, width, seed=SEED), path)
     return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
 
 
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets, dev = read_sets(args.data)
         tokenizer = make_vocabulary(sets, args.work / "tokenizer.model")
         encoder = Encoder(CONFIG)
-        initialize(encoder, make_token_vectors(sets, tokenizer, args.work / "token_vectors.pt"), SEED)
+        initialize(encoder, make_token_vectors(sets, tokenizer, args.work / "token_vectors.pt", CONFIG.width), SEED)
         batches = Batches(
             sets,
             tokenizer,

@@ -232,6 +232,15 @@ class Embedder:
         """
         return self._embed(list(_checked(texts)), dim, overflow)
 
+    def count_tokens(self, text: str) -> int:
+        """How many tokens the model reads for a text exactly as it is, control tokens included; it reads at most `max_tokens`."""
+        self._check_one(text)
+        return self._tokenizer.encode(text, overflow="truncate").num_tokens
+
+    def document_prompt(self, title: str | None = None) -> str:
+        """What stands before a document's text when it is embedded."""
+        return self._prompts.document(title)
+
     def embed_ids(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Vectors of token ids as they are, all in one padded run where the model takes several: for checks of the model itself.
 

@@ -1,0 +1,214 @@
+"""The scanned prefix ("head") of every stored vector, held in memory as int8 and kept up with the file."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from egemma.index.codes import MAX_CODE
+
+BLOCK_ROWS = 256
+LIVE_BYTES = BLOCK_ROWS // 8
+_SPLIT_BYTES = 32 * 2**20    # heads that are worth a second thread
+_SCORES_BYTES = 64 * 2**20   # scores of several queries that are held at once
+_SLOW_ROWS = 16384           # rows that the NumPy kernel converts at a time
+
+
+class Damage(Exception):
+    """The file is not what was stored. `typed_errors` tells it as an IndexFileError with the path and the next step."""
+
+
+def block_crc32(block: int, live: bytes) -> int:
+    return zlib.crc32(live, zlib.crc32(block.to_bytes(8, "little")))
+
+
+def head_crc32(block: int, squares: bytes, codes: bytes) -> int:
+    return zlib.crc32(codes, zlib.crc32(squares, zlib.crc32(block.to_bytes(8, "little"))))
+
+
+def live_numbers(block: int, live: bytes) -> NDArray[np.int64]:
+    """Chunk numbers whose bit is set: bit i (least significant first) of a block stands for chunk 256 · block + i."""
+    return np.flatnonzero(np.unpackbits(np.frombuffer(live, np.uint8), bitorder="little")) + BLOCK_ROWS * block
+
+
+def kernel_name() -> str:
+    """What multiplies int8: "numkong <version>" where it is installed (`egemma[search]`), else "numpy". Both give the same integers."""
+    kong = _numkong()
+    return "numpy" if kong is None else f"numkong {kong.__version__}"
+
+
+@dataclass
+class Heads:
+    """Row n belongs to chunk number n. Call `refresh` and `scan` under one lock, inside one read transaction."""
+
+    width: int
+    threads: int
+    codes: NDArray[np.int8] = field(init=False)           # (capacity, width)
+    inverse: NDArray[np.float32] = field(init=False)      # (capacity,) 1 / length of the row's codes; 0 where there is no direction
+    live: NDArray[np.bool_] = field(init=False)           # (capacity,)
+    count: int = 0                                        # rows in use, dead ones included
+    generation: int = -1                                  # state of the file that this is; -1 for none
+    dead: NDArray[np.int64] = field(init=False)           # numbers below count that are not live
+
+    def __post_init__(self) -> None:
+        self._reserve(0)
+        self.dead = np.empty(0, np.int64)
+
+    def refresh(self, connection: sqlite3.Connection, *, generation: int, next_number: int, num_chunks: int) -> None:
+        """Read what changed since the last call.
+
+        Args:
+            generation, next_number, num_chunks: as the file's facts say now.
+
+        Raises:
+            Damage: a checksum or a count does not fit.
+        """
+        if generation == self.generation:
+            return
+        since, self.generation = self.generation, -1      # whatever fails below, the next call begins anew
+        if since == -1 or next_number < self.count:
+            since, self.count = -1, 0
+        self._reserve(next_number)
+        self.live[self.count : next_number] = False
+        self.count = next_number
+        changed = connection.execute("SELECT b.number, b.live, b.crc32, h.squares, h.codes, h.crc32 FROM blocks b "
+                                     "LEFT JOIN heads h ON h.block = b.number WHERE b.changed > ?", (since,))
+        while rows := changed.fetchmany(64):
+            for row in rows:
+                self._take(*row)
+        # What no checksum of a row can see: a row that is gone.
+        if int(self.live[: self.count].sum()) != num_chunks:
+            raise Damage(f"{num_chunks} chunks are counted, the blocks hold {int(self.live[: self.count].sum())}")
+        self.dead = np.flatnonzero(~self.live[: self.count])
+        self.generation = generation
+
+    def scan(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None = None) -> list[NDArray[np.int64]]:
+        """For each query the numbers of the live rows with the highest cosine, as far as int8 heads can tell.
+
+        Args:
+            queries: (B, width) float32, no row zero.
+            count: how many; fewer come back when fewer are stored or allowed.
+            allowed: (count of rows,) bool by number; None allows all.
+
+        Returns:
+            B arrays, in no order; equal scores at the edge all come back, so one can be longer than `count`.
+        """
+        biggest = np.abs(queries).max(axis=1, keepdims=True)
+        rounded = np.rint(queries * (MAX_CODE / biggest)).astype(np.int8)                     # (B, width)
+        rows: NDArray[np.int64] | None = None
+        codes, inverse = self.codes[: self.count], self.inverse[: self.count]
+        dead = self.dead
+        if allowed is not None:
+            kept = allowed[: self.count] & self.live[: self.count]
+            if kept.sum() * 8 < self.count:               # few: gather them instead of scanning all
+                rows = np.flatnonzero(kept)
+                codes, inverse, dead = codes[rows], inverse[rows], rows[:0]
+            else:
+                dead = np.flatnonzero(~kept)
+        step = max(1, _SCORES_BYTES // (4 * max(1, len(codes))))
+        found = []
+        for start in range(0, len(queries), step):
+            for scores in self._scores(rounded[start : start + step], codes, inverse):
+                scores[dead] = -np.inf
+                best = _highest(scores, count)
+                found.append(best if rows is None else rows[best])
+        return found
+
+    def _scores(self, queries: NDArray[np.int8], codes: NDArray[np.int8], inverse: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, N): cosines but for the query's own length, which orders nothing."""
+        scores = np.empty((len(queries), len(codes)), np.float32)
+        parts = min(self.threads, 1 + codes.nbytes // _SPLIT_BYTES)
+        edges = [len(codes) * part // parts for part in range(parts + 1)]
+
+        def run(part: int) -> None:
+            rows = slice(edges[part], edges[part + 1])
+            np.multiply(dot_int8(queries, codes[rows]), inverse[rows], out=scores[:, rows])
+
+        if parts == 1:
+            run(0)
+        else:
+            with ThreadPoolExecutor(parts) as pool:
+                list(pool.map(run, range(parts)))
+        return scores
+
+    def _take(self, block: int, live: bytes, crc: int, squares: bytes, codes: bytes, head_crc: int) -> None:
+        start = BLOCK_ROWS * block
+        sound = isinstance(live, bytes) and len(live) == LIVE_BYTES and block_crc32(block, live) == crc
+        if not sound or not isinstance(codes, bytes) or not isinstance(squares, bytes) or head_crc32(block, squares, codes) != head_crc:
+            raise Damage(f"block {block} of the vectors is not what was stored")
+        rows = len(codes) // self.width
+        stop = start + rows
+        numbers = live_numbers(block, live)
+        if len(codes) != rows * self.width or len(squares) != 4 * rows or stop > self.count or (len(numbers) and numbers[-1] >= stop):
+            raise Damage(f"block {block} of the vectors has {len(codes)} bytes of codes, {len(squares)} of squares")
+        self.codes[start:stop] = np.frombuffer(codes, np.int8).reshape(rows, self.width)
+        lengths = np.sqrt(np.frombuffer(squares, "<i4").astype(np.float32))
+        self.inverse[start:stop] = np.divide(1, lengths, out=np.zeros(rows, np.float32), where=lengths > 0)
+        self.live[start:stop] = False
+        self.live[numbers] = True
+
+    def _reserve(self, rows: int) -> None:
+        """Room for this many rows, with some to spare; what is there stays."""
+        have = len(self.live) if hasattr(self, "live") else -1
+        if rows <= have:
+            return
+        capacity = rows + rows // 8 + BLOCK_ROWS
+        codes, inverse, live = np.empty((capacity, self.width), np.int8), np.empty(capacity, np.float32), np.zeros(capacity, np.bool_)
+        if have > 0:
+            codes[: self.count], inverse[: self.count] = self.codes[: self.count], self.inverse[: self.count]
+            live[: self.count] = self.live[: self.count]
+        self.codes, self.inverse, self.live = codes, inverse, live
+
+
+def dot_int8(queries: NDArray[np.int8], codes: NDArray[np.int8]) -> NDArray[np.int32]:
+    """(B, N) dot products of (B, width) queries and (N, width) codes, exact."""
+    out = np.empty((len(queries), len(codes)), np.int32)
+    kong = _numkong()
+    if kong is not None and len(codes):
+        kong.cdist(queries, codes, "dot", out=out)
+        return out
+    # float32 holds whole numbers to 2^24 and a product sum of at most 1,040 channels stays below, so this is exact too.
+    wide_queries = queries.astype(np.float32)
+    wide = queries.shape[1] > 2**24 // MAX_CODE**2
+    for start in range(0, len(codes), _SLOW_ROWS):
+        rows = codes[start : start + _SLOW_ROWS].astype(np.float64 if wide else np.float32)
+        out[:, start : start + len(rows)] = wide_queries @ rows.T
+    return out
+
+
+def _numkong() -> Any:
+    """The module, or None where it is not installed; EGEMMA_KERNEL=numpy leaves it out."""
+    if os.environ.get("EGEMMA_KERNEL") == "numpy":
+        return None
+    try:
+        import numkong
+    except ImportError:
+        return None
+    return numkong
+
+
+def _highest(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Where the `count` highest scores stand, ties of the last included; -inf never comes back."""
+    threshold = -np.inf
+    if len(scores) > count:
+        # The count-th highest of some groups' maxima is a score that at least `count` reach, and is found quickly.
+        group = max(1, len(scores) // (4 * count))
+        if group > 1:
+            whole = len(scores) // group * group
+            maxima = scores[:whole].reshape(-1, group).max(axis=1)
+            threshold = np.partition(maxima, len(maxima) - count)[len(maxima) - count]
+        rows = np.flatnonzero(scores >= threshold)
+        if len(rows) > count:
+            kept = scores[rows]
+            threshold = np.partition(kept, len(kept) - count)[len(kept) - count]
+            rows = rows[kept >= threshold]
+    else:
+        rows = np.arange(len(scores))
+    return rows[scores[rows] > -np.inf]

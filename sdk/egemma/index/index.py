@@ -1,0 +1,805 @@
+"""The local index: documents, their chunks and vectors in one SQLite file, searched on this machine. No service, no network."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from egemma.chunks import Chunk, ChunkedDocument, split_text
+from egemma.fusion import reciprocal_rank_fusion
+from egemma.identity import ModelIdentity, check_same_model
+from egemma.index.codes import check_vectors, cosines, decode
+from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, fits, vector_crc32
+from egemma.index.file import (
+    IndexFacts,
+    State,
+    check_format,
+    checked_path,
+    connect,
+    create_tables,
+    facts_of,
+    is_blank,
+    read_state,
+    stamp_of,
+    transaction,
+    typed_errors,
+    write_state,
+)
+from egemma.index.heads import BLOCK_ROWS, Damage, Heads, head_crc32, kernel_name
+from egemma.index.inputs import (
+    check_id,
+    check_ids,
+    check_k,
+    check_shortlist,
+    check_text,
+    check_unique,
+    content_id,
+    one_per_text,
+    pack_json,
+    query_rows,
+)
+from egemma.index.rows import Change, NewChunk, StoredChunk, stored_chunks
+from egemma.index.words import best_words
+from egemma.threads import check_threads
+from egemma.where import pack_metadata, parse, to_sqlite
+from egemma_core.errors import ConfigError, IndexFileError, InputError
+from egemma_core.prompts import DEFAULT_TASK
+from egemma_core.tokens import Overflow
+from egemma_core.vectors import check_dim
+
+if TYPE_CHECKING:
+    from egemma.embedder import Embedder
+
+Mode = Literal["vector", "text", "hybrid"]
+IndexOverflow = Literal["error", "truncate", "chunk"]
+MODES = ("vector", "text", "hybrid")
+MIN_SHORTLIST = 200          # where nothing was tuned: at least so many, and
+SHORTLIST_PER_HIT = 10       # so many for each hit that is wanted
+FUSED = 100                  # hits of each kind that hybrid search joins, or k where that is more
+_EXACT_ROWS = 4096           # vectors that an exact search holds at a time
+_KEPT_FILTERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One stored document."""
+
+    id: str
+    text: str
+    title: str | None
+    metadata: Mapping[str, Any] | None
+    source: Mapping[str, Any] | None   # where ingestion found it
+    num_tokens: int                    # of all its chunks, prompts included
+    truncated: bool                    # of a chunk only the beginning was embedded
+    num_chunks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One search result: a chunk of a document."""
+
+    id: str                      # of the document
+    score: float                 # vector: cosine, -1 to 1; text: BM25, higher is better; hybrid: the sum of 1 / (60 + rank)
+    text: str                    # of the chunk
+    start: int                   # where the chunk stands in its document, in characters (Unicode code points)
+    stop: int
+    position: int                # the chunk's number in its document, from 0
+    title: str | None            # as embedded: the document's title, and the headings above the chunk
+    metadata: Mapping[str, Any] | None
+    truncated: bool              # only the beginning of the chunk was embedded, so only that can have matched
+    vector_score: float | None   # cosine, where vectors were searched and this was among their best
+    text_score: float | None     # BM25, where words were searched and this was among their best
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What a search did."""
+
+    mode: Mode
+    dim: int | None              # width that cosines were computed at; None where no vector was searched
+    scan_width: int | None       # width of the first pass; None where there was none
+    shortlist: int | None        # vectors that the first pass left over for the second
+    vectors: int                 # that the first pass went through
+    approximate: bool            # the first pass was a graph, which can miss some
+    kernel: str | None           # what computed the first pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hits(Sequence[Hit]):
+    """The hits of one query, best first, and how they were found."""
+
+    hits: tuple[Hit, ...]
+    how: How
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.hits[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PutReport:
+    """What `put` did."""
+
+    documents: int       # that were given
+    chunks: int          # that they have now
+    embedded: int        # chunks that the model had to read
+    reused: int          # chunks that kept their vector
+    removed: int         # chunks of earlier versions that went
+
+
+@dataclass
+class _Prepared:
+    """A document on its way in: checked, and as far as possible known."""
+
+    id: str
+    title: str | None
+    metadata: str | None
+    source: str | None
+    chunks: tuple[Chunk, ...]
+    vectors: dict[bytes, tuple[NDArray[np.float32], int, bool]] = field(default_factory=dict)  # chunk hash -> vector, tokens, truncated
+
+
+class Index:
+    """An open index file and the model that reads and writes it. Make one with `Index.open`.
+
+    May be used from several threads. Searches take turns among themselves, and so do writes; a search waits for no write, and
+    embedding happens outside both. Several processes may have the same file open: one writes at a time, the others wait for it.
+    """
+
+    def __init__(self, path: Path, embedder: Embedder | None, connection: sqlite3.Connection, state: State, *, read_only: bool, frozen: bool,
+                 threads: int | None) -> None:
+        self.path, self.read_only = path, read_only
+        self._embedder = embedder
+        self._identity = state.identity
+        self._reader, self._reading_lock = connection, threading.RLock()
+        self._writer: sqlite3.Connection | None = None
+        self._writing_lock = threading.RLock()
+        self._stamp = stamp_of(path) if frozen else None
+        self._closed = False
+        self._threads = check_threads(threads)
+        self._heads = Heads(state.scan_width, self._threads)
+        self._filters: dict[tuple[str, str], NDArray[np.bool_]] = {}  # SQL and parameters -> allowed by number; of one generation
+        self._filters_generation = -1
+
+    @classmethod
+    def open(cls, path: str | Path, embedder: Embedder | ModelIdentity | None = None, *, create: bool = True, keep_floats: bool = False,
+             threads: int | None = None) -> Index:
+        """Open an index file, or make one.
+
+        Args:
+            path: the SQLite file; while it is open, `-wal` and `-shm` stand beside it and belong to it.
+            embedder: the model; it must be the one that made the file, wherever its bundle lies now. An identity will do where
+                vectors come from elsewhere, None for a file that exists: both can do everything but embed.
+            create: make the file when there is none. A file that cannot be written is opened for search only.
+            keep_floats: a new file keeps vectors as float32 beside their int8 codes: 4 bytes more per channel, and scores as of the
+                model's own vectors. A file that exists stays as it is.
+            threads: to search with; None for as many as this process has CPUs.
+
+        Raises:
+            IndexMismatchError: the file holds vectors of another model.
+            IndexFileError: no file, no index, damaged, from a newer egemma, or not accessible.
+        """
+        from egemma.index.upgrade import upgrade
+
+        identity = embedder if isinstance(embedder, ModelIdentity) or embedder is None else ModelIdentity.of(embedder)
+        if identity is None and create and not Path(path).exists():
+            create = False
+        path = checked_path(path, create=create)
+        connection, read_only, frozen = connect(path)
+        try:
+            with typed_errors(path, "open"):
+                if not read_only and is_blank(connection):
+                    if not create or identity is None:
+                        raise IndexFileError(f"{path} is empty. Pass an embedder and create=True, or give the path of an index.")
+                    create_tables(connection, identity, floats=keep_floats)
+                if not read_only:
+                    upgrade(connection)
+                check_format(connection, path)
+                with transaction(connection):
+                    state = read_state(connection)
+            if identity is not None:
+                check_same_model(path, state.identity, identity, _WAY_OUT)
+        except BaseException:
+            connection.close()
+            raise
+        usable = None if isinstance(embedder, ModelIdentity) else embedder
+        return cls(path, usable, connection, state, read_only=read_only, frozen=frozen, threads=threads)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model whose vectors are in the file."""
+        return self._identity
+
+    def add(self, texts: Sequence[str], *, ids: Sequence[str] | None = None, titles: Sequence[str | None] | None = None,
+            metadata: Sequence[Mapping[str, Any] | None] | None = None, overflow: IndexOverflow = "error") -> list[str]:
+        """Embed texts as documents and store them: all of them, or after any error or crash none.
+
+        Args:
+            texts: documents, without prompts; not blank.
+            ids: one per text; None makes each from a hash of its title and text. A stored id is replaced; what of it is unchanged
+                keeps its vector.
+            titles: one per text or None.
+            metadata: one JSON object per text or None; what `where` filters by.
+            overflow: what to do with a text that is longer than the model reads: "error"; "truncate" embeds its beginning;
+                "chunk" cuts it into chunks that the model reads whole, which are found one by one.
+
+        Returns:
+            The ids, in the order of the texts. The same text twice is stored once.
+
+        Raises:
+            InputError: a text, id or metadata cannot be stored, or one id is given to two different documents.
+            TokenLimitError: a text is too long and `overflow` is "error".
+            IndexFileError: the file is read-only, full, locked or damaged.
+        """
+        if isinstance(texts, str):
+            raise InputError("texts is one str: pass a list of texts.")
+        texts = list(texts)
+        titles, packed = one_per_text("titles", titles, len(texts)), one_per_text("metadata", metadata, len(texts))
+        for position, (text, title) in enumerate(zip(texts, titles, strict=True)):
+            check_text(f"text {position}", text, blank=False)
+            if title is not None:
+                check_text(f"title {position}", title, blank=True)
+        given = [content_id(text, title or None) for text, title in zip(texts, titles, strict=True)] if ids is None else list(ids)
+        if len(given) != len(texts):
+            raise InputError(f"{len(given)} ids for {len(texts)} texts: give one each.")
+        embedder = self._embedder_here("add texts")
+        documents = []
+        for id_, text, title, entry in zip(given, texts, titles, packed, strict=True):
+            chunks = (Chunk(start=0, stop=len(text), title=title or None, text=text),)
+            if overflow == "chunk":
+                chunks = tuple(split_text(text, title=title or None, count_tokens=embedder.count_tokens, max_tokens=embedder.max_tokens,
+                                          prompt=embedder.document_prompt))
+            documents.append(ChunkedDocument(id=id_, title=title, metadata=entry, source=None, chunks=chunks))
+        self.put(documents, overflow="error" if overflow == "chunk" else overflow)
+        return given
+
+    def put(self, documents: Sequence[ChunkedDocument], *, overflow: Overflow = "error") -> PutReport:
+        """Embed the chunks of documents and store them: all, or after any error or crash none.
+
+        A stored id is replaced. A chunk whose title and text the stored document has already keeps its vector, so an edit costs
+        what it changed.
+
+        Args:
+            overflow: what to do with a chunk that is longer than the model reads; see `Embedder.embed_documents`.
+
+        Raises:
+            InputError, TokenLimitError, IndexFileError: as `add`.
+        """
+        embedder = self._embedder_here("put documents")
+        prepared = _prepare(documents)
+        self._check_writable()
+        if not prepared:
+            return PutReport(documents=0, chunks=0, embedded=0, reused=0, removed=0)
+        embedded = 0
+        while True:
+            with self._reading("read") as connection:
+                known = stored_chunks(connection, [document.id for document in prepared])
+            missing = {}
+            for document in prepared:
+                reusable = _reusable(known.get(document.id), overflow)
+                for chunk in document.chunks:
+                    if _hash(chunk) not in document.vectors and _hash(chunk) not in reusable:
+                        missing.setdefault(_hash(chunk), chunk)
+            if missing:
+                fresh = embedder.embed_documents([chunk.text for chunk in missing.values()], titles=[chunk.title for chunk in missing.values()],
+                                                 overflow=overflow)
+                vectors = check_vectors(fresh.vectors, self._identity.dim)
+                if len(vectors) != len(missing):
+                    raise InputError(f"the model gave {len(vectors)} vectors for {len(missing)} texts. Check it with `egemma verify`.")
+                embedded += len(missing)
+                found = {hash_: (vectors[row], int(fresh.num_tokens[row]), bool(fresh.truncated[row])) for row, hash_ in enumerate(missing)}
+                for document in prepared:
+                    document.vectors.update((_hash(chunk), found[_hash(chunk)]) for chunk in document.chunks if _hash(chunk) in found)
+            with self._writing("add") as change:
+                report = _store(change, prepared, overflow)
+                if report is None:
+                    continue   # another writer took away what was to be reused: begin anew with what is embedded
+            return replace(report, embedded=embedded)
+
+    def add_vectors(self, vectors: NDArray[np.float32], *, ids: Sequence[str], texts: Sequence[str] | None = None,
+                    titles: Sequence[str | None] | None = None, metadata: Sequence[Mapping[str, Any] | None] | None = None) -> list[str]:
+        """Store documents whose vectors were computed elsewhere by the same model, one chunk each: all, or none.
+
+        Args:
+            vectors: (N, D) float32 unit vectors of documents, D the model's full width.
+            ids: one per row; a stored id is replaced.
+            texts: one per row, to be shown and for full text; None stores vectors alone.
+            titles, metadata: as in `add`.
+
+        Returns:
+            The ids.
+
+        Raises:
+            InputError: a vector, id, text or metadata cannot be stored.
+            IndexFileError: the file is read-only, full, locked or damaged.
+        """
+        rows = check_vectors(vectors, self._identity.dim)
+        given = check_ids(ids)
+        if len(given) != len(rows):
+            raise InputError(f"{len(given)} ids for {len(rows)} vectors: give one each.")
+        if len(set(given)) != len(given):
+            raise InputError("an id comes twice in one call. Give each vector its own.")
+        words = [""] * len(rows) if texts is None else one_per_text("texts", texts, len(rows))
+        named, packed = one_per_text("titles", titles, len(rows)), one_per_text("metadata", metadata, len(rows))
+        for position, (text, title) in enumerate(zip(words, named, strict=True)):
+            check_text(f"text {position}", text, blank=True)
+            if title is not None:
+                check_text(f"title {position}", title, blank=True)
+        metas = [pack_metadata(entry) for entry in packed]
+        self._check_writable()
+        with self._writing("add") as change:
+            known = stored_chunks(change.connection, given)
+            change.remove_chunks([chunk.number for _, chunks in known.values() for chunk in chunks])
+            chunks = []
+            for id_, text, title, meta in zip(given, words, named, metas, strict=True):
+                number = change.put_document(id_, title or None, meta, None, known[id_][0] if id_ in known else None)
+                chunks.append(NewChunk(document=number, position=0, start=0, stop=len(text), num_tokens=0, truncated=False, title=title or None, text=text))
+            change.add_chunks(chunks, rows)
+        return given
+
+    def remove(self, ids: Sequence[str]) -> int:
+        """Delete documents, all in one transaction; ids that are not stored are passed over.
+
+        Returns:
+            How many were deleted.
+        """
+        wanted = check_ids(ids)
+        self._check_writable()
+        with self._writing("remove") as change:
+            return change.remove_documents(wanted)
+
+    def get(self, ids: Sequence[str]) -> list[Document]:
+        """The stored documents with these ids, in their order.
+
+        Raises:
+            InputError: an id is not stored.
+        """
+        with self._reading("read") as connection:
+            found = [_read_document(connection, id_) for id_ in check_ids(ids)]
+        missing = [id_ for id_, document in zip(ids, found, strict=True) if document is None]
+        if missing:
+            raise InputError(f"{self.path} has no document {missing[0]!r}.")
+        return [document for document in found if document is not None]
+
+    def ids(self, where: Mapping[Any, Any] | None = None) -> list[str]:
+        """The ids of all documents, or of those that a filter is true for, in the order in which they were added."""
+        condition, parameters = ("1", []) if where is None else to_sqlite(parse(where))
+        with self._reading("read") as connection:
+            return [row[0] for row in connection.execute(f"SELECT id FROM documents WHERE {condition} ORDER BY number", parameters)]
+
+    def sources(self) -> dict[str, Mapping[str, Any]]:
+        """What ingestion noted of each document that it put in: id -> source."""
+        with self._reading("read") as connection:
+            return {id_: json.loads(source) for id_, source in connection.execute("SELECT id, source FROM documents WHERE source IS NOT NULL")}
+
+    def search(self, query: str, k: int = 10, *, dim: int | None = None, where: Mapping[Any, Any] | None = None, mode: Mode = "vector",
+               task: str = DEFAULT_TASK, shortlist: int | None = None, exact: bool = False, approximate: bool = False) -> Hits:
+        """The chunks that answer a query best.
+
+        A vector search goes through the first `scan_width` channels of every vector, keeps the best `shortlist` of them, and
+        orders these by the cosine at `dim`.
+
+        Args:
+            query: without prompt; not blank.
+            k: how many, 1 to 10,000; fewer come back when fewer are stored or found.
+            dim: a trained width to score at; None for the full one.
+            where: a filter on metadata, such as {"lang": "en", "year": {"$gte": 2020}}; see `egemma.where`. It is applied before
+                the search, so k of those that pass come back.
+            mode: "vector" by meaning; "text" by words (BM25); "hybrid" joins both by reciprocal rank fusion.
+            task: a task of the model, such as "search result" or "question answering".
+            shortlist: None takes what `tune` found, or else the larger of 200 and 10 k.
+            exact: compare every vector at `dim`, without a first pass.
+            approximate: use the graph of `build_graph` as the first pass.
+
+        Returns:
+            Hits by falling score; equal scores in the order in which chunks were added.
+
+        Raises:
+            InputError, TokenLimitError, PromptError, DimensionError, ConfigError: the query, filter, task or a number cannot work.
+            IndexFileError: the file is damaged or was replaced.
+            IndexMismatchError: somebody has migrated the file to another model since it was opened.
+        """
+        return self.search_many([query], k, dim=dim, where=where, mode=mode, task=task, shortlist=shortlist, exact=exact,
+                                approximate=approximate)[0]
+
+    def search_many(self, queries: Sequence[str], k: int = 10, *, dim: int | None = None, where: Mapping[Any, Any] | None = None,
+                    mode: Mode = "vector", task: str = DEFAULT_TASK, shortlist: int | None = None, exact: bool = False,
+                    approximate: bool = False) -> list[Hits]:
+        """As `search`, for several queries at once: they are embedded and scanned together."""
+        if isinstance(queries, str) or not all(isinstance(query, str) and query.strip() for query in queries):
+            raise InputError("queries: pass a list of texts, each with at least one word." if not isinstance(queries, str)
+                             else "queries is one str: pass a list, or use `search`.")
+        if mode not in MODES:
+            raise ConfigError(f"mode={mode!r}: choose one of {', '.join(MODES)}.")
+        plan = self._plan(k, dim, where, shortlist, exact=exact, approximate=approximate)
+        if not queries:
+            return []
+        vectors = None
+        if mode != "text":
+            vectors = self._embedder_here("search by meaning").embed_queries(queries, task=task).vectors
+        return self._search(plan, vectors, list(queries) if mode != "vector" else None, mode)
+
+    def search_vector(self, vector: NDArray[np.float32], k: int = 10, *, dim: int | None = None, where: Mapping[Any, Any] | None = None,
+                      shortlist: int | None = None, exact: bool = False, approximate: bool = False) -> Hits:
+        """As `search`, for a query's vector by the same model.
+
+        Args:
+            vector: (W,) of any trained width from the index's scan width up; only its direction counts.
+            dim: a trained width, not above the vector's own; None for the vector's own.
+        """
+        vector = np.asarray(vector)
+        if vector.ndim != 1:
+            raise InputError(f"vector has shape {vector.shape} and type {vector.dtype}: it must be one row of floats.")
+        return self.search_vectors(vector[None], k, dim=dim, where=where, shortlist=shortlist, exact=exact, approximate=approximate)[0]
+
+    def search_vectors(self, vectors: NDArray[np.float32], k: int = 10, *, dim: int | None = None, where: Mapping[Any, Any] | None = None,
+                       shortlist: int | None = None, exact: bool = False, approximate: bool = False) -> list[Hits]:
+        """As `search_vector`, for the (B, W) vectors of several queries."""
+        return self._search(self._plan(k, dim, where, shortlist, exact=exact, approximate=approximate), vectors, None, "vector")
+
+    def facts(self, *, check: bool = False) -> IndexFacts:
+        """What the file says about itself; see `describe_index`."""
+        with self._reading("read") as connection:
+            return facts_of(connection, self.path, check=check)
+
+    def remember_model_path(self, model_path: str) -> None:
+        """Store where the bundle lies, as a hint for the next command."""
+        self._check_writable()
+        with self._writing("write") as change:
+            write_state(change.connection, replace(change.state, model_path=model_path))
+
+    def __len__(self) -> int:
+        """How many documents there are."""
+        with self._reading("read") as connection:
+            return int(connection.execute("SELECT count(*) FROM documents").fetchone()[0])
+
+    def close(self) -> None:
+        """Release the file. The embedder stays open: it was not opened here."""
+        with self._writing_lock, self._reading_lock:
+            self._closed = True
+            self._heads = Heads(self._heads.width, self._threads)
+            self._filters.clear()
+            with typed_errors(self.path, "close"):
+                if self._writer is not None:
+                    self._writer.close()
+                self._reader.close()
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _plan(self, k: int, dim: int | None, where: Mapping[Any, Any] | None, shortlist: int | None, *, exact: bool, approximate: bool) -> _Plan:
+        check_k(k)
+        check_shortlist(shortlist)
+        if dim is not None:
+            check_dim(dim, self._identity.dims)
+        if exact and (approximate or shortlist is not None):
+            raise ConfigError("exact=True compares every vector: leave approximate and shortlist out.")
+        condition = None if where is None else to_sqlite(parse(where))
+        return _Plan(k=k, dim=dim, condition=condition, shortlist=shortlist, exact=exact, approximate=approximate)
+
+    def _search(self, plan: _Plan, vectors: NDArray[np.float32] | None, words: list[str] | None, mode: Mode) -> list[Hits]:
+        """Everything about these queries from one state of the file."""
+        count = plan.k if mode != "hybrid" else max(plan.k, FUSED)
+        with self._reading("search") as connection:
+            state = self._current(connection)
+            by_vector: list[list[tuple[int, float]]] = []
+            how = How(mode=mode, dim=None, scan_width=None, shortlist=None, vectors=0, approximate=False, kernel=None)
+            if vectors is not None:
+                queries, dim = query_rows(vectors, plan.dim, state.identity)
+                by_vector, how = self._by_vector(connection, state, plan, queries, dim, count, how)
+            by_words: list[list[tuple[int, float]]] = []
+            if words is not None:
+                numbers = None if plan.condition is None else (_NUMBERS_WHERE.format(plan.condition[0]), list(plan.condition[1]))
+                by_words = [best_words(connection, query, count, numbers) for query in words]
+            results = []
+            for row in range(len(by_vector) or len(by_words)):
+                cosine, bm25 = dict(by_vector[row]) if by_vector else {}, dict(by_words[row]) if by_words else {}
+                ranked = list((cosine or bm25).items()) if mode != "hybrid" else reciprocal_rank_fusion([list(cosine), list(bm25)])
+                results.append(Hits(hits=tuple(_read_hit(connection, number, score, cosine.get(number), bm25.get(number))
+                                               for number, score in ranked[: plan.k]), how=how))
+            return results
+
+    def _by_vector(self, connection: sqlite3.Connection, state: State, plan: _Plan, queries: NDArray[np.float64], dim: int, count: int,
+                   how: How) -> tuple[list[list[tuple[int, float]]], How]:
+        """Chunk numbers and cosines for each query, best first."""
+        unit = _shortened(queries, dim)
+        self._heads.refresh(connection, generation=state.generation, next_number=state.next_number, num_chunks=state.chunks)
+        allowed = None if plan.condition is None else self._allowed(connection, state, plan.condition)
+        searched = state.chunks if allowed is None else int((allowed & self._heads.live[: self._heads.count]).sum())
+        if plan.exact:
+            ranked = self._compare_all(connection, state, unit, dim, count, allowed)
+            return ranked, replace(how, dim=dim, vectors=searched, kernel="numpy")
+        if queries.shape[1] < state.scan_width:
+            raise InputError(f"the vector has {queries.shape[1]} channels, this index scans {state.scan_width}: pass a wider one, or exact=True.")
+        shortlist = plan.shortlist or _default_shortlist(state, count)
+        rough = _shortened(queries, state.scan_width).astype(np.float32)
+        kernel = kernel_name()
+        if plan.approximate:
+            candidates, kernel = self._graph_candidates(connection, state, rough, max(shortlist, count), allowed)
+        else:
+            candidates = self._heads.scan(rough, max(shortlist, count), allowed)
+        ranked = [self._rescore(connection, state, unit[row], dim, numbers)[:count] for row, numbers in enumerate(candidates)]
+        return ranked, replace(how, dim=dim, scan_width=state.scan_width, shortlist=max(shortlist, count), vectors=searched,
+                               approximate=plan.approximate, kernel=kernel)
+
+    def _graph_candidates(self, connection: sqlite3.Connection, state: State, queries: NDArray[np.float32], count: int,
+                          allowed: NDArray[np.bool_] | None) -> tuple[list[NDArray[np.int64]], str]:
+        raise ConfigError("approximate=True: not built yet.")
+
+    def _rescore(self, connection: sqlite3.Connection, state: State, query: NDArray[np.float64], dim: int,
+                 numbers: NDArray[np.int64]) -> list[tuple[int, float]]:
+        """These chunks by falling cosine at `dim`, from their stored vectors, each checked against its checksum."""
+        numbers = np.sort(numbers)
+        scores = cosines(query, self._stored(connection, state, numbers)[:, :dim])
+        order = np.lexsort((numbers, -scores))
+        return list(zip(numbers[order].tolist(), scores[order].tolist(), strict=True))
+
+    def _stored(self, connection: sqlite3.Connection, state: State, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(n, D) float64 stored vectors of these chunks, which are in rising order: floats where the file keeps them, else codes."""
+        layout = state.layout
+        heads = self._heads.codes[numbers]
+        rows = connection.execute("SELECT v.number, v.crc32, v.scales, v.rest, v.floats FROM json_each(?) AS j CROSS JOIN vectors AS v "
+                                  "ON v.number = j.value", (json.dumps(numbers.tolist()),)).fetchall()
+        if [row[0] for row in rows] != numbers.tolist():
+            raise Damage(f"{len(numbers)} vectors are wanted, {len(rows)} are there")
+        for head, (number, crc, scales, rest, floats) in zip(heads, rows, strict=True):
+            if not fits(layout, state.floats, scales, rest, floats) or vector_crc32(number, head.tobytes(), scales, rest, floats) != crc:
+                raise Damage(f"vector {number} is not what was stored")
+        if state.floats:
+            return np.frombuffer(b"".join(row[4] for row in rows), "<f4").reshape(-1, layout.dim).astype(np.float64)
+        return decode(heads, np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, layout.scales),
+                      np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, layout.rest_bytes), layout)
+
+    def _compare_all(self, connection: sqlite3.Connection, state: State, queries: NDArray[np.float64], dim: int, count: int,
+                     allowed: NDArray[np.bool_] | None) -> list[list[tuple[int, float]]]:
+        """Every vector at `dim`, some thousand at a time."""
+        live = self._heads.live[: self._heads.count] if allowed is None else self._heads.live[: self._heads.count] & allowed
+        numbers = np.flatnonzero(live)
+        best: list[list[tuple[int, float]]] = [[] for _ in queries]
+        for start in range(0, len(numbers), _EXACT_ROWS):
+            part = numbers[start : start + _EXACT_ROWS]
+            stored = self._stored(connection, state, part)[:, :dim]
+            for row, query in enumerate(queries):
+                scores = cosines(query, stored)
+                kept = np.lexsort((part, -scores))[:count]
+                joined = best[row] + list(zip(part[kept].tolist(), scores[kept].tolist(), strict=True))
+                best[row] = sorted(joined, key=lambda pair: (-pair[1], pair[0]))[:count]
+        return best
+
+    def _allowed(self, connection: sqlite3.Connection, state: State, condition: tuple[str, Sequence[object]]) -> NDArray[np.bool_]:
+        """(rows,) bool by chunk number: whose document passes the filter. Kept until the file changes."""
+        if self._filters_generation != state.generation:
+            self._filters.clear()
+            self._filters_generation = state.generation
+        key = (condition[0], repr(condition[1]))
+        if key not in self._filters:
+            allowed = np.zeros(state.next_number, np.bool_)
+            rows = connection.execute(_NUMBERS_WHERE.format(condition[0]), tuple(condition[1])).fetchall()
+            allowed[np.fromiter((row[0] for row in rows), np.int64, len(rows))] = True
+            while len(self._filters) >= _KEPT_FILTERS:
+                del self._filters[next(iter(self._filters))]
+            self._filters[key] = allowed
+        return self._filters[key]
+
+    def _current(self, connection: sqlite3.Connection) -> State:
+        """The file's state now, inside a read transaction; what was learnt of an earlier model is forgotten."""
+        state = read_state(connection)
+        check_same_model(self.path, state.identity, self._identity, _WAY_OUT)
+        if state.scan_width != self._heads.width:
+            self._heads = Heads(state.scan_width, self._threads)
+        return state
+
+    def _embedder_here(self, doing: str) -> Embedder:
+        if self._embedder is None:
+            raise ConfigError(f"{self.path} was opened without a model, so it cannot {doing}. Open it with an Embedder.")
+        return self._embedder
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise IndexFileError(f"{self.path} cannot be written here; it is open for search only. Copy it elsewhere first.")
+
+    @contextmanager
+    def _reading(self, doing: str) -> Iterator[sqlite3.Connection]:
+        """One state of the file for everything in the block."""
+        with self._reading_lock:
+            self._check_open()
+            with typed_errors(self.path, doing), transaction(self._reader):
+                if self._stamp is not None and stamp_of(self.path) != self._stamp:
+                    raise IndexFileError(f"{self.path} was changed while it was open for search only. Open it again.")
+                yield self._reader
+
+    @contextmanager
+    def _writing(self, doing: str) -> Iterator[Change]:
+        """One transaction that is committed at the end of the block."""
+        with self._writing_lock:
+            self._check_open()
+            if self._writer is None:
+                self._writer = connect(self.path)[0]
+            with typed_errors(self.path, doing), transaction(self._writer, "BEGIN IMMEDIATE"):
+                change = Change(self._writer)
+                check_same_model(self.path, change.state.identity, self._identity, _WAY_OUT)
+                yield change
+                change.finish()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise IndexFileError(f"{self.path} is closed. Open it again.")
+
+
+_WAY_OUT = "Open it with that model, or re-embed it with `egemma index migrate`."
+_NUMBERS_WHERE = "SELECT chunks.number FROM documents JOIN chunks ON chunks.document = documents.number WHERE {}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What a caller wants, checked as far as it can be without the file."""
+
+    k: int
+    dim: int | None
+    condition: tuple[str, Sequence[object]] | None
+    shortlist: int | None
+    exact: bool
+    approximate: bool
+
+
+def _default_shortlist(state: State, count: int) -> int:
+    tuned = json.loads(state.tuned)["shortlist"] if state.tuned else MIN_SHORTLIST
+    return max(int(tuned), SHORTLIST_PER_HIT * count)
+
+
+def _shortened(rows: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
+    head = rows[:, :dim]
+    return head / np.sqrt((head * head).sum(axis=1, keepdims=True))
+
+
+def _hash(chunk: Chunk) -> bytes:
+    return chunk_hash(chunk.title, chunk.text)
+
+
+def _prepare(documents: Sequence[ChunkedDocument]) -> list[_Prepared]:
+    """Check documents; the same one twice in a call counts once."""
+    prepared: dict[str, _Prepared] = {}
+    for document in documents:
+        check_id(document.id)
+        title = document.title or None
+        if title is not None:
+            check_text(f"the title of {document.id!r}", title, blank=True)
+        if not document.chunks:
+            raise InputError(f"document {document.id!r} has no chunks: there is nothing to find in it. Leave it out.")
+        chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
+        for number, chunk in enumerate(chunks):
+            check_text(f"chunk {number} of {document.id!r}", chunk.text, blank=False)
+            if chunk.title is not None:
+                check_text(f"the title of chunk {number} of {document.id!r}", chunk.title, blank=True)
+            if chunk.stop - chunk.start != len(chunk.text) or chunk.start < 0:
+                raise InputError(f"chunk {number} of {document.id!r} spans {chunk.start} to {chunk.stop}, but has {len(chunk.text)} characters.")
+            if chunk.start > (chunks[number - 1].stop if number else 0):
+                raise InputError(f"chunk {number} of {document.id!r} begins at {chunk.start}: what stands before it is in no chunk.")
+        made = _Prepared(document.id, title, pack_metadata(document.metadata), pack_json("source", document.source), chunks)
+        check_unique([document.id, document.id], [made, prepared.get(document.id, made)])
+        prepared[document.id] = made
+    return list(prepared.values())
+
+
+def _reusable(known: tuple[int, list[StoredChunk]] | None, overflow: Overflow) -> dict[bytes, list[StoredChunk]]:
+    """Stored chunks by hash; one that was cut off is none where that is an error now."""
+    by_hash: dict[bytes, list[StoredChunk]] = {}
+    for chunk in known[1] if known else []:
+        if not chunk.truncated or overflow == "truncate":
+            by_hash.setdefault(chunk.hash, []).append(chunk)
+    return by_hash
+
+
+def _store(change: Change, prepared: list[_Prepared], overflow: Overflow) -> PutReport | None:
+    """Write documents; None, and nothing written, where a chunk has neither a vector at hand nor one in the file any more."""
+    known = stored_chunks(change.connection, [document.id for document in prepared])
+    for document in prepared:
+        reusable = _reusable(known.get(document.id), overflow)
+        if any(_hash(chunk) not in reusable and _hash(chunk) not in document.vectors for chunk in document.chunks):
+            return None
+    chunks: list[NewChunk] = []
+    vectors: list[NDArray[np.float32]] = []
+    twins: list[tuple[NewChunk, int]] = []   # the same words twice in a document, of which the file has the vector once
+    gone: list[int] = []
+    reused = 0
+    for document in prepared:
+        reusable = _reusable(known.get(document.id), overflow)
+        stored = known[document.id][1] if document.id in known else []
+        number = change.put_document(document.id, document.title, document.metadata, document.source,
+                                     known[document.id][0] if document.id in known else None)
+        kept: set[int] = set()
+        for position, chunk in enumerate(document.chunks):
+            hash_ = _hash(chunk)
+            new = NewChunk(document=number, position=position, start=chunk.start, stop=chunk.stop, num_tokens=0, truncated=False,
+                           title=chunk.title, text=chunk.text)
+            free = [twin for twin in reusable.get(hash_, []) if twin.number not in kept]
+            if free:
+                kept.add(free[0].number)
+                reused += 1
+                if (free[0].position, free[0].start, free[0].stop) != (position, chunk.start, chunk.stop):
+                    change.move_chunk(free[0], new)
+            elif hash_ in document.vectors:
+                vector, num_tokens, truncated = document.vectors[hash_]
+                chunks.append(replace(new, num_tokens=num_tokens, truncated=truncated))
+                vectors.append(vector)
+            else:
+                twin = reusable[hash_][0]
+                twins.append((replace(new, num_tokens=twin.num_tokens, truncated=twin.truncated), twin.number))
+        gone += [chunk.number for chunk in stored if chunk.number not in kept]
+    for new, number in twins:
+        chunks.append(new)
+        vectors.append(_stored_floats(change, number))
+    change.remove_chunks(gone)
+    if chunks:
+        change.add_chunks(chunks, np.stack(vectors))
+    return PutReport(documents=len(prepared), chunks=sum(len(document.chunks) for document in prepared), embedded=0,
+                     reused=reused + len(twins), removed=len(gone))
+
+
+def _stored_floats(change: Change, number: int) -> NDArray[np.float32]:
+    """(D,) a stored vector, as near to its floats as the file has it."""
+    block, slot = divmod(number, BLOCK_ROWS)
+    squares, codes, crc = change.connection.execute("SELECT squares, codes, crc32 FROM heads WHERE block = ?", (block,)).fetchone()
+    vector_crc, scales, rest, floats = change.connection.execute("SELECT crc32, scales, rest, floats FROM vectors WHERE number = ?",
+                                                                 (number,)).fetchone()
+    layout = change.state.layout
+    head = codes[slot * layout.head : (slot + 1) * layout.head]
+    if head_crc32(block, squares, codes) != crc or not fits(layout, change.state.floats, scales, rest, floats) \
+            or vector_crc32(number, head, scales, rest, floats) != vector_crc:
+        raise Damage(f"vector {number} is not what was stored")
+    if floats is not None:
+        return np.frombuffer(floats, "<f4")
+    return decode(np.frombuffer(head, np.int8)[None], np.frombuffer(scales, "<f4")[None], np.frombuffer(rest, np.uint8)[None],
+                  layout)[0].astype(np.float32)
+
+
+def _read_hit(connection: sqlite3.Connection, number: int, score: float, cosine: float | None, bm25: float | None) -> Hit:
+    row = connection.execute("SELECT c.document, c.position, c.start, c.stop, c.num_tokens, c.truncated, c.title, c.text, c.crc32, "
+                             "d.id, d.title, d.metadata, d.source, d.crc32 FROM chunks c JOIN documents d ON d.number = c.document "
+                             "WHERE c.number = ?", (number,)).fetchone()
+    if row is None:
+        raise Damage(f"chunk {number} cannot be looked up")
+    document, position, start, stop, num_tokens, truncated, title, text, crc, id_, document_title, metadata, source, document_crc = row
+    if chunk_crc32(number, document, position, start, stop, num_tokens, truncated, title, text) != crc:
+        raise Damage(f"chunk {number} is not what was stored")
+    if document_crc32(id_, document_title, metadata, source) != document_crc:
+        raise Damage(f"document {id_!r} is not what was stored")
+    return Hit(id=id_, score=score, text=text, start=start, stop=stop, position=position, title=title,
+               metadata=None if metadata is None else json.loads(metadata), truncated=bool(truncated), vector_score=cosine, text_score=bm25)
+
+
+def _read_document(connection: sqlite3.Connection, id_: str) -> Document | None:
+    row = connection.execute("SELECT number, title, metadata, source, crc32 FROM documents WHERE id = ?", (id_,)).fetchone()
+    if row is None:
+        return None
+    number, title, metadata, source, crc = row
+    if document_crc32(id_, title, metadata, source) != crc:
+        raise Damage(f"document {id_!r} is not what was stored")
+    text: list[str] = []
+    read = tokens = count = 0
+    cut = False
+    for chunk, position, start, stop, num_tokens, truncated, chunk_title, part, chunk_crc in connection.execute(
+            "SELECT number, position, start, stop, num_tokens, truncated, title, text, crc32 FROM chunks WHERE document = ? ORDER BY position", (number,)):
+        if chunk_crc32(chunk, number, position, start, stop, num_tokens, truncated, chunk_title, part) != chunk_crc or start > read:
+            raise Damage(f"chunk {chunk} is not what was stored")
+        text.append(part[read - start :])
+        read, tokens, count, cut = max(read, stop), tokens + num_tokens, count + 1, cut or bool(truncated)
+    if not count:
+        raise Damage(f"document {id_!r} has no chunks")
+    return Document(id=id_, text="".join(text), title=title, metadata=None if metadata is None else json.loads(metadata),
+                    source=None if source is None else json.loads(source), num_tokens=tokens, truncated=cut, num_chunks=count)

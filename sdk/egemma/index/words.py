@@ -1,0 +1,38 @@
+"""Full text: what a user types as an FTS5 query that can only search, and the chunks it finds."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+
+from egemma_core.errors import InputError
+
+_WORD = re.compile(r"\w+")
+MAX_WORDS = 1000
+
+
+def match_of(query: str) -> str | None:
+    """Any of the words, each quoted, so that no operator, column or quote of FTS5 can come from a user; None where there is no word.
+
+    Raises:
+        InputError: more words than a query can have.
+    """
+    words = list(dict.fromkeys(_WORD.findall(query)))
+    if len(words) > MAX_WORDS:
+        raise InputError(f"the query has {len(words)} different words: full text takes {MAX_WORDS}. Shorten it, or use mode='vector'.")
+    return " OR ".join(f'"{word}"' for word in words) or None
+
+
+def best_words(connection: sqlite3.Connection, query: str, count: int, condition: tuple[str, list[object]] | None) -> list[tuple[int, float]]:
+    """Chunk numbers and BM25 (higher is better), best first, equal ones by number.
+
+    Args:
+        condition: SQL and its parameters for chunk numbers that may come back; None for all.
+    """
+    match = match_of(query)
+    if match is None:
+        return []
+    among, parameters = ("", []) if condition is None else (f"AND rowid IN ({condition[0]})", condition[1])
+    rows = connection.execute(f"SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? {among} ORDER BY bm25(words), rowid LIMIT ?",
+                              (match, *parameters, count))
+    return [(int(number), float(score)) for number, score in rows]
