@@ -526,15 +526,15 @@ class Index:
             return ranked, replace(how, dim=dim, vectors=searched, kernel="numpy")
         if queries.shape[1] < state.scan_width:
             raise InputError(f"the vector has {queries.shape[1]} channels, this index scans {state.scan_width}: pass a wider one, or exact=True.")
-        shortlist = plan.shortlist or _default_shortlist(state, count)
+        shortlist = max(count, plan.shortlist or _default_shortlist(state, plan.k))
         rough = _shortened(queries, state.scan_width).astype(np.float32)
         kernel = kernel_name()
         if plan.approximate:
-            candidates, kernel = self._graph_candidates(connection, state, rough, max(shortlist, count), allowed)
+            candidates, kernel = self._graph_candidates(connection, state, rough, shortlist, allowed)
         else:
-            candidates = self._heads.scan(rough, max(shortlist, count), allowed)
+            candidates = self._heads.scan(rough, shortlist, allowed)
         ranked = [self._rescore(connection, state, unit[row], dim, numbers)[:count] for row, numbers in enumerate(candidates)]
-        return ranked, replace(how, dim=dim, scan_width=state.scan_width, shortlist=max(shortlist, count), vectors=searched,
+        return ranked, replace(how, dim=dim, scan_width=state.scan_width, shortlist=shortlist, vectors=searched,
                                approximate=plan.approximate, kernel=kernel)
 
     def _graph_candidates(self, connection: sqlite3.Connection, state: State, queries: NDArray[np.float32], count: int,
@@ -657,9 +657,9 @@ class _Plan:
     approximate: bool
 
 
-def _default_shortlist(state: State, count: int) -> int:
+def _default_shortlist(state: State, k: int) -> int:
     tuned = json.loads(state.tuned)["shortlist"] if state.tuned else MIN_SHORTLIST
-    return max(int(tuned), SHORTLIST_PER_HIT * count)
+    return max(int(tuned), SHORTLIST_PER_HIT * k)
 
 
 def _shortened(rows: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
