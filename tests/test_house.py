@@ -49,12 +49,26 @@ def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
         assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
 
 
+# What an extra of the SDK brings may be imported where it is used, never by loading a module.
+OPTIONAL = {"numkong", "usearch", "pypdf", "selectolax", "pyarrow", "ray", "psycopg", "qdrant_client", "resource"}
+
+
 def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
     import sys
 
     allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime", "egemma", "egemma_core"}
     for path in modules("egemma"):
         names = imported(path)
-        assert not {name.split(".")[0] for name in names} - allowed, f"{path.relative_to(ROOT)} imports {names}"
+        assert not {name.split(".")[0] for name in names} - allowed - OPTIONAL, f"{path.relative_to(ROOT)} imports {names}"
         upstairs = {name for name in names if name.startswith(("egemma_core.nn", "egemma_core.train"))}
         assert not upstairs, f"{path.relative_to(ROOT)} imports {upstairs}"
+
+
+def test_what_an_extra_brings_is_loaded_only_where_it_is_used() -> None:
+    for path in modules("egemma"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+        at_load = [node for node in tree.body if node not in for_types]
+        for node in at_load:
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module} if isinstance(node, ast.ImportFrom) else set()
+            assert not {str(name).split(".")[0] for name in names} & OPTIONAL, f"{path.relative_to(ROOT)} loads {names} with the module"

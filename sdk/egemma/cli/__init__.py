@@ -46,11 +46,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     top = parser()
     args, late = top.parse_known_args(argv)
     # argparse ends a list of files at the first option: what stands behind it arrives here.
-    several = {"embed": "texts", "add": "files"}.get(args.command)
+    several = {"embed": "texts", "add": "files", "remove": "ids"}.get(args.command)
     if late and (several is None or any(word.startswith("-") and word != "-" for word in late)):
         top.error(f"unrecognized arguments: {' '.join(late)}")
     if several is not None:
         setattr(args, several, getattr(args, several) + late)
+    if args.command == "add":
+        of_files = [name for name in ("plan", "exclude", "hidden", "chunk_tokens", "allow_empty") if getattr(args, name)]
+        if args.form != "file" and of_files:
+            top.error(f"--{of_files[0].replace('_', '-')} is for files and folders: leave out --{args.form}")
+        if args.form == "file" and args.overflow is not None and args.files not in ([], ["-"]):
+            top.error("--overflow is for --lines, --jsonl and stdin: files are cut into passages that the model reads whole")
     if args.command == "embed" and args.role == "query" and args.title is not None:
         top.error("--title is for documents: add --as document, or leave it out")
     if args.command == "embed" and args.role == "document" and args.task is not None:
@@ -76,28 +82,51 @@ def parser() -> argparse.ArgumentParser:
     _add_overflow(embed)
     _add_json(embed, "print one JSON object per line")
 
-    add = commands.add_parser("add", help="put documents into an index",
-                              description="Embed documents and put them into an index, which is made when there is none. "
-                                          "A document whose id is stored already replaces it.")
+    add = commands.add_parser("add", help="put files, folders or texts into an index",
+                              description="Put files and folders into an index, which is made when there is none. Text, Markdown, HTML, PDF and "
+                                          "code are read, cut into passages that the model reads whole, and embedded. Run it again to bring the "
+                                          "index up to date: only what changed is embedded, what was deleted leaves. Ctrl-C at any time, and go on.")
     add.add_argument("index", metavar="INDEX", help="the index file")
-    add.add_argument("files", nargs="*", metavar="FILE", help="UTF-8 text; each is one document, its id the full path; '-' or none: stdin")
+    add.add_argument("files", nargs="*", metavar="PATH", help="a file or folder, its id the full path; '-' or none: stdin as one document")
     form = add.add_mutually_exclusive_group()
-    form.add_argument("--lines", dest="form", action="store_const", const="lines", default="file", help="each line is a document")
+    form.add_argument("--lines", dest="form", action="store_const", const="lines", default="file", help="each line of PATH or stdin is a document")
     form.add_argument("--jsonl", dest="form", action="store_const", const="jsonl",
                       help='each line is a JSON object with "text" and, if wanted, "id", "title" and "metadata"')
+    add.add_argument("--plan", action="store_true", help="only say what would be embedded and how long it would take")
+    add.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave such files out, as in .gitignore; may be repeated")
+    add.add_argument("--hidden", action="store_true", help="read files and folders that begin with a dot too")
+    add.add_argument("--chunk-tokens", type=int, metavar="N", help="longest passage (default: 400, or what the model reads)")
+    add.add_argument("--allow-empty", action="store_true", help="a folder that became empty takes its documents out of the index")
     _add_model(add)
-    _add_overflow(add)
+    add.add_argument("--overflow", choices=("error", "truncate", "chunk"),
+                     help="for --lines, --jsonl and stdin: what to do with a text that is longer than the model reads (default: error)")
     _add_json(add)
 
-    search = commands.add_parser("search", help="find the documents nearest to a query",
-                                 description="Find the documents nearest to a query: every vector is compared.")
+    remove = commands.add_parser("remove", help="delete documents from an index", description="Delete documents from an index.")
+    remove.add_argument("index", metavar="INDEX", help="the index file")
+    remove.add_argument("ids", nargs="+", metavar="ID", help="ids as `egemma search` prints them; one that is not stored is an error")
+    _add_json(remove)
+
+    search = commands.add_parser("search", help="find what answers a query best",
+                                 description="Find what answers a query best: by meaning, by words, or by both.")
     search.add_argument("index", metavar="INDEX", help="the index file")
     search.add_argument("query", metavar="QUERY")
     search.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    search.add_argument("--mode", choices=("vector", "text", "hybrid"), default="vector",
+                        help="by meaning, by words (BM25), or both joined by rank (default: vector)")
+    search.add_argument("--where", type=_filter, metavar="JSON", help="only documents whose metadata pass, such as "
+                        """'{"lang": "en", "year": {"$gte": 2020}}'""")
     search.add_argument("--task", default=DEFAULT_TASK, help=f"what the query is for (default: {DEFAULT_TASK!r})")
+    search.add_argument("--shortlist", type=int, metavar="N", help="vectors that the first pass leaves to be compared at full width "
+                        "(default: what `egemma index tune` found, else the larger of 200 and 10 k)")
+    first_pass = search.add_mutually_exclusive_group()
+    first_pass.add_argument("--exact", action="store_true", help="compare every vector at full width, without a first pass")
+    first_pass.add_argument("--approximate", action="store_true", help="use the graph of `egemma index graph` as the first pass")
     _add_model(search)
     _add_dim(search)
     _add_json(search)
+
+    _add_index_commands(commands.add_parser("index", help="look after an index", description="Look after an index."))
 
     inspect = commands.add_parser("inspect", help="say what a bundle or an index is", description="Say what a bundle or an index is, "
                                   "and check it for damage.")
@@ -124,6 +153,43 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_index_commands(top: argparse.ArgumentParser) -> None:
+    commands = top.add_subparsers(dest="index_command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        made.add_argument("index", metavar="INDEX", help="the index file")
+        _add_json(made)
+        return made
+
+    command("check", "read everything and compare it with its checksums; exit code 1 when something is damaged")
+    command("compact", "give back the space of deleted documents")
+    backup = command("backup", "copy the index, also while others write to it")
+    backup.add_argument("to", metavar="FILE", help="a file that does not exist yet")
+    backup.add_argument("--force", action="store_true", help="replace FILE")
+    export = command("export", "write all documents as JSON lines")
+    export.add_argument("to", metavar="FILE.jsonl")
+    export.add_argument("--no-vectors", action="store_true", help="texts alone; an import then has to embed them")
+    export.add_argument("--force", action="store_true", help="replace FILE.jsonl")
+    imported = command("import", "put the documents of an export into the index, which is made when there is none")
+    imported.add_argument("file", metavar="FILE.jsonl")
+    imported.add_argument("--embed", action="store_true", help="embed the texts anew, for a file without vectors or of another model")
+    _add_model(imported)
+    tune = command("tune", "find the shortest shortlist that reaches a recall on this index")
+    tune.add_argument("--recall", type=float, default=0.99, help="share of the true best hits, at the lower end of the interval (default: 0.99)")
+    tune.add_argument("-k", type=int, default=10, help="hits that are wanted (default: 10)")
+    tune.add_argument("--queries", metavar="FILE", help="a query per line (default: stored passages stand in for queries)")
+    tune.add_argument("--sample", type=int, default=200, help="how many queries to try (default: 200)")
+    _add_model(tune)
+    graph = command("graph", "build the graph for approximate search; worth it from about a million passages")
+    _add_threads(graph)
+    migrate = command("migrate", "embed everything anew with another model; searches go on with the old one until the switch")
+    migrate.add_argument("--to", required=True, metavar="BUNDLE", help="the new model: a bundle folder, or 'builtin'")
+    migrate.add_argument("--overflow", choices=("error", "truncate"), default="error",
+                         help="what to do with a passage that is longer than the new model reads (default: error)")
+    _add_threads(migrate)
+
+
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="BUNDLE", help="a bundle folder, or 'builtin' (default: the one that the index was made with, "
                          f"else ${MODEL_VARIABLE}, else builtin)")
@@ -145,6 +211,18 @@ def _add_overflow(command: argparse.ArgumentParser) -> None:
 
 def _add_json(command: argparse.ArgumentParser, about: str = "print one JSON object") -> None:
     command.add_argument("--json", action="store_true", help=about)
+
+
+def _filter(text: str) -> object:
+    import json
+
+    try:
+        where = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(where, dict):
+        raise argparse.ArgumentTypeError(f'{text!r}: a JSON object such as {{"lang": "en"}}')
+    return where
 
 
 def _lengths(text: str) -> list[int]:

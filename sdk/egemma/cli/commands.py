@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egemma.bench import bench
-from egemma.cli import MODEL_VARIABLE
+from egemma.cli import MODEL_VARIABLE, upkeep
 from egemma.cli.progress import Progress
 from egemma.cli.reading import STDIN, Incoming, check_files, read_documents, read_lines
 from egemma.embedder import BUILTIN, BUILTIN_FOLDER, Embedder, Embedding, Embeddings
-from egemma.index import Document, Hit, Index
-from egemma.index_file import IndexFacts, describe_index, is_new
+from egemma.index import Document, Hit, Index, IndexFacts, describe_index, is_new
 from egemma.verify import verify_bundle
 from egemma_core.bundle import read_bundle
 from egemma_core.errors import EgemmaError, IndexFileError, InputError, PromptError, TokenLimitError
@@ -37,7 +36,7 @@ _Result = TypeVar("_Result")
 def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed; returns its exit code."""
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "embed": _embed, "add": _add, "search": _search, "inspect": _inspect, "verify": _verify, "bench": _bench,
+        "embed": _embed, "add": _add, "remove": _remove, "search": _search, "index": upkeep.run, "inspect": _inspect, "verify": _verify, "bench": _bench,
     }
     return commands[args.command](args)
 
@@ -77,32 +76,69 @@ def _embed(args: argparse.Namespace) -> int:
 
 def _add(args: argparse.Namespace) -> int:
     names = args.files or [STDIN]
-    check_files(names)
+    paths = [name for name in names if name != STDIN] if args.form == "file" else []
+    if args.form != "file":
+        check_files(names)
     known = None if is_new(args.index) else describe_index(args.index)
     model = _model(args.model, known)
-    stored: list[Document] = []  # without their texts
     with Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder) as index:
         location = model if model == BUILTIN else str(Path(model).resolve())
         if known is None or known.model_path != location:
             index.remember_model_path(location)
-
-        def add(group: list[Incoming]) -> None:
-            for part in ([incoming for incoming in group if incoming.id is not None], [incoming for incoming in group if incoming.id is None]):
-                ids = index.add([incoming.text for incoming in part], titles=[incoming.title for incoming in part],
-                                ids=[incoming.id for incoming in part if incoming.id is not None] or None,
-                                metadata=[incoming.metadata for incoming in part], overflow=args.overflow)
-                stored.extend(replace(document, text="") for document in index.get(ids))
-
         try:
-            with Progress("documents", len(names) if args.form == "file" else None) as progress:
-                for group in _groups(_once_each(read_documents(names, args.form))):
-                    _blaming(add, group)
-                    progress.advance(len(group))
+            code = _sync(args, index, paths) if paths else 0
+            given = [name for name in names if name not in paths]
+            return _add_texts(args, index, given) if given and not args.plan else code
         except (EgemmaError, KeyboardInterrupt):
             if documents := len(index):  # asked of the file: Ctrl-C may come between storing and counting
                 print(f"egemma: {args.index} now holds {documents} documents.", file=sys.stderr)
             raise
-        documents = len(index)
+
+
+def _sync(args: argparse.Namespace, index: Index, paths: list[str]) -> int:
+    """Files and folders: what is new or changed is embedded, what is gone is removed."""
+    from egemma.ingest import IngestConfig, SyncProgress, plan_folder, render, sync
+    from egemma.ingest.walk import DEFAULT_EXCLUDE
+
+    config = IngestConfig(exclude=(*DEFAULT_EXCLUDE, *args.exclude), hidden=args.hidden, chunk_tokens=args.chunk_tokens,
+                          allow_empty=args.allow_empty)
+    if args.plan:
+        with Progress("files", None) as progress:
+            plan = plan_folder(index, paths, config, progress=lambda _path, _done, _total: progress.advance(1))
+        print(json.dumps(asdict(plan), ensure_ascii=False) if args.json else "\n".join(render(plan)))
+        return 0
+    with Progress("bytes", None) as progress:
+        seen = 0
+
+        def show(now: SyncProgress) -> None:
+            nonlocal seen
+            progress.total = now.bytes
+            progress.advance(now.bytes_done - seen)
+            seen = now.bytes_done
+
+        report = sync(index, paths, config, progress=show)
+    print(json.dumps({"index": args.index, **asdict(report), "documents": len(index)}, ensure_ascii=False) if args.json
+          else "\n".join([*report.to_lines(), f"{args.index} now holds {len(index)} documents"]))
+    return 0
+
+
+def _add_texts(args: argparse.Namespace, index: Index, names: list[str]) -> int:
+    """Each line, JSON line, or all of stdin, as a document."""
+    stored: list[Document] = []  # without their texts
+    overflow = args.overflow or "error"
+
+    def add(group: list[Incoming]) -> None:
+        for part in ([incoming for incoming in group if incoming.id is not None], [incoming for incoming in group if incoming.id is None]):
+            ids = index.add([incoming.text for incoming in part], titles=[incoming.title for incoming in part],
+                            ids=[incoming.id for incoming in part if incoming.id is not None] or None,
+                            metadata=[incoming.metadata for incoming in part], overflow=overflow)
+            stored.extend(replace(document, text="") for document in index.get(ids))
+
+    with Progress("documents", None) as progress:
+        for group in _groups(_once_each(read_documents(names, args.form))):
+            _blaming(add, group)
+            progress.advance(len(group))
+    documents = len(index)
     tokens, cut = sum(document.num_tokens for document in stored), [document.id for document in stored if document.truncated]
     if args.json:
         print(json.dumps({"index": args.index, "added": len(stored), "tokens": tokens, "truncated": len(cut), "truncated_ids": cut,
@@ -115,18 +151,33 @@ def _add(args: argparse.Namespace) -> int:
     return 0
 
 
+def _remove(args: argparse.Namespace) -> int:
+    with Index.open(args.index, create=False) as index:
+        index.get(args.ids)  # a mistyped id deletes nothing, and says so
+        removed, documents = index.remove(args.ids), len(index)
+    print(json.dumps({"index": args.index, "removed": removed, "documents": documents}) if args.json
+          else f"{args.index}: deleted {removed}; it now holds {documents}")
+    return 0
+
+
 def _search(args: argparse.Namespace) -> int:
-    model = _model(args.model, describe_index(args.index))
-    with Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder, create=False) as index:
-        hits = index.search(args.query, args.k, dim=args.dim, task=args.task)
-        dim = args.dim or embedder.dim
+    options = {"where": args.where, "mode": args.mode, "dim": args.dim, "task": args.task, "shortlist": args.shortlist, "exact": args.exact,
+               "approximate": args.approximate}
+    if args.mode == "text":  # words need no model
+        with Index.open(args.index, create=False) as index:
+            hits = index.search(args.query, args.k, **options)
+    else:
+        model = _model(args.model, describe_index(args.index))
+        with Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder, create=False, threads=args.threads) as index:
+            hits = index.search(args.query, args.k, **options)
     if args.json:
-        print(json.dumps({"query": args.query, "task": args.task, "dim": dim, "hits": [asdict(hit) for hit in hits]}, ensure_ascii=False))
+        print(json.dumps({"query": args.query, "task": args.task, "how": asdict(hits.how), "hits": [asdict(hit) for hit in hits]},
+                         ensure_ascii=False))
         return 0
     for rank, hit in enumerate(hits, start=1):
         print(_hit_lines(rank, hit))
     if not hits:
-        print(f"{args.index} is empty", file=sys.stderr)
+        print(f"nothing found in {args.index}", file=sys.stderr)
     return 0
 
 
@@ -229,6 +280,8 @@ def _embedding_line(args: argparse.Namespace, text: str, embedding: Embedding) -
 
 def _hit_lines(rank: int, hit: Hit) -> str:
     name = f"{_printable(hit.id)}  {_printable(hit.title)}" if hit.title else _printable(hit.id)
+    if hit.position or hit.start:
+        name += f"  [{hit.start}:{hit.stop}]"
     cut = "  (only its beginning was embedded)" if hit.truncated else ""
     return f"{rank:>3}  {hit.score:.3f}  {name}{cut}\n            {_shortened(hit.text, max(20, shutil.get_terminal_size().columns - 13))}"
 
@@ -244,9 +297,10 @@ def _printable(text: str) -> str:
 
 
 def _index_text(facts: IndexFacts) -> str:
-    cut = f", {facts.truncated_documents} of them only from their beginning" if facts.truncated_documents else ""
-    rows = [("index", facts.path), ("documents", f"{facts.documents}{cut}"), ("model", facts.model),
-            ("model was in", facts.model_path or "not known"), ("widths", ", ".join(map(str, facts.dims))),
+    cut = f", {facts.truncated_chunks} of them only from their beginning" if facts.truncated_chunks else ""
+    rows = [("index", facts.path), ("documents", str(facts.documents)), ("chunks", f"{facts.chunks}{cut}"), ("model", facts.model),
+            ("model was in", facts.model_path or "not known"), ("widths", f"{', '.join(map(str, facts.dims))}; the first pass scans {facts.scan_width}"),
+            ("vectors", "codes and float32" if facts.floats else "codes"), *([("migrating to", facts.migrating_to)] if facts.migrating_to else []),
             ("size", f"{facts.file_bytes / 1e6:.1f} MB, format version {facts.format_version}"),
             ("damage", facts.damage or "none found"), ("fingerprint", facts.fingerprint)]
     return _table(rows)

@@ -14,7 +14,7 @@ class Progress:
     """Counts documents; draws at most ten times a second, and wipes itself off at the end."""
 
     def __init__(self, unit: str, total: int | None) -> None:
-        self._unit, self._total, self._done = unit, total, 0
+        self._unit, self.total, self._done = unit, total, 0
         self._drawn_at = 0.0
         self._watched = sys.stderr.isatty()
 
@@ -23,9 +23,9 @@ class Progress:
         if self._watched and time.monotonic() - self._drawn_at >= _EVERY_S:
             self._drawn_at = time.monotonic()
             bar = ""
-            if self._total:
-                filled = _WIDTH * self._done // self._total
-                bar = "[" + "#" * filled + "." * (_WIDTH - filled) + f"] of {self._total} "
+            if self.total:
+                filled = _WIDTH * self._done // self.total
+                bar = "[" + "#" * filled + "." * (_WIDTH - filled) + f"] of {self.total} "
             print(f"\r\x1b[K{self._done} {self._unit} {bar}", end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:

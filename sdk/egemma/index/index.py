@@ -222,6 +222,15 @@ class Index:
         """The model whose vectors are in the file."""
         return self._identity
 
+    @property
+    def embedder(self) -> Embedder:
+        """The model that texts are embedded with.
+
+        Raises:
+            ConfigError: the index was opened without one.
+        """
+        return self._embedder_here("embed texts")
+
     def add(self, texts: Sequence[str], *, ids: Sequence[str] | None = None, titles: Sequence[str | None] | None = None,
             metadata: Sequence[Mapping[str, Any] | None] | None = None, overflow: IndexOverflow = "error") -> list[str]:
         """Embed texts as documents and store them: all of them, or after any error or crash none.
@@ -383,6 +392,12 @@ class Index:
         """What ingestion noted of each document that it put in: id -> source."""
         with self._reading("read") as connection:
             return {id_: json.loads(source) for id_, source in connection.execute("SELECT id, source FROM documents WHERE source IS NOT NULL")}
+
+    def chunk_hashes(self, ids: Sequence[str]) -> dict[str, frozenset[bytes]]:
+        """For those of the ids that are stored: the hashes of their chunks, which `put` would not embed again."""
+        with self._reading("read") as connection:
+            known = stored_chunks(connection, check_ids(ids))
+        return {id_: frozenset(chunk.hash for chunk in chunks) for id_, (_, chunks) in known.items()}
 
     def search(self, query: str, k: int = 10, *, dim: int | None = None, where: Mapping[Any, Any] | None = None, mode: Mode = "vector",
                task: str = DEFAULT_TASK, shortlist: int | None = None, exact: bool = False, approximate: bool = False) -> Hits:
