@@ -55,8 +55,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         of_files = [name for name in ("plan", "exclude", "hidden", "chunk_tokens", "allow_empty") if getattr(args, name)]
         if args.form != "file" and of_files:
             top.error(f"--{of_files[0].replace('_', '-')} is for files and folders: leave out --{args.form}")
+        if args.plan and args.files in ([], ["-"]):
+            top.error("--plan wants files or folders")
         if args.form == "file" and args.overflow is not None and args.files not in ([], ["-"]):
             top.error("--overflow is for --lines, --jsonl and stdin: files are cut into passages that the model reads whole")
+    if args.command == "embed" and args.parquet is None:
+        of_bulk = [name for name in ("engine", "workers", "text_column", "title_column", "id_column", "on_error") if getattr(args, name) is not None]
+        if of_bulk:
+            top.error(f"--{of_bulk[0].replace('_', '-')} is for Parquet files: give --in as well")
+    if args.command == "embed" and args.parquet is not None:
+        if args.texts or args.out is None or args.title is not None:
+            top.error("--in takes --out FOLDER, and neither texts nor --title: titles come from --title-column")
     if args.command == "embed" and args.role == "query" and args.title is not None:
         top.error("--title is for documents: add --as document, or leave it out")
     if args.command == "embed" and args.role == "document" and args.task is not None:
@@ -76,7 +85,16 @@ def parser() -> argparse.ArgumentParser:
                        help="which of the model's prompts goes before the text (default: query)")
     embed.add_argument("--task", help=f"what a query is for (default: {DEFAULT_TASK!r})")
     embed.add_argument("--title", help="the title of a document")
-    embed.add_argument("--out", metavar="FILE.npy", help="save all vectors, one per row, as float32")
+    embed.add_argument("--out", metavar="FILE.npy|FOLDER", help="save all vectors, one per row, as float32; with --in, the folder for Parquet files")
+    bulk = embed.add_argument_group("many texts", "Parquet to Parquet; stopped at any moment, the same command goes on")
+    bulk.add_argument("--in", dest="parquet", action="append", metavar="PARQUET", help="a Parquet file or a folder of them; may be repeated")
+    bulk.add_argument("--engine", choices=("local", "ray"), help="this process, or workers of Ray with a model each (default: local)")
+    bulk.add_argument("--workers", type=int, metavar="N", help="of Ray; --threads is then of each")
+    bulk.add_argument("--text-column", metavar="NAME", help="(default: text)")
+    bulk.add_argument("--title-column", metavar="NAME", help="(default: no titles)")
+    bulk.add_argument("--id-column", metavar="NAME", help="(default: ids are FILE:ROW)")
+    bulk.add_argument("--on-error", choices=("fail", "null"), help="a row that cannot be embedded ends the run, or stays without a vector "
+                      "and with the reason (default: fail)")
     _add_model(embed)
     _add_dim(embed)
     _add_overflow(embed)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import islice
@@ -41,7 +42,29 @@ def run(args: argparse.Namespace) -> int:
     return commands[args.command](args)
 
 
+def _embed_parquet(args: argparse.Namespace) -> int:
+    from egemma.bulk import embed_parquet
+
+    with Progress("rows", None) as progress:
+        seen = 0
+
+        def show(done: int, total: int) -> None:
+            nonlocal seen
+            progress.total = total
+            progress.advance(done - seen)
+            seen = done
+
+        report = embed_parquet(args.parquet[0] if len(args.parquet) == 1 else args.parquet, args.out, bundle=_model(args.model, None),
+                               text_column=args.text_column or "text", title_column=args.title_column, id_column=args.id_column,
+                               role=args.role, task=args.task, dim=args.dim, overflow=args.overflow, engine=args.engine or "local",
+                               workers=args.workers, threads_per_worker=args.threads, on_error=args.on_error or "fail", progress=show)
+    print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else report.to_text())
+    return 0
+
+
 def _embed(args: argparse.Namespace) -> int:
+    if args.parquet is not None:
+        return _embed_parquet(args)
     from_stdin = args.texts in ([], [STDIN])
     typed = (Incoming(where=f"TEXT {number}", text=text) for number, text in enumerate(args.texts, start=1))
     kept = []
@@ -81,6 +104,10 @@ def _add(args: argparse.Namespace) -> int:
         check_files(names)
     known = None if is_new(args.index) else describe_index(args.index)
     model = _model(args.model, known)
+    if args.plan and known is None:  # a plan leaves nothing behind
+        with (tempfile.TemporaryDirectory() as scratch, Embedder.open(model, threads=args.threads) as embedder,
+              Index.open(Path(scratch, "index.db"), embedder) as index):
+            return _sync(args, index, paths)
     with Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder) as index:
         location = model if model == BUILTIN else str(Path(model).resolve())
         if known is None or known.model_path != location:
@@ -98,7 +125,7 @@ def _add(args: argparse.Namespace) -> int:
 def _sync(args: argparse.Namespace, index: Index, paths: list[str]) -> int:
     """Files and folders: what is new or changed is embedded, what is gone is removed."""
     from egemma.ingest import IngestConfig, SyncProgress, plan_folder, render, sync
-    from egemma.ingest.walk import DEFAULT_EXCLUDE
+    from egemma.ingest.plan import DEFAULT_EXCLUDE
 
     config = IngestConfig(exclude=(*DEFAULT_EXCLUDE, *args.exclude), hidden=args.hidden, chunk_tokens=args.chunk_tokens,
                           allow_empty=args.allow_empty)

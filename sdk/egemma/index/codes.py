@@ -94,7 +94,7 @@ def decode(heads: NDArray[np.int8], scales: NDArray[np.float32], rests: NDArray[
     """(N, D) stored vectors of what `encode` gave: nearly, but not exactly, of unit length."""
     vectors = np.empty((len(heads), layout.dim), np.float64)
     packed = rests[:, : (layout.head + 1) // 2]
-    nibbles = np.stack([packed & 15, packed >> 4], axis=2).reshape(len(heads), -1)[:, : layout.head]
+    nibbles = np.stack([packed & 15, packed >> 4], axis=2).reshape(len(heads), 2 * packed.shape[1])[:, : layout.head]
     wide = scales.astype(np.float64)
     vectors[:, : layout.head] = (heads + (nibbles - FINE / 2) / FINE) * wide[:, :1]
     codes = rests[:, packed.shape[1] :].view(np.int8)
