@@ -44,6 +44,12 @@ TABLES = {
     "heads": "CREATE TABLE heads (block INTEGER PRIMARY KEY, crc32 INTEGER NOT NULL, squares BLOB NOT NULL, codes BLOB NOT NULL)",
     "words": "CREATE VIRTUAL TABLE words USING fts5(title, text, content='', tokenize='unicode61 remove_diacritics 2')",
 }
+# While a migration to another model is half way: its vectors, and what its tokenizer counted. All three are there, or none.
+NEXT_TABLES = {
+    "next_vectors": TABLES["vectors"].replace("vectors", "next_vectors"),
+    "next_heads": TABLES["heads"].replace("heads", "next_heads"),
+    "next_tokens": "CREATE TABLE next_tokens (number INTEGER PRIMARY KEY, num_tokens INTEGER NOT NULL, truncated INTEGER NOT NULL)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,10 +277,12 @@ def check_format(connection: sqlite3.Connection, path: Path) -> None:
     if version < FORMAT_VERSION:
         raise IndexFileError(f"{path} has format version {version} and cannot be brought up to {FORMAT_VERSION} without writing. "
                              "Open it once from a place where it can be written.")
-    made = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' AND name NOT LIKE 'words\\_%' ESCAPE '\\' "
-                                   "AND name NOT LIKE 'next\\_%' ESCAPE '\\' AND name NOT LIKE 'field\\_%' ESCAPE '\\'").fetchall())
-    if made != TABLES:
-        strange = sorted(name for name in made.keys() | TABLES.keys() if made.get(name) != TABLES.get(name))
+    made = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' AND NOT (type = 'table' AND name IN "
+                                   "('words_data', 'words_idx', 'words_docsize', 'words_config'))").fetchall())  # FTS5 makes these four
+    made = {name: str(sql).replace('"', "") for name, sql in made.items()}  # SQLite quotes the name of a table that was renamed
+    wanted = TABLES | NEXT_TABLES if "next_vectors" in made else TABLES
+    if made != wanted:
+        strange = sorted(name for name in made.keys() | wanted.keys() if made.get(name) != wanted.get(name))
         raise IndexFileError(f"{path} is damaged, or was made by something else: {', '.join(map(str, strange))} is not as egemma makes it. {REBUILD}")
 
 
@@ -354,6 +362,15 @@ def file_bytes(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:  # SQLite removes a `-wal` file whenever its last writer leaves
         return 0
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """The same for the same file, whatever is written to it; None where there is none."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 def stamp_of(path: Path) -> tuple[int, int, int, int] | None:

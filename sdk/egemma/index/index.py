@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from egemma.index.file import (
     connect,
     create_tables,
     facts_of,
+    file_identity,
     is_blank,
     read_state,
     stamp_of,
@@ -167,6 +169,7 @@ class Index:
         self._writer: sqlite3.Connection | None = None
         self._writing_lock = threading.RLock()
         self._stamp = stamp_of(path) if frozen else None
+        self._file, self._process = file_identity(path), os.getpid()
         self._closed = False
         self._threads = check_threads(threads)
         self._heads = Heads(state.scan_width, self._threads)
@@ -654,6 +657,10 @@ class Index:
     def _check_open(self) -> None:
         if self._closed:
             raise IndexFileError(f"{self.path} is closed. Open it again.")
+        if os.getpid() != self._process:
+            raise IndexFileError(f"{self.path} was opened by another process, and SQLite's connections must not be shared by a fork. Open it here.")
+        if file_identity(self.path) != self._file:
+            raise IndexFileError(f"{self.path} was moved, deleted or replaced while it was open. Open it again.")
 
 
 _WAY_OUT = "Open it with that model, or re-embed it with `egemma index migrate`."
