@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,8 +77,8 @@ def encode(vectors: NDArray[np.float32], layout: Layout) -> tuple[NDArray[np.int
     Returns:
         (N, W) int8 codes of the heads, (N, 1 + segments) float32 scales, (N, rest_bytes) rests.
     """
-    starts, stops = (0, layout.head, *layout.edges[:-1]), (layout.head, *layout.edges)
-    scales = np.stack([np.abs(vectors[:, start:stop]).max(axis=1) for start, stop in zip(starts, stops, strict=False)], axis=1) / np.float32(MAX_CODE)
+    bounds = (0, layout.head, *layout.edges)
+    scales = np.stack([np.abs(vectors[:, start:stop]).max(axis=1) for start, stop in pairwise(bounds)], axis=1) / np.float32(MAX_CODE)
     safe = np.where(scales > 0, scales, np.float32(1))                                          # of a segment of zeros: codes 0
     fine = np.rint(vectors[:, : layout.head] * (FINE / safe[:, :1])).astype(np.int32).clip(-MAX_CODE * FINE, MAX_CODE * FINE)  # (N, W)
     heads = (fine + FINE // 2) // FINE                                                          # floor: the remainder is -8 to 7
@@ -85,7 +86,7 @@ def encode(vectors: NDArray[np.float32], layout: Layout) -> tuple[NDArray[np.int
     if layout.head % 2:
         nibbles = np.pad(nibbles, ((0, 0), (0, 1)), constant_values=FINE // 2)
     parts = [nibbles[:, 0::2] | nibbles[:, 1::2] << 4]
-    for segment, (start, stop) in enumerate(zip(starts[1:], stops[1:], strict=True), start=1):
+    for segment, (start, stop) in enumerate(pairwise(bounds[1:]), start=1):
         parts.append(np.rint(vectors[:, start:stop] / safe[:, segment, None]).clip(-MAX_CODE, MAX_CODE).astype(np.int8).view(np.uint8))
     return heads.astype(np.int8), scales, np.concatenate(parts, axis=1)
 
