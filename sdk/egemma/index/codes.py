@@ -22,7 +22,10 @@ def check_vectors(vectors: object, dim: int) -> NDArray[np.float32]:
     Raises:
         InputError: another shape, type or width, or a row that is zero, NaN, infinite or not of unit length.
     """
-    array = np.asarray(vectors)
+    try:
+        array = np.asarray(vectors)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, or a tensor that NumPy may not read
+        raise InputError(f"the vectors cannot be read as rows of {dim} floats: {error}") from error
     if array.ndim != 2 or array.shape[1] != dim:
         raise InputError(f"the vectors have shape {array.shape}: wanted are rows of {dim} floats, the model's full width.")
     if array.dtype.kind != "f":
