@@ -17,7 +17,7 @@ from pathlib import Path
 
 from egemma.identity import ModelIdentity
 from egemma.index.codes import Layout
-from egemma.index.damage import find_damage
+from egemma.index.damage import facts_crc32, find_damage
 from egemma.index.heads import Damage
 from egemma_core.errors import IndexFileError
 
@@ -91,6 +91,8 @@ def read_state(connection: sqlite3.Connection) -> State:
                       chunks=int(facts["chunks"]), model_path=facts.get("model_path"), tuned=facts.get("tuned"))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Damage(f"its table `facts` lacks or misspells something ({error})") from error
+    if facts.get("crc32") != facts_crc32(state.to_facts()):
+        raise Damage("its table `facts` is not what was stored")
     counts = (state.generation, state.numbering, state.next_number, state.chunks)
     if state.scan_width not in identity.dims or min(counts) < 0 or state.chunks > state.next_number or identity.dim > MAX_WIDTH:
         raise Damage(f"its table `facts` does not fit together: {facts}")
@@ -99,7 +101,8 @@ def read_state(connection: sqlite3.Connection) -> State:
 
 def write_state(connection: sqlite3.Connection, state: State) -> None:
     """Inside a write transaction."""
-    for name, value in state.to_facts().items():
+    facts = state.to_facts()
+    for name, value in (facts | {"crc32": facts_crc32(facts)}).items():
         if value is None:
             connection.execute("DELETE FROM facts WHERE name = ?", (name,))
         else:
@@ -277,7 +280,7 @@ def check_format(connection: sqlite3.Connection, path: Path) -> None:
     if version < FORMAT_VERSION:
         raise IndexFileError(f"{path} has format version {version} and cannot be brought up to {FORMAT_VERSION} without writing. "
                              "Open it once from a place where it can be written.")
-    made = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' AND NOT (type = 'table' AND name IN "
+    made = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' AND NOT (type = 'table' AND name IN "
                                    "('words_data', 'words_idx', 'words_docsize', 'words_config'))").fetchall())  # FTS5 makes these four
     made = {name: str(sql).replace('"', "") for name, sql in made.items()}  # SQLite quotes the name of a table that was renamed
     wanted = TABLES | NEXT_TABLES if "next_vectors" in made else TABLES

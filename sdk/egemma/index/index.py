@@ -22,6 +22,7 @@ from egemma.identity import ModelIdentity, check_same_model
 from egemma.index.codes import check_vectors, cosines, decode
 from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, fits, vector_crc32
 from egemma.index.file import (
+    MAX_WIDTH,
     IndexFacts,
     State,
     check_format,
@@ -197,6 +198,8 @@ class Index:
         from egemma.index.upgrade import upgrade
 
         identity = embedder if isinstance(embedder, ModelIdentity) or embedder is None else ModelIdentity.of(embedder)
+        if identity is not None and identity.dim > MAX_WIDTH:
+            raise ConfigError(f"the model's vectors have {identity.dim} channels, an index holds up to {MAX_WIDTH}.")
         if identity is None and create and not Path(path).exists():
             create = False
         path = checked_path(path, create=create)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 import zlib
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from egemma.index.codes import check_vectors
 from egemma.index.file import APPLICATION_ID, FORMAT_VERSION, TABLES, State, file_version, transaction, write_state
 from egemma.index.heads import Damage
 from egemma.index.rows import Change, NewChunk
-from egemma_core.errors import InputError
+from egemma_core.errors import ConfigError, InputError
 
 _TOGETHER = 1024   # documents that are read and written at a time
 
@@ -36,10 +35,14 @@ def upgrade(connection: sqlite3.Connection) -> None:
 
 def _one_to_two(connection: sqlite3.Connection) -> None:
     """Version 1 kept each document whole, with a float32 vector, in one table."""
+    made = {(kind, name) for kind, name in connection.execute("SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'")}
+    if made != {("table", "facts"), ("table", "documents")}:
+        raise Damage(f"version 1 has the tables facts and documents, this has {', '.join(sorted(str(name) for _, name in made))}")
     old = dict(connection.execute("SELECT name, value FROM facts").fetchall())
-    if old.keys() < {"fingerprint", "model", "dims"} or not re.fullmatch(r"\[\d+(, \d+)*\]", str(old.get("dims"))):
-        raise Damage("its table `facts` lacks something")
-    identity = ModelIdentity(fingerprint=old["fingerprint"], name=old["model"], dims=tuple(json.loads(old["dims"])), parts={})
+    try:
+        identity = ModelIdentity(fingerprint=old["fingerprint"], name=str(old["model"]), dims=tuple(json.loads(old["dims"])), parts={})
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise Damage(f"its table `facts` lacks or misspells something ({error})") from error
     connection.execute("ALTER TABLE documents RENAME TO documents_of_version_1")
     for name, statement in TABLES.items():
         if name != "facts":
@@ -54,7 +57,8 @@ def _one_to_two(connection: sqlite3.Connection) -> None:
         chunks, vectors = [], []
         for id_, title, metadata, num_tokens, truncated, text, text_crc, vector, vector_crc in some:
             fields = "\0".join("" if part is None else str(part) for part in (id_, title, metadata, num_tokens, truncated, text))
-            if zlib.crc32(fields.encode()) != text_crc or zlib.crc32(vector, zlib.crc32(id_.encode())) != vector_crc:
+            sound = isinstance(id_, str) and isinstance(text, str) and isinstance(vector, bytes) and len(vector) == 4 * identity.dim
+            if not sound or zlib.crc32(fields.encode()) != text_crc or zlib.crc32(vector, zlib.crc32(id_.encode())) != vector_crc:
                 raise Damage(f"document {id_!r} is not what was stored")
             number = change.put_document(id_, title or None, metadata, None, None)
             chunks.append(NewChunk(document=number, position=0, start=0, stop=len(text), num_tokens=num_tokens, truncated=bool(truncated),
@@ -62,7 +66,7 @@ def _one_to_two(connection: sqlite3.Connection) -> None:
             vectors.append(np.frombuffer(vector, "<f4"))
         try:
             change.add_chunks(chunks, check_vectors(np.stack(vectors), identity.dim))
-        except (InputError, ValueError) as error:
+        except InputError as error:
             raise Damage(f"a vector is not what was stored ({error})") from error
     connection.execute("DROP TABLE documents_of_version_1")
     change.finish()
