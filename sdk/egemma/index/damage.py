@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def fields_crc32(*fields: str | int | None) -> int:
     """Of a row of `documents` or `chunks`: numbers in decimal, NULL as empty, NUL between each two, UTF-8."""
-    return zlib.crc32("\0".join("" if field is None else str(field) for field in fields).encode())
+    # A text stays as it is: str() of an enumeration's member, which is stored as its text, would be its name.
+    return zlib.crc32("\0".join("" if field is None else field if isinstance(field, str) else str(field) for field in fields).encode())
 
 
 def facts_crc32(facts: Mapping[str, str | None]) -> str:
@@ -53,7 +54,7 @@ def fits(layout: Layout, keeps_floats: bool, scales: object, rest: object, float
 
 def chunk_hash(title: str | None, text: str) -> bytes:
     """Of what is embedded: 16 bytes. Equal ones of one document share a vector."""
-    return hashlib.sha256(f"{title or ''}\0{text}".encode()).digest()[:16]
+    return hashlib.sha256("\0".join((title or "", text)).encode()).digest()[:16]
 
 
 def find_damage(connection: sqlite3.Connection, state: State) -> str | None:
@@ -167,7 +168,7 @@ def _damaged_words(connection: sqlite3.Connection) -> Iterator[str]:
         if differs is not None:
             yield f"the full-text table finds {differs[0]!r} in other chunks than have it"
         # Lengths by chunk and of all chunks together: what BM25 weighs words with.
-        for table in ("docsize", "data WHERE id = 1"):
+        for table in ("docsize", "data WHERE id = 1") if chunks else ("docsize",):  # an emptied table notes its zeros, a new one nothing
             if _first_difference(*(connection.execute(f"SELECT * FROM {where}_{table}") for where in ("temp.again", "main.words"))) is not None:
                 yield "the full-text table has other lengths of texts than there are"
                 break
