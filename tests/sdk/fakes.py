@@ -32,6 +32,7 @@ class WordEmbedder:
 
     def __init__(self, name: str = "words-1", *, dims: Sequence[int] = DIMS, max_tokens: int = MAX_TOKENS) -> None:
         self.fingerprint = hashlib.sha256(name.encode()).hexdigest()
+        self._salt = "" if name == "words-1" else name   # two models put a word into different directions
         self.dims, self.dim, self.max_tokens = tuple(dims), dims[0], max_tokens
         self.tasks = ("question answering", DEFAULT_TASK)
         self.prompts = Prompts(by_name={"query": f"task: {DEFAULT_TASK} | query: ", "document": "title: none | text: "})
@@ -82,7 +83,7 @@ class WordEmbedder:
         vectors = np.empty((len(rows), self.dim), np.float32)
         for row, (title, prompt, text) in enumerate(rows):
             words = title.split() + text.split()[: max(0, self.max_tokens - self.count_tokens(prompt))]
-            vectors[row] = np.sum([_direction(word, self.dim) for word in words or [""]], axis=0)
+            vectors[row] = np.sum([_direction(self._salt + word, self.dim) for word in words or [""]], axis=0)
         return Embeddings(vectors=shorten(vectors, check_dim(dim, self.dims), self.dims), num_tokens=lengths, truncated=cut,
                           fingerprint=self.fingerprint)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from egemma.chunks import Chunk, ChunkedDocument, split_text
 from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity, check_same_model
+from egemma.index import jsonl, migration, upkeep
 from egemma.index.codes import check_vectors, cosines, decode
 from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, fits, vector_crc32
 from egemma.index.file import (
@@ -310,7 +311,7 @@ class Index:
             if missing:
                 fresh = embedder.embed_documents([chunk.text for chunk in missing.values()], titles=[chunk.title for chunk in missing.values()],
                                                  overflow=overflow)
-                vectors = check_vectors(fresh.vectors, self._identity.dim)
+                vectors = check_vectors(fresh.vectors, embedder.dim)
                 if len(vectors) != len(missing):
                     raise InputError(f"the model gave {len(vectors)} vectors for {len(missing)} texts. Check it with `egemma verify`.")
                 embedded += len(missing)
@@ -318,10 +319,14 @@ class Index:
                 for document in prepared:
                     document.vectors.update((_hash(chunk), found[_hash(chunk)]) for chunk in document.chunks if _hash(chunk) in found)
             with self._writing("add") as change:
-                report = _store(change, prepared, overflow)
+                report = _store(change, prepared, overflow) if embedder is self._embedder else None
                 if report is None:
                     continue   # another writer took away what was to be reused: begin anew with what is embedded
             return replace(report, embedded=embedded)
+            if embedder is not self._embedder:   # `migrate` was called meanwhile, and is done
+                embedder = self._embedder_here("put documents")
+                for document in prepared:
+                    document.vectors.clear()
 
     def add_vectors(self, vectors: NDArray[np.float32], *, ids: Sequence[str], texts: Sequence[str] | None = None,
                     titles: Sequence[str | None] | None = None, metadata: Sequence[Mapping[str, Any] | None] | None = None) -> list[str]:
@@ -447,10 +452,14 @@ class Index:
         plan = self._plan(k, dim, where, shortlist, exact=exact, approximate=approximate)
         if not queries:
             return []
-        vectors = None
-        if mode != "text":
-            vectors = self._embedder_here("search by meaning").embed_queries(queries, task=task).vectors
-        return self._search(plan, vectors, list(queries) if mode != "vector" else None, mode)
+        if mode == "text":
+            return self._search(plan, None, list(queries), mode)
+        while True:
+            embedder = self._embedder_here("search by meaning")
+            vectors = embedder.embed_queries(queries, task=task).vectors
+            with self._reading_lock:
+                if embedder is self._embedder:   # else `migrate` was called meanwhile, and is done: ask the new model
+                    return self._search(plan, vectors, list(queries) if mode != "vector" else None, mode)
 
     def search_vector(self, vector: NDArray[np.float32], k: int = 10, *, dim: int | None = None, where: Mapping[Any, Any] | None = None,
                       shortlist: int | None = None, exact: bool = False, approximate: bool = False) -> Hits:
@@ -539,6 +548,47 @@ class Index:
                    how: How) -> tuple[list[list[tuple[int, float]]], How]:
         """Chunk numbers and cosines for each query, best first."""
         unit = _shortened(queries, dim)
+    def check(self) -> list[str]:
+        """Read everything and compare it with its checksums: what does not fit; empty for a sound index. See `upkeep.check`."""
+        return upkeep.check(self._open_path())
+
+    def backup(self, destination: str | Path, *, force: bool = False) -> IndexFacts:
+        """Copy the index as it is now, and check the copy; see `upkeep.backup`."""
+        return upkeep.backup(self._open_path(), destination, force=force)
+
+    def compact(self) -> upkeep.CompactReport:
+        """Give back the space of what was deleted; see `upkeep.compact`."""
+        self._check_writable()
+        return upkeep.compact(self._open_path())
+
+    def export_jsonl(self, destination: str | Path, *, vectors: bool = True, force: bool = False) -> int:
+        """Write all documents as JSON lines; see `jsonl.export_jsonl`."""
+        return jsonl.export_jsonl(self._open_path(), destination, vectors=vectors, force=force)
+
+    def import_jsonl(self, source: str | Path, *, reembed: bool = False, overflow: Overflow = "error",
+                     progress: Callable[[int, int], None] | None = None) -> jsonl.ImportReport:
+        """Put the documents of an export in; see `jsonl.import_jsonl`."""
+        self._check_writable()
+        return jsonl.import_jsonl(self, source, reembed=reembed, overflow=overflow, progress=progress)
+
+    def migrate(self, new_embedder: Embedder, *, overflow: Overflow = "error", progress: Callable[[int, int], None] | None = None,
+                batch: int = 64) -> migration.MigrationReport:
+        """Embed everything anew with another model, with which this index then goes on; see `migration.migrate`.
+
+        Other threads may use this index meanwhile. Texts that they search for or add are embedded by the model that the file is of at
+        that moment; vectors that they pass themselves must be the new model's once this returns.
+        """
+        self._check_writable()
+        return migration.run(self._open_path(), new_embedder, overflow=overflow, progress=progress, batch=batch, index=self)
+
+    def _go_on_with(self, embedder: Embedder) -> None:
+        """The file is of this model now. Call under both locks."""
+        self._embedder, self._identity = embedder, ModelIdentity.of(embedder)
+
+    def _open_path(self) -> Path:
+        self._check_open()
+        return self.path
+
         self._heads.refresh(connection, generation=state.generation, next_number=state.next_number, num_chunks=state.chunks)
         allowed = None if plan.condition is None else self._allowed(connection, state, plan.condition)
         searched = state.chunks if allowed is None else int((allowed & self._heads.live[: self._heads.count]).sum())
@@ -696,8 +746,8 @@ def _hash(chunk: Chunk) -> bytes:
     return chunk_hash(chunk.title, chunk.text)
 
 
-def _prepare(documents: Sequence[ChunkedDocument]) -> list[_Prepared]:
-    """Check documents; the same one twice in a call counts once."""
+def _prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> list[_Prepared]:
+    """Check documents; the same one twice in a call counts once. Only where vectors come with them may a text be blank."""
     prepared: dict[str, _Prepared] = {}
     for document in documents:
         check_id(document.id)
@@ -708,7 +758,7 @@ def _prepare(documents: Sequence[ChunkedDocument]) -> list[_Prepared]:
             raise InputError(f"document {document.id!r} has no chunks: there is nothing to find in it. Leave it out.")
         chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
         for number, chunk in enumerate(chunks):
-            check_text(f"chunk {number} of {document.id!r}", chunk.text, blank=False)
+            check_text(f"chunk {number} of {document.id!r}", chunk.text, blank=True)
             if chunk.title is not None:
                 check_text(f"the title of chunk {number} of {document.id!r}", chunk.title, blank=True)
             if chunk.stop - chunk.start != len(chunk.text) or chunk.start < 0:
@@ -792,6 +842,8 @@ def _stored_floats(change: Change, number: int) -> NDArray[np.float32]:
     return decode(np.frombuffer(head, np.int8)[None], np.frombuffer(scales, "<f4")[None], np.frombuffer(rest, np.uint8)[None],
                   layout)[0].astype(np.float32)
 
+        if not blank and not any(chunk.text.strip() for chunk in chunks):  # a blank chunk between others is part of the text
+            raise InputError(f"document {document.id!r} is blank: there is nothing to find in it. Leave it out.")
 
 def _read_hit(connection: sqlite3.Connection, number: int, score: float, cosine: float | None, bm25: float | None) -> Hit:
     row = connection.execute("SELECT c.document, c.position, c.start, c.stop, c.num_tokens, c.truncated, c.title, c.text, c.crc32, "

@@ -67,11 +67,14 @@ class Change:
 
     def add_chunks(self, chunks: Sequence[NewChunk], vectors: NDArray[np.float32]) -> None:
         """Give each chunk the next number and store it with its vector: (N, D) float32, checked."""
-        if not chunks:
-            return
+        if chunks:
+            self.add_coded(chunks, *encode(vectors, self.state.layout), vectors if self.state.floats else None)
+
+    def add_coded(self, chunks: Sequence[NewChunk], heads: NDArray[np.int8], scales: NDArray[np.float32], rests: NDArray[np.uint8],
+                  vectors: NDArray[np.float32] | None) -> None:
+        """As `add_chunks`, for vectors as `encode` gave them for this file's layout, and their floats where the file keeps these."""
         first = self.state.next_number
-        heads, scales, rests = encode(vectors, self.state.layout)
-        wide = vectors.astype("<f4") if self.state.floats else [None] * len(vectors)
+        wide = [None] * len(chunks) if vectors is None else vectors.astype("<f4")
         coded, rows, texts = [], [], []
         for number, (chunk, *parts) in enumerate(zip(chunks, heads, scales.astype("<f4"), rests, wide, strict=True), start=first):
             head, scale, rest, floats = (None if part is None else part.tobytes() for part in parts)
