@@ -146,7 +146,7 @@ def changed(value: float) -> NDArray[np.float32]:
     (UNIT[0], r"shape \(16,\)"), (UNIT[:, :15], r"shape \(2, 15\)"), (UNIT[None], r"shape \(1, 2, 16\)"), (UNIT.T, r"shape \(16, 2\)"),
     (np.ones((2, 16), np.int8), "type int8"), (UNIT.astype(bool), "type bool"), (UNIT.astype(complex), "type complex"),
     (UNIT.astype(object), "type object"), (UNIT.astype(str), "type <U"), ("vectors", "shape"), (None, "shape"), (7, "shape"),
-    ([[0.5] * 16, [0.5] * 15], "rows of 16 floats"), ([], "shape"),
+    ([[0.5] * 16, [0.5] * 15], "rows of floats"), ([], "shape"),
 ])
 def test_what_is_no_unit_vector_of_floats_is_refused_with_its_row(vectors: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):

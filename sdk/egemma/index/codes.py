@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +17,24 @@ FINE = 16            # steps of a head's code in the four bits that stand beside
 _UNIT_SLACK = 1e-3   # how far from 1 the length of a vector may be: float32 sums, and models that round
 
 
+def to_array(vectors: object) -> NDArray[Any]:
+    """
+    Raises:
+        InputError: rows of different lengths, or a tensor that NumPy may not read.
+    """
+    try:
+        return np.asarray(vectors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the vectors cannot be read as rows of floats: {error}") from error
+
+
 def check_vectors(vectors: object, dim: int) -> NDArray[np.float32]:
     """(N, dim) float32, every row finite and of unit length.
 
     Raises:
         InputError: another shape, type or width, or a row that is zero, NaN, infinite or not of unit length.
     """
-    try:
-        array = np.asarray(vectors)
-    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, or a tensor that NumPy may not read
-        raise InputError(f"the vectors cannot be read as rows of {dim} floats: {error}") from error
+    array = to_array(vectors)
     if array.ndim != 2 or array.shape[1] != dim:
         raise InputError(f"the vectors have shape {array.shape}: wanted are rows of {dim} floats, the model's full width.")
     if array.dtype.kind != "f":

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
+from egemma.index.codes import to_array
 from egemma_core.errors import ConfigError, InputError
 from egemma_core.vectors import check_dim, normalize
 
@@ -105,7 +106,7 @@ def query_rows(vectors: object, dim: int | None, identity: ModelIdentity) -> tup
     Raises:
         InputError, DimensionError: a shape, width or value that cannot work.
     """
-    array = np.asarray(vectors)
+    array = to_array(vectors)
     if array.ndim != 2 or array.dtype.kind != "f":
         raise InputError(f"the vectors have shape {array.shape} and type {array.dtype}: they must be rows of floats.")
     width = check_dim(array.shape[1], identity.dims)

@@ -8,16 +8,23 @@ import sqlite3
 from egemma_core.errors import InputError
 
 _WORD = re.compile(r"\w+")
+# SQLite's idea of a letter is older than Python's, and has combining accents in it: a piece with one of these goes to it whole.
+_DOUBTFUL = re.compile(r"[^\x00-\x7f\w]")
+_NEVER_STORED = re.compile(r"[\0\ud800-\udfff]")
 MAX_WORDS = 1000
 
 
 def match_of(query: str) -> str | None:
     """Any of the words, each quoted, so that no operator, column or quote of FTS5 can come from a user; None where there is no word.
 
+    FTS5 cuts what stands in quotes once more, and finds it where the same words follow each other.
+
     Raises:
         InputError: more words than a query can have.
     """
-    words = list(dict.fromkeys(_WORD.findall(query)))
+    query = _NEVER_STORED.sub(" ", query)
+    pieces = [piece.replace('"', '""') for piece in query.split() if _DOUBTFUL.search(piece)]
+    words = list(dict.fromkeys(_WORD.findall(query) + pieces))
     if len(words) > MAX_WORDS:
         raise InputError(f"the query has {len(words)} different words: full text takes {MAX_WORDS}. Shorten it, or use mode='vector'.")
     return " OR ".join(f'"{word}"' for word in words) or None
