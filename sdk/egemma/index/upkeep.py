@@ -71,12 +71,13 @@ def check(path: str | Path) -> list[str]:
         IndexFileError: no file, no index, or so damaged that it cannot be opened.
     """
     found: list[str] = []
-    with opened(path, "check", write=False) as connection, transaction(connection):
+    with opened(path, "check", write=False) as connection:
         try:
-            for finding in all_damage(connection, read_state(connection)):
-                found.append(finding)
-                if len(found) == MOST_FINDINGS:
-                    break
+            with transaction(connection):
+                for finding in all_damage(connection, read_state(connection)):
+                    found.append(finding)
+                    if len(found) == MOST_FINDINGS:
+                        break
         except (sqlite3.Error, UnicodeDecodeError, Damage) as error:
             found.append(f"{error}; what comes after it was not checked")
     return found
