@@ -16,6 +16,7 @@ import pytest
 pa = pytest.importorskip("pyarrow", reason="bulk embedding needs the bulk extra")
 pq = pytest.importorskip("pyarrow.parquet", reason="bulk embedding needs the bulk extra")
 
+import egemma.bulk.source  # noqa: E402
 from egemma import (  # noqa: E402
     ConfigError,
     DimensionError,
@@ -31,6 +32,7 @@ from egemma import (  # noqa: E402
 from egemma.bulk import embed_parquet  # noqa: E402
 from egemma.bulk.job import JOB_FILE, read_job  # noqa: E402
 from egemma.bulk.shards import check_shard  # noqa: E402
+from egemma.bulk.source import describe_file, place_of, read_rows  # noqa: E402
 from egemma.embedder import WINDOW_TEXTS  # noqa: E402
 from tests.sdk.conftest import run_python  # noqa: E402
 from tests.tiny import CORPUS, MAX_TOKENS, PROMPTS, WIDTH, tiny_bundle  # noqa: E402
@@ -229,6 +231,20 @@ def test_row_groups_of_any_size_lose_and_repeat_no_row(run: Any, tmp_path: Path,
     assert read(tmp_path / "out").column("text").to_pylist() == texts
     assert [pq.read_metadata(path).num_rows for path in shards(tmp_path / "out")] == [33] * 9 + [3]
     assert (report.shards, report.rows) == (10, 300)
+
+
+def test_any_range_of_rows_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(egemma.bulk.source, "_READ_ROWS", 10)
+    chance = random.Random(5)
+    for number in range(20):
+        name, row_group = f"{number}.parquet", chance.randrange(1, 70)
+        write(tmp_path / name, [str(row) for row in range(200)], row_group=row_group)
+        file = describe_file(tmp_path, name)
+        for _ in range(20):
+            start = chance.randrange(200)
+            stop = chance.randrange(start + 1, 201)
+            assert read_rows(tmp_path, file, start, stop, ["text"]).column("text").to_pylist() == [str(row) for row in range(start, stop)]
+            assert place_of(tmp_path, file, start) == (f"{name}, row group {start // row_group}, row {start % row_group} (row {start} of the file)")
 
 
 def test_files_without_rows_are_no_error(run: Any, tmp_path: Path) -> None:

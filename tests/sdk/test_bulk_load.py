@@ -13,6 +13,7 @@ pa = pytest.importorskip("pyarrow", reason="bulk embedding needs the bulk extra"
 from egemma import ConfigError, DimensionError, Embedder, Index, IndexFileError, IndexMismatchError, InputError  # noqa: E402
 from egemma.bulk import LoadReport, embed_parquet, load_parquet  # noqa: E402
 from egemma.identity import ModelIdentity  # noqa: E402
+from tests.sdk.conftest import ROOT, run_python  # noqa: E402
 from tests.sdk.test_bulk import TOO_LONG, flipped, shards, texts_of, write  # noqa: E402
 from tests.tiny import tiny_bundle  # noqa: E402
 
@@ -141,3 +142,12 @@ def test_a_row_that_the_index_cannot_store_is_placed(run: Any, tmp_path: Path, i
 def test_vectors_without_texts_are_loaded_without_texts(run: Any, tmp_path: Path, index: Index) -> None:
     load_parquet(index, run(write(tmp_path / "in.parquet"), keep_text=False))
     assert index.search("water", k=1)[0].text == ""
+
+
+def test_the_page_on_bulk_embedding_says_what_happens(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "bulk.md").read_text(encoding="utf-8")
+    snippet = page.split("```python\n")[1].split("```")[0]
+    done = run_python(f"import os; os.chdir({str(tmp_path)!r})\n{snippet}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "git"
+    assert "2 rows in 1 files, vectors of 256 float32" in done.stdout

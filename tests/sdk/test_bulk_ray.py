@@ -18,7 +18,7 @@ pytest.importorskip("ray", reason="bulk embedding on Ray needs the ray extra")
 from egemma import BundleError, ConfigError, EgemmaError, TokenLimitError  # noqa: E402
 from egemma.bulk import embed_parquet  # noqa: E402
 from egemma.bulk.job import Job, read_job  # noqa: E402
-from egemma.bulk.on_ray import MOST_ATTEMPTS, RayWorker, _ray  # noqa: E402
+from egemma.bulk.on_ray import MOST_ATTEMPTS, RayWorker, ray_running  # noqa: E402
 from tests.sdk.conftest import run_python  # noqa: E402
 from tests.sdk.test_bulk import TOO_LONG, contents, shards, texts_of, write  # noqa: E402
 from tests.tiny import tiny_bundle  # noqa: E402
@@ -48,7 +48,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     (site / "sitecustomize.py").write_text(DYING)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
-        with _ray(cpus=2, threads=1):
+        with ray_running(cpus=2, threads=1):
             yield sys.modules["ray"]
 
 
@@ -138,6 +138,7 @@ def test_a_shard_that_kills_its_worker_is_tried_again_and_then_given_up(run: Any
     with pytest.raises(EgemmaError, match=rf"a\.parquet, rows 192 to 256: the worker that embeds them died {MOST_ATTEMPTS} times"):
         run(source, "out", engine="ray", workers=2)
     assert "shard-000003.parquet" not in contents(tmp_path / "out")
+    assert (tmp_path / "out" / ".attempts" / "shard-000003.parquet").stat().st_size == 4  # the fourth did not begin
     (tmp_path / "out" / ".dies").unlink()
     run(source, "out", engine="ray", workers=2)
     run(source, "whole")

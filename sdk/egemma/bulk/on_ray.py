@@ -46,7 +46,7 @@ def embed_on_ray(job: Job, folder: Path, out: Path, bundle: str | Path, pending:
         raise RuntimeUnavailableError("engine='ray' needs Ray. Install it with `pip install 'egemma[ray]'`.")
     shutil.rmtree(out / ATTEMPTS, ignore_errors=True)
     (out / ATTEMPTS).mkdir()
-    with _ray(cpus=workers * threads, threads=threads):
+    with ray_running(cpus=workers * threads, threads=threads):
         import ray.data
         from ray.exceptions import RayError
 
@@ -109,7 +109,7 @@ class RayWorker:
 
 
 @contextmanager
-def _ray(*, cpus: int, threads: int) -> Iterator[None]:
+def ray_running(*, cpus: int, threads: int) -> Iterator[None]:
     """Ray: the one that this process is connected to; else that of RAY_ADDRESS; else one on this machine, started for this run and
     stopped after it.
     """
@@ -119,7 +119,7 @@ def _ray(*, cpus: int, threads: int) -> Iterator[None]:
         yield
         return
     before = signal.getsignal(signal.SIGTERM) if threading.current_thread() is threading.main_thread() else None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports usage to its makers unless this is there before its import
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray and Ray Data ask here before they report to their makers
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         _keep_to_ourselves()
