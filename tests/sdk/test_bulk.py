@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import signal
 import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from egemma.bulk.shards import check_shard  # noqa: E402
 from egemma.bulk.source import describe_file, place_of, read_rows  # noqa: E402
 from egemma.embedder import WINDOW_TEXTS  # noqa: E402
 from tests.sdk.conftest import run_python  # noqa: E402
+from tests.sdk.test_privacy import CALLS, sealed  # noqa: E402
 from tests.tiny import CORPUS, MAX_TOKENS, PROMPTS, WIDTH, tiny_bundle  # noqa: E402
 
 LINES = CORPUS.splitlines()
@@ -512,6 +515,15 @@ def test_a_missing_library_is_named(run: Any, tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(f"egemma.bulk.{module}.find_spec", lambda name: None if name == missing else object())
     with pytest.raises(RuntimeUnavailableError, match=extra):
         run(source, engine="ray", workers=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in CALLS, reason="needs Linux's seccomp")
+def test_the_local_engine_makes_no_socket(tmp_path: Path, onnx_bundle: Path) -> None:
+    source = write(tmp_path / "in.parquet")
+    (tmp_path / "home").mkdir()
+    script = f"from egemma.bulk import embed_parquet; print(embed_parquet({str(source)!r}, {str(tmp_path / 'out')!r}, bundle=sys.argv[2]).rows)"
+    done = sealed(script, onnx_bundle, tmp_path / "home")
+    assert (done.returncode, done.stdout.strip()) == (0, "100"), done.stderr
 
 
 def test_importing_the_package_loads_neither_pyarrow_nor_ray() -> None:
