@@ -22,7 +22,7 @@ import egemma.cli.commands
 from egemma.cli import main
 from egemma.cli.progress import Progress
 from egemma.embedder import Embedder
-from egemma.index_file import describe_index, is_new
+from egemma.index import describe_index, is_new
 from tests.sdk.test_verify import certify
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_bundle
 
@@ -135,9 +135,14 @@ def test_embed_says_which_text_cannot_be_embedded(egemma_: Shell) -> None:
     (["embed", "x", "--model", "nowhere"], "nowhere: no such folder"),
     (["embed", "x", "--out", "no/such/folder.npy"], "cannot be written"),
     (["search", "none.egx", "x"], "none.egx: no such file"),
-    (["add", "a.egx", "none.txt"], "'none.txt' cannot be read: No such file"),
+    (["add", "a.egx", "none.txt"], "none.txt"),
     (["add", "a.egx", "a\0b"], "cannot be read"),
-    (["add", "a.egx", "."], "is a folder"),
+    (["remove", "none.egx", "x"], "none.egx: no such file"),
+    (["index", "check", "none.egx"], "none.egx: no such file"),
+    (["index", "tune", "none.egx"], "none.egx: no such file"),
+    (["index", "migrate", "none.egx", "--to", "builtin"], "none.egx: no such file"),
+    (["index", "import", "a.egx", "none.jsonl"], "none.jsonl"),
+    (["embed", "--in", "none.parquet", "--out", "v"], "none.parquet"),
     (["add", "no/such/a.egx"], "no such folder"),
     (["inspect", "none"], "none: no such folder"),
     (["verify", "none"], "none: no such folder"),
@@ -155,7 +160,10 @@ def test_what_cannot_be_done_ends_with_1_and_one_line(egemma_: Shell, arguments:
 @pytest.mark.parametrize("arguments", [
     [], ["sing"], ["embed", "--as", "poem"], ["embed", "x", "--title", "t"], ["embed", "x", "--as", "document", "--task", "clustering"],
     ["search", "a.egx"], ["search", "a.egx", "x", "-k", "many"], ["add"], ["add", "a.egx", "--lines", "--jsonl"],
-    ["bench", "b", "--tokens", "a,b"], ["verify"],
+    ["bench", "b", "--tokens", "a,b"], ["verify"], ["add", "a.egx", ".", "--overflow", "truncate"], ["add", "a.egx", "--plan"],
+    ["add", "a.egx", "--lines", "--hidden"], ["search", "a.egx", "x", "--where", "{"], ["search", "a.egx", "x", "--where", "[]"],
+    ["search", "a.egx", "x", "--exact", "--approximate"], ["index"], ["index", "polish", "a.egx"], ["index", "migrate", "a.egx"],
+    ["embed", "x", "--engine", "ray"], ["embed", "--in", "a.parquet"], ["embed", "x", "--in", "a.parquet", "--out", "v"],
 ])
 def test_a_wrong_command_line_ends_with_2(egemma_: Shell, arguments: list[str]) -> None:
     assert egemma_(*arguments) == 2
@@ -182,15 +190,116 @@ def test_files_are_documents_under_their_full_path_and_are_found(egemma_: Shell,
     (tmp_path / "one" / "a.txt").write_text("The forwarder lost its oil pressure", encoding="utf-8-sig")
     (tmp_path / "two" / "a.txt").write_text("A recipe for bread:\nflour, water")
     report = egemma_.json("add", "notes.egx", "one/a.txt", "two/../two/a.txt")
-    assert (report["added"], report["documents"], report["truncated"]) == (2, 2, 0)
+    assert (report["new"], report["documents"], report["embedded"], report["skipped"]) == (2, 2, 2, [])
     found = egemma_.json("search", "notes.egx", "The forwarder lost its oil pressure", "-k", "1")
     assert [hit["id"] for hit in found["hits"]] == [str(tmp_path / "one" / "a.txt")]
     assert found["hits"][0]["text"] == "The forwarder lost its oil pressure"
     (tmp_path / "two" / "a.txt").write_text("Now about something else")
     report = egemma_.json("add", "notes.egx", "two/a.txt")
-    assert (report["added"], report["documents"]) == (1, 2)
+    assert (report["new"], report["changed"], report["documents"]) == (0, 1, 2)
     hits = egemma_.json("search", "notes.egx", "bread")["hits"]
     assert {hit["text"] for hit in hits} == {"The forwarder lost its oil pressure", "Now about something else"}
+
+
+def test_a_folder_is_planned_added_and_kept_up_with(egemma_: Shell, tmp_path: Path) -> None:
+    (tmp_path / "notes" / "deep").mkdir(parents=True)
+    (tmp_path / "notes" / "pump.md").write_text("# Pumps\n\nGrease the water pump twice a year.\n\n## Hoses\n\nCheck for cracks.\n")
+    (tmp_path / "notes" / "deep" / "bread.txt").write_text("flour, water, salt")
+    (tmp_path / "notes" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    assert egemma_("add", "a.egx", "notes", "--plan") == 0
+    assert egemma_.out.startswith("2 new, 0 changed, 0 unchanged, 0 deleted, 1 skipped")
+    assert "to embed: 3 chunks" in egemma_.out
+    assert "picture.png" in egemma_.out
+    assert not Path("a.egx").exists()
+    report = egemma_.json("add", "a.egx", "notes")
+    assert (report["new"], report["embedded"], len(report["skipped"]), report["documents"]) == (2, 3, 1, 2)
+    assert egemma_("search", "a.egx", "Check for cracks.", "-k", "1") == 0
+    assert "Pumps > Hoses  [46:" in egemma_.out.replace(str(tmp_path), "")
+    (tmp_path / "notes" / "deep" / "bread.txt").unlink()
+    assert egemma_.json("add", "a.egx", "notes", "--plan")["deleted"] == [str(tmp_path / "notes" / "deep" / "bread.txt")]
+    assert describe_index("a.egx").documents == 2
+    report = egemma_.json("add", "a.egx", "notes", "--exclude", "*.png")
+    assert (report["unchanged"], report["removed"], report["embedded"], report["documents"]) == (1, 1, 0, 1)
+
+
+def test_search_filters_and_joins_words_with_meaning(egemma_: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": f"n{number}", "text": f"note {number} about water", "metadata": {"page": number}} for number in range(20)]
+    egemma_.json("add", "a.egx", "--jsonl", stdin="\n".join(map(json.dumps, rows)))
+    found = egemma_.json("search", "a.egx", "water", "--where", '{"page": {"$gte": 17}}')
+    assert {hit["id"] for hit in found["hits"]} == {"n17", "n18", "n19"}
+    assert found["how"]["vectors"] == 3
+    assert egemma_("search", "a.egx", "water", "--where", '{"page": {"$near": 1}}') == 1
+    assert "$near" in egemma_.err
+    found = egemma_.json("search", "a.egx", "17", "--mode", "hybrid")
+    assert found["hits"][0]["id"] == "n17"
+    assert found["how"]["mode"] == "hybrid"
+    monkeypatch.setenv("EGEMMA_MODEL", "nowhere")
+    Path("a.egx").rename("b.egx")
+    found = egemma_.json("search", "b.egx", 'note" OR 17', "--mode", "text", "-k", "1")  # words need no model
+    assert [hit["id"] for hit in found["hits"]] == ["n17"]
+    assert egemma_("search", "b.egx", "zzz", "--mode", "text") == 0
+    assert "nothing found" in egemma_.err
+
+
+def test_remove_takes_stored_ids_only(egemma_: Shell) -> None:
+    egemma_.json("add", "a.egx", "--jsonl", stdin='{"text": "one", "id": "1"}\n{"text": "two", "id": "2"}\n{"text": "three", "id": "3"}')
+    assert egemma_("remove", "a.egx", "1", "4") == 1
+    assert "no document '4'" in egemma_.err
+    assert egemma_.json("remove", "a.egx", "1", "2") == {"index": "a.egx", "removed": 2, "documents": 1}
+
+
+def test_an_index_is_checked_copied_moved_and_given_another_model(egemma_: Shell, tmp_path: Path, tiny_spm: Path) -> None:
+    egemma_.json("add", "a.egx", "--lines", stdin="".join(f"line {number} of water\n" for number in range(60)))
+    assert egemma_.json("index", "check", "a.egx")["findings"] == []
+    assert egemma_.json("index", "backup", "a.egx", "b.egx")["documents"] == 60
+    assert egemma_("index", "backup", "a.egx", "b.egx") == 1
+    assert "--force" in egemma_.err or "exists" in egemma_.err
+    assert egemma_.json("index", "export", "a.egx", "a.jsonl") == {"file": "a.jsonl", "documents": 60}
+    assert egemma_.json("index", "import", "c.egx", "a.jsonl") == {"documents": 60, "chunks": 60, "embedded": 0}
+    query = ["line 7 of water", "-k", "5"]
+    hits = egemma_.json("search", "a.egx", *query)["hits"]
+    for copy in ("b.egx", "c.egx"):
+        assert egemma_.json("search", copy, *query)["hits"] == hits
+    other = tiny_bundle(tmp_path / "other", tokenizer=tiny_spm, changes={"fingerprint": "f" * 64})
+    report = egemma_.json("index", "migrate", "a.egx", "--to", other)
+    assert (report["chunks"], report["embedded"]) == (60, 60)
+    assert egemma_.json("search", "a.egx", *query)["hits"] == hits  # the same weights under another fingerprint, and the path is remembered
+    assert egemma_("index", "abandon", "a.egx") == 1
+    report = egemma_.json("index", "tune", "b.egx", "--recall", "0.5", "-k", "3")
+    assert report["chosen"]["low"] >= 0.5
+    assert egemma_("index", "tune", "b.egx", "--recall", "0.5") == 0
+    assert "Chosen and stored" in egemma_.out
+    content = bytearray((tmp_path / "c.egx").read_bytes())
+    content[content.index(b"line 33")] ^= 1
+    (tmp_path / "c.egx").write_bytes(content)
+    assert egemma_("index", "check", "c.egx") == 1
+    assert "chunk 33" in egemma_.out
+
+
+def test_a_graph_is_built_and_used(egemma_: Shell) -> None:
+    pytest.importorskip("usearch", reason="the graph needs egemma[search]")
+    egemma_.json("add", "a.egx", "--lines", stdin="".join(f"line {number} of water\n" for number in range(400)))
+    assert egemma_("search", "a.egx", "water", "--approximate") == 1
+    assert "egemma index graph" in egemma_.err
+    assert egemma_.json("index", "graph", "a.egx")["vectors"] == 400
+    found = egemma_.json("search", "a.egx", "line 7 of water", "-k", "1", "--approximate")
+    assert found["how"]["approximate"] is True
+    assert found["hits"] == egemma_.json("search", "a.egx", "line 7 of water", "-k", "1")["hits"]
+
+
+def test_embed_takes_parquet_to_parquet(egemma_: Shell, bundle: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs egemma[bulk]")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table({"text": ["one pump", "two pumps"], "key": [7, 8]}), "in.parquet")
+    report = egemma_.json("embed", "--in", "in.parquet", "--out", "vectors", "--id-column", "key", "--as", "document")
+    assert (report["rows"], report["dim"], report["engine"]) == (2, WIDTH, "local")
+    table = parquet.read_table("vectors/shard-000000.parquet")
+    with Embedder.open(bundle) as embedder:
+        expected = embedder.embed_documents(["one pump", "two pumps"]).vectors
+    np.testing.assert_allclose(np.stack(table["vector"].to_numpy(zero_copy_only=False)), expected, atol=1e-6)
+    assert egemma_("embed", "--in", "in.parquet", "--out", "vectors", "--id-column", "key", "--as", "document") == 0
+    assert "finished before" in egemma_.out
 
 
 def test_lines_and_json_lines_are_documents(egemma_: Shell, tmp_path: Path) -> None:
@@ -314,7 +423,7 @@ def test_inspect_finds_damage(egemma_: Shell, bundle: Path, tmp_path: Path) -> N
     content[at] ^= 1  # SQLite's own check does not see this
     (tmp_path / "a.egx").write_bytes(content)
     assert egemma_("inspect", "a.egx") == 1
-    assert re.search(r"damage +document '.{32}' is not what was stored", egemma_.out)
+    assert re.search(r"damage +chunk 77 is not what was stored", egemma_.out)
     at = len(content) // 4096 // 2 * 4096
     content[at : at + 50] = bytes(50)
     (tmp_path / "a.egx").write_bytes(content)

@@ -206,6 +206,7 @@ def _add_index_commands(top: argparse.ArgumentParser) -> None:
     migrate.add_argument("--overflow", choices=("error", "truncate"), default="error",
                          help="what to do with a passage that is longer than the new model reads (default: error)")
     _add_threads(migrate)
+    command("abandon", "give up a migration that is half way; the old model stays")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

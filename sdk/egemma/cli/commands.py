@@ -22,7 +22,7 @@ from egemma.cli import MODEL_VARIABLE, upkeep
 from egemma.cli.progress import Progress
 from egemma.cli.reading import STDIN, Incoming, check_files, read_documents, read_lines
 from egemma.embedder import BUILTIN, BUILTIN_FOLDER, Embedder, Embedding, Embeddings
-from egemma.index import Document, Hit, Index, IndexFacts, describe_index, is_new
+from egemma.index import Document, Hit, Index, IndexFacts, IndexOverflow, describe_index, is_new
 from egemma.verify import verify_bundle
 from egemma_core.bundle import read_bundle
 from egemma_core.errors import EgemmaError, IndexFileError, InputError, PromptError, TokenLimitError
@@ -37,7 +37,7 @@ _Result = TypeVar("_Result")
 def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed; returns its exit code."""
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "embed": _embed, "add": _add, "remove": _remove, "search": _search, "index": upkeep.run, "inspect": _inspect, "verify": _verify, "bench": _bench,
+        "embed": _embed, "add": _add, "remove": _remove, "search": _search, "index": lambda args: upkeep.run(args, _model), "inspect": _inspect, "verify": _verify, "bench": _bench,
     }
     return commands[args.command](args)
 
@@ -46,18 +46,10 @@ def _embed_parquet(args: argparse.Namespace) -> int:
     from egemma.bulk import embed_parquet
 
     with Progress("rows", None) as progress:
-        seen = 0
-
-        def show(done: int, total: int) -> None:
-            nonlocal seen
-            progress.total = total
-            progress.advance(done - seen)
-            seen = done
-
         report = embed_parquet(args.parquet[0] if len(args.parquet) == 1 else args.parquet, args.out, bundle=_model(args.model, None),
                                text_column=args.text_column or "text", title_column=args.title_column, id_column=args.id_column,
                                role=args.role, task=args.task, dim=args.dim, overflow=args.overflow, engine=args.engine or "local",
-                               workers=args.workers, threads_per_worker=args.threads, on_error=args.on_error or "fail", progress=show)
+                               workers=args.workers, threads_per_worker=args.threads, on_error=args.on_error or "fail", progress=progress.at)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else report.to_text())
     return 0
 
@@ -102,6 +94,10 @@ def _add(args: argparse.Namespace) -> int:
     paths = [name for name in names if name != STDIN] if args.form == "file" else []
     if args.form != "file":
         check_files(names)
+    if paths:
+        from egemma.ingest.walk import resolve_roots
+
+        resolve_roots(paths)  # a mistyped name is found before anything is made
     known = None if is_new(args.index) else describe_index(args.index)
     model = _model(args.model, known)
     if args.plan and known is None:  # a plan leaves nothing behind
@@ -124,26 +120,18 @@ def _add(args: argparse.Namespace) -> int:
 
 def _sync(args: argparse.Namespace, index: Index, paths: list[str]) -> int:
     """Files and folders: what is new or changed is embedded, what is gone is removed."""
-    from egemma.ingest import IngestConfig, SyncProgress, plan_folder, render, sync
+    from egemma.ingest import IngestConfig, plan_folder, render, sync
     from egemma.ingest.plan import DEFAULT_EXCLUDE
 
     config = IngestConfig(exclude=(*DEFAULT_EXCLUDE, *args.exclude), hidden=args.hidden, chunk_tokens=args.chunk_tokens,
                           allow_empty=args.allow_empty)
     if args.plan:
         with Progress("files", None) as progress:
-            plan = plan_folder(index, paths, config, progress=lambda _path, _done, _total: progress.advance(1))
+            plan = plan_folder(index, paths, config, progress=lambda _path, done, total: progress.at(done, total))
         print(json.dumps(asdict(plan), ensure_ascii=False) if args.json else "\n".join(render(plan)))
         return 0
     with Progress("bytes", None) as progress:
-        seen = 0
-
-        def show(now: SyncProgress) -> None:
-            nonlocal seen
-            progress.total = now.bytes
-            progress.advance(now.bytes_done - seen)
-            seen = now.bytes_done
-
-        report = sync(index, paths, config, progress=show)
+        report = sync(index, paths, config, progress=lambda now: progress.at(now.bytes_done, now.bytes))
     print(json.dumps({"index": args.index, **asdict(report), "documents": len(index)}, ensure_ascii=False) if args.json
           else "\n".join([*report.to_lines(), f"{args.index} now holds {len(index)} documents"]))
     return 0
@@ -152,7 +140,7 @@ def _sync(args: argparse.Namespace, index: Index, paths: list[str]) -> int:
 def _add_texts(args: argparse.Namespace, index: Index, names: list[str]) -> int:
     """Each line, JSON line, or all of stdin, as a document."""
     stored: list[Document] = []  # without their texts
-    overflow = args.overflow or "error"
+    overflow: IndexOverflow = args.overflow or "error"
 
     def add(group: list[Incoming]) -> None:
         for part in ([incoming for incoming in group if incoming.id is not None], [incoming for incoming in group if incoming.id is None]):

@@ -28,6 +28,11 @@ class Progress:
                 bar = "[" + "#" * filled + "." * (_WIDTH - filled) + f"] of {self.total} "
             print(f"\r\x1b[K{self._done} {self._unit} {bar}", end="", file=sys.stderr, flush=True)
 
+    def at(self, done: int, total: int) -> None:
+        """For functions that say how far they are."""
+        self.total = total
+        self.advance(done - self._done)
+
     def __enter__(self) -> Progress:
         return self
 
