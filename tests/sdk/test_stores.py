@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import shutil
@@ -24,7 +25,7 @@ from egemma.stores import qdrant as qdrant_module
 from egemma.stores.postgres_where import filterable, to_postgres
 from egemma.stores.qdrant_where import NUMBERS, TERMS, terms_of, to_qdrant
 from egemma.stores.rows import MAX_ID_BYTES, words_of
-from egemma.where import matches, pack_metadata, parse
+from egemma.where import MAX_COMPARISONS, MAX_FILTER_DEPTH, MAX_METADATA_DEPTH, MAX_VALUES, matches, pack_metadata, parse
 from egemma_core.errors import (
     ConfigError,
     DimensionError,
@@ -412,6 +413,20 @@ def test_qdrants_filter_never_loses_a_document_and_is_exact_where_it_says_so(qdr
     assert says or not wanted, (where, metadata)
     if decided:
         assert says is wanted, (where, metadata)
+
+
+@pytest.mark.parametrize(("where", "metadata"), [
+    ({"$or": [{f"é{n}": {"$contains": "x"}} for n in range(MAX_COMPARISONS - 1)] + [{"a": {"$contains": "x"}}]}, {"a": ["x"]}),
+    ({"$and": [{("a",) * MAX_METADATA_DEPTH: {"$contains": f"{n}"}} for n in range(MAX_COMPARISONS)]}, {"a": "x"}),
+    ({"a": {"$in": [*range(MAX_VALUES - 1), "x"]}}, {"a": "x"}),
+    (functools.reduce(lambda inner, _: {"$not": inner}, range(MAX_FILTER_DEPTH), cast("dict[Any, Any]", {"a": "x"})), {"a": "x"}),
+], ids=["wide", "named deep", "many values", "nested deep"])
+def test_the_largest_filters_that_parse_also_run_on_servers(sql: Callable[..., Any], qdrant_says: Callable[..., Any], where: dict[Any, Any],
+                                                             metadata: dict[str, Any]) -> None:
+    wanted = matches(parse(where), metadata)
+    assert sql(where, metadata) is wanted
+    says, decided = qdrant_says(where, metadata)
+    assert says is wanted or (says and not decided)
 
 
 @pytest.mark.parametrize("where", [{"lang": "en"}, {"lang": {"$nin": ["en", "de"]}}, {"year": {"$gt": 2010}}, {"tags": {"$contains": 3}},
@@ -819,6 +834,20 @@ def test_a_collection_has_the_widths_it_was_made_for(qdrant: Door) -> None:
             store.search_vector(vectors[3], dim=16)
     with pytest.raises(DimensionError):
         qdrant.open(name="other", widths=(48,))
+
+
+def test_a_collection_that_could_not_be_finished_is_not_left_behind(qdrant: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unknown field `scoring`")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(qdrant.place, "create_payload_index", refuse)
+        with pytest.raises(IndexFileError, match="scoring"):
+            qdrant.open()
+    assert not qdrant.place.collection_exists(qdrant.name)
+    with qdrant.open() as store:
+        store.add(TEXTS, ids=list("abcd"))
+        assert found(store.search("moon", mode="text")) == ["b"]
 
 
 def test_a_folder_is_opened_by_one_at_a_time(qdrant_folder: Door) -> None:

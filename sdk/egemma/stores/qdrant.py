@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +17,19 @@ from egemma.identity import ModelIdentity, check_same_model
 from egemma.index import Document, Hits
 from egemma.index.index import Mode
 from egemma.index.inputs import check_ids
-from egemma.stores.qdrant_where import TERMS, terms_of, to_qdrant
+from egemma.stores.qdrant_collection import (
+    WORDS,
+    client_of,
+    create_collection,
+    payload_of,
+    place_of,
+    point_id,
+    read_metadata,
+    row_of,
+    typed_errors,
+    vector_name,
+)
+from egemma.stores.qdrant_where import to_qdrant
 from egemma.stores.rows import (
     Plan,
     Row,
@@ -33,20 +42,17 @@ from egemma.stores.rows import (
     plan_of,
     ranked_hits,
     vector_rows,
-    words_of,
 )
 from egemma.where import Condition, matches, parse
-from egemma_core.errors import ConfigError, EgemmaError, IndexFileError, InputError, RuntimeUnavailableError
+from egemma_core.errors import ConfigError, IndexFileError, InputError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.vectors import check_dim, normalize
 
 if TYPE_CHECKING:
     from egemma.embedder import Embedder
 
-FORMAT_VERSION = 1
 _BATCH_POINTS = 256   # of one request; with vectors of 768 channels at all four widths about 6 MB, a server takes 32
 _PAGE_POINTS = 1000   # of one answer, where points are looked at one by one
-_WORDS = "words"
 _WAY_OUT = "Open it with that model, or re-embed the texts into a store of another name."
 
 
@@ -89,16 +95,16 @@ class QdrantIndex:
         check_name(name)
         identity = embedder if isinstance(embedder, ModelIdentity) or embedder is None else ModelIdentity.of(embedder)
         wanted = None if identity is None else tuple(sorted({identity.dim, *(check_dim(width, identity.dims) for width in widths or identity.dims)}, reverse=True))
-        place = _place(name)
-        with _typed_errors(place, "opened"):
-            client, owned, local = _client_of(location)
+        place = place_of(name)
+        with typed_errors(place, "opened"):
+            client, owned, local = client_of(location)
         try:
-            with _typed_errors(place, "opened"):
+            with typed_errors(place, "opened"):
                 if not client.collection_exists(name):
                     if not create or identity is None or wanted is None:
                         raise IndexFileError(f"there is no {place} there. Pass an embedder and create=True, or another name.")
-                    _create_collection(client, name, identity, wanted)
-                stored, stored_widths = _read_metadata(client, name)
+                    create_collection(client, name, identity, wanted)
+                stored, stored_widths = read_metadata(client, name)
             if identity is not None:
                 check_same_model(place, stored, identity, _WAY_OUT)
             return cls(client, name, stored, None if isinstance(embedder, ModelIdentity) else embedder, widths=stored_widths,
@@ -140,7 +146,7 @@ class QdrantIndex:
         with self._checked("changed") as models:
             stored = list(self._rows(wanted))
             for start in range(0, len(stored), _PAGE_POINTS):
-                points = [_point_id(id_) for id_ in stored[start : start + _PAGE_POINTS]]
+                points = [point_id(id_) for id_ in stored[start : start + _PAGE_POINTS]]
                 self._client.delete(self.name, points_selector=models.PointIdsList(points=points), wait=True)
         return len(stored)
 
@@ -232,13 +238,13 @@ class QdrantIndex:
 
     @property
     def _place(self) -> str:
-        return _place(self.name)
+        return place_of(self.name)
 
     def _store(self, rows: Sequence[Row], vectors: NDArray[np.float32]) -> None:
-        named = {_vector_name(width): normalize(vectors[:, :width]) for width in self._widths} if rows else {}
+        named = {vector_name(width): normalize(vectors[:, :width]) for width in self._widths} if rows else {}
         with self._checked("changed") as models:
             for start in range(0, len(rows), _BATCH_POINTS):
-                points = [models.PointStruct(id=_point_id(row.id), payload=_payload(row),
+                points = [models.PointStruct(id=point_id(row.id), payload=payload_of(row),
                                              vector={width: matrix[number].tolist() for width, matrix in named.items()})
                           for number, row in enumerate(rows[start : start + _BATCH_POINTS], start=start)]
                 self._client.upsert(self.name, points=points, wait=True)
@@ -262,9 +268,9 @@ class QdrantIndex:
                     width = cast(int, plan.dim)
                     query = normalize(plan.vectors[number, :width].astype(np.float32)).tolist()
                     cosine = {id_: max(-1.0, min(1.0, score)) for id_, score in
-                              self._best(plan, query, _vector_name(width), params, rows)}
+                              self._best(plan, query, vector_name(width), params, rows)}
                 if plan.words is not None and plan.words[number]:
-                    rank = dict(self._best(plan, models.TextQuery(text=" ".join(plan.words[number])), _WORDS, None, rows))
+                    rank = dict(self._best(plan, models.TextQuery(text=" ".join(plan.words[number])), WORDS, None, rows))
                 ranked = list((cosine or rank).items()) if plan.mode != "hybrid" else reciprocal_rank_fusion([list(cosine), list(rank)])
                 results.append(ranked_hits(rows, ranked[: plan.k], cosine, rank, how))
         return results
@@ -282,7 +288,7 @@ class QdrantIndex:
                                                offset=offset, with_payload=True, with_vectors=False).points
             for point in points:
                 if exact or _passes(condition, point):
-                    row = _row(point)
+                    row = row_of(point)
                     rows[row.id] = row
                     found.append((row.id, float(point.score)))
             offset += page
@@ -296,8 +302,8 @@ class QdrantIndex:
     def _rows(self, ids: Sequence[str]) -> dict[str, Row]:
         found: dict[str, Row] = {}
         for start in range(0, len(ids), _PAGE_POINTS):
-            points = self._client.retrieve(self.name, ids=[_point_id(id_) for id_ in ids[start : start + _PAGE_POINTS]], with_payload=True)
-            found.update((row.id, row) for row in map(_row, points))
+            points = self._client.retrieve(self.name, ids=[point_id(id_) for id_ in ids[start : start + _PAGE_POINTS]], with_payload=True)
+            found.update((row.id, row) for row in map(row_of, points))
         return found
 
     @contextmanager
@@ -307,67 +313,9 @@ class QdrantIndex:
 
         if self._closed:
             raise IndexFileError(f"{self._place} is closed. Open it again.")
-        with _typed_errors(self._place, doing):
-            check_same_model(self._place, _read_metadata(self._client, self.name)[0], self._identity, _WAY_OUT)
+        with typed_errors(self._place, doing):
+            check_same_model(self._place, read_metadata(self._client, self.name)[0], self._identity, _WAY_OUT)
             yield models
-
-
-def _client_of(location: Any) -> tuple[Any, bool, bool]:
-    """A client, whether it was made here, and whether it is known to be Qdrant's local mode."""
-    try:
-        from qdrant_client import QdrantClient, models
-    except ImportError as error:
-        raise RuntimeUnavailableError("QdrantIndex needs qdrant-client. Install it with `pip install 'egemma[qdrant]'`.") from error
-    if not hasattr(models, "TextQuery"):
-        raise RuntimeUnavailableError("QdrantIndex needs qdrant-client 1.20 or newer. Install it with `pip install -U 'egemma[qdrant]'`.")
-    if isinstance(location, QdrantClient):
-        return location, False, False
-    if not isinstance(location, (str, Path)) or not str(location):
-        raise ConfigError(f"location is {type(location).__name__}: pass the address of a server, a folder, ':memory:', or a QdrantClient.")
-    if location == ":memory:":
-        return QdrantClient(location=":memory:"), True, True
-    if isinstance(location, str) and "://" in location:
-        return QdrantClient(url=location), True, False
-    return QdrantClient(path=str(location)), True, True
-
-
-def _create_collection(client: Any, name: str, identity: ModelIdentity, widths: tuple[int, ...]) -> None:
-    from qdrant_client import models
-
-    vectors = {_vector_name(width): models.VectorParams(size=width, distance=models.Distance.COSINE) for width in widths}
-    metadata = {"egemma_format": FORMAT_VERSION, "egemma_model": identity.to_json(), "egemma_widths": list(widths)}
-    client.create_collection(name, vectors_config=vectors, metadata=metadata)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # local mode needs no index for keywords, and says so
-        client.create_payload_index(name, TERMS, field_schema=models.PayloadSchemaType.KEYWORD)
-    client.create_payload_index(name, _WORDS, field_schema=models.TextIndexParams(type=models.TextIndexType.TEXT, scoring=True))
-
-
-def _read_metadata(client: Any, name: str) -> tuple[ModelIdentity, tuple[int, ...]]:
-    """The model and the widths that the collection says it was made for."""
-    metadata = client.get_collection(name).config.metadata or {}
-    version = metadata.get("egemma_format")
-    if version is None:
-        raise IndexFileError(f"{_place(name)} does not say which model its vectors are of: it was not made here, or by a server older than "
-                             "1.16, which keeps no metadata of collections. Pass another name, or update the server.")
-    if version != FORMAT_VERSION:
-        raise IndexFileError(f"{_place(name)} has format {version!r}; this egemma reads {FORMAT_VERSION}. Update egemma, or pass another name.")
-    try:
-        return ModelIdentity.from_json(metadata["egemma_model"]), tuple(int(width) for width in metadata["egemma_widths"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise IndexFileError(f"{_place(name)} does not say which model its vectors are of: {error}. Add the documents to a new one.") from error
-
-
-def _payload(row: Row) -> dict[str, Any]:
-    terms, numbers = terms_of(None if row.metadata is None else json.loads(row.metadata))
-    return {"id": row.id, "title": row.title, "text": row.text, "metadata": row.metadata, "num_tokens": row.num_tokens, "truncated": row.truncated,
-            "terms": terms, "numbers": numbers, _WORDS: " ".join(words_of(f"{row.title or ''} {row.text}"))}
-
-
-def _row(point: Any) -> Row:
-    body = point.payload
-    return Row(id=body["id"], title=body["title"], text=body["text"], metadata=body["metadata"], num_tokens=body["num_tokens"],
-               truncated=body["truncated"])
 
 
 def _passes(condition: Condition | None, point: Any) -> bool:
@@ -375,41 +323,6 @@ def _passes(condition: Condition | None, point: Any) -> bool:
     return condition is None or matches(condition, None if metadata is None else json.loads(metadata))
 
 
-def _point_id(id_: str) -> str:
-    """Qdrant takes numbers and UUIDs: the first 128 bits of the id's SHA-256."""
-    return str(uuid.UUID(bytes=hashlib.sha256(id_.encode()).digest()[:16]))
-
-
-def _vector_name(width: int) -> str:
-    return f"d{width}"
-
-
-def _place(name: str) -> str:
-    return f"Qdrant collection {name!r}"
-
-
 def _refuse_shortlist(shortlist: int | None) -> None:
     if shortlist is not None:
         raise ConfigError(f"shortlist={shortlist!r}: Qdrant has its own first pass. Leave it out.")
-
-
-@contextmanager
-def _typed_errors(place: str, doing: str) -> Iterator[None]:
-    """Qdrant's local mode raises ValueError and RuntimeError where a server answers with a status."""
-    errors = _qdrant_errors()
-    try:
-        yield
-    except EgemmaError:
-        raise
-    except errors as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise IndexFileError(f"{place} cannot be {doing}: {said}. Check the address and the server, or open it again.") from error
-
-
-def _qdrant_errors() -> tuple[type[BaseException], ...]:
-    try:
-        from qdrant_client.common.client_exceptions import QdrantException
-        from qdrant_client.http.exceptions import ApiException
-    except ImportError:
-        return (OSError,)
-    return (ApiException, QdrantException, ValueError, RuntimeError, OSError, NotImplementedError)
