@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +162,23 @@ def worker(job: Job, source: Path, out: Path, bundle: Path) -> RayWorker:
     return RayWorker(job.to_json(), str(source), str(out), str(bundle), 1, 256, "fail")
 
 
+OLD_RAY = """
+import ray, sys
+from egemma import RuntimeUnavailableError
+from egemma.bulk import embed_parquet
+ray.__version__ = "2.58.1"
+try:
+    embed_parquet(sys.argv[1], sys.argv[2], bundle=sys.argv[3], engine="ray", workers=1)
+except RuntimeUnavailableError as error:
+    print(error)
+"""
+
+
+def test_a_ray_that_asks_for_no_token_is_not_started(source: Path, tmp_path: Path, onnx_bundle: Path) -> None:
+    done = run_python(OLD_RAY, source, tmp_path / "out", onnx_bundle, RAY_ADDRESS=None)
+    assert "Ray 2.58.1 would let whoever reaches this machine run code" in done.stdout, done.stderr
+
+
 OWN_RAY = """
 import os, signal, sys
 from egemma.bulk import embed_parquet
@@ -177,7 +196,7 @@ embed_parquet(sys.argv[1], sys.argv[2], bundle=sys.argv[3], threads_per_worker=1
 def test_a_killed_run_takes_its_own_ray_along_and_another_run_goes_on(run: Any, source: Path, tmp_path: Path, onnx_bundle: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    before = processes()
+    before, folders = processes(), set(Path(tempfile.gettempdir()).glob("egemma-ray-*"))
     done = run_python(OWN_RAY, source, tmp_path / "out", onnx_bundle, HOME=str(home), RAY_ADDRESS=None, RAY_AUTH_TOKEN=None, RAY_AUTH_MODE=None,
                       RAY_USAGE_STATS_ENABLED=None)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -187,6 +206,8 @@ def test_a_killed_run_takes_its_own_ray_along_and_another_run_goes_on(run: Any, 
     while processes() - before and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not processes() - before
+    for left in set(Path(tempfile.gettempdir()).glob("egemma-ray-*")) - folders:  # logs, which nobody was left to remove
+        shutil.rmtree(left)
     kept = len(shards(tmp_path / "out"))
     assert kept
     assert run(source, "out").embedded == 9 - kept

@@ -30,6 +30,8 @@ from egemma_core.errors import ConfigError, EgemmaError, RuntimeUnavailableError
 OBJECT_STORE_BYTES = 80 << 20
 # Ray starts a worker that died again and again. A text that kills the process would never end.
 MOST_ATTEMPTS = 3
+# Asks for a token unless told otherwise.
+FIRST_WITH_TOKEN = (2, 59)
 _MOST_BLOCKS = 10_000
 
 
@@ -125,6 +127,9 @@ def ray_running(*, cpus: int, threads: int) -> Iterator[None]:
         _keep_to_ourselves()
     import ray
 
+    if not address and tuple(int(part) for part in ray.__version__.split(".")[:2]) < FIRST_WITH_TOKEN:
+        raise RuntimeUnavailableError(f"Ray {ray.__version__} would let whoever reaches this machine run code. Install a newer one with "
+                                      "`pip install --upgrade 'egemma[ray]'`, or connect to a cluster of your own.")
     scratch = None
     try:
         if address:
