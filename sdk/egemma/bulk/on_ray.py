@@ -130,22 +130,18 @@ def ray_running(*, cpus: int, threads: int) -> Iterator[None]:
     if not address and tuple(int(part) for part in ray.__version__.split(".")[:2]) < FIRST_WITH_TOKEN:
         raise RuntimeUnavailableError(f"Ray {ray.__version__} would let whoever reaches this machine run code. Install a newer one with "
                                       "`pip install --upgrade 'egemma[ray]'`, or connect to a cluster of your own.")
-    scratch = None
+    scratch = None if address else tempfile.mkdtemp(prefix="egemma-ray-")
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            _check_cluster(ray, threads)
-        else:
-            scratch = tempfile.mkdtemp(prefix="egemma-ray-")
-            ray.init(address="local", num_cpus=cpus, num_gpus=0, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
-                     log_to_driver=False, logging_level=logging.ERROR, _temp_dir=scratch,
-                     _plasma_directory=None if _shared_memory_bytes() > 2 * OBJECT_STORE_BYTES else scratch)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        ray.shutdown()
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise EgemmaError(f"Ray did not start: {error}") from error
-    try:
+        try:
+            if address:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(address="local", num_cpus=cpus, num_gpus=0, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
+                         log_to_driver=False, logging_level=logging.ERROR, _temp_dir=scratch,
+                         _plasma_directory=None if _shared_memory_bytes() > 2 * OBJECT_STORE_BYTES else scratch)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise EgemmaError(f"Ray did not start: {error}") from error
+        _check_cluster(ray, threads)
         yield
     finally:
         ray.shutdown()
