@@ -97,7 +97,7 @@ def _damaged_blocks(connection: sqlite3.Connection, state: State) -> Iterator[st
         if not sound or block_crc32(block, live) != crc or head_crc32(block, head_squares, codes) != head_crc:
             yield f"block {block} of the vectors is not what was stored"
             continue
-        if not 0 <= changed <= state.generation:
+        if not isinstance(changed, int) or not 0 <= changed <= state.generation:
             yield f"block {block} of the vectors was changed in write {changed}, the file has seen {state.generation}"
         heads = np.frombuffer(codes, np.int8)
         if len(heads) != min(BLOCK_ROWS, state.next_number - BLOCK_ROWS * block) * state.scan_width \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 
+from egemma.index.heads import Damage
 from egemma_core.errors import InputError
 
 _WORD = re.compile(r"\w+")
@@ -42,4 +43,7 @@ def best_words(connection: sqlite3.Connection, query: str, count: int, condition
     among, parameters = ("", []) if condition is None else (f"AND rowid IN ({condition[0]})", condition[1])
     rows = connection.execute(f"SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? {among} ORDER BY bm25(words), rowid LIMIT ?",
                               (match, *parameters, count))
-    return [(int(number), float(score)) for number, score in rows]
+    found = rows.fetchall()
+    if any(not isinstance(score, float) for _, score in found):
+        raise Damage("the full-text table is not what was stored")
+    return found
