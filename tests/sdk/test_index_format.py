@@ -18,6 +18,7 @@ import pytest
 from egemma.identity import ModelIdentity
 from egemma.index import Index
 from egemma.index.file import TABLES
+from egemma_core.errors import InputError
 from egemma_core.vectors import normalize
 
 PAGE = (Path(__file__).parents[2] / "docs" / "index-format.md").read_text(encoding="utf-8")
@@ -123,3 +124,15 @@ def test_every_fact_is_on_the_page(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "a.db") as db:
         for (name,) in db.execute("SELECT name FROM facts"):
             assert f"`{name}`" in PAGE, name
+
+
+def test_what_the_embedder_said_of_a_vector_is_stored_with_it(tmp_path: Path) -> None:
+    vectors = np.eye(8, dtype=np.float32)[:2]
+    with Index.open(tmp_path / "a.db", ModelIdentity(fingerprint="0" * 64, name="a model", dims=(8,), parts={})) as index:
+        index.add_vectors(vectors, ids=["1", "2"], texts=["one", "two"], num_tokens=np.array([7, 9]).tolist(), truncated=[False, True])
+        assert [(document.num_tokens, document.truncated) for document in index.get(["1", "2"])] == [(7, False), (9, True)]
+        assert index.search_vector(vectors[1], 1)[0].truncated is True
+        for bad in ([1], [1, -1], [1, True], [1, 2.5]):
+            with pytest.raises(InputError, match="num_tokens"):
+                index.add_vectors(vectors, ids=["3", "4"], num_tokens=bad)  # type: ignore[arg-type]
+        assert len(index) == 2

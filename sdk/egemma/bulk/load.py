@@ -98,7 +98,8 @@ def _add(index: Index, job: Job, batch: Any, where: str) -> int:
     metadata = [dict(zip(settings.keep, values, strict=True)) for values in zip(*kept, strict=True)] if kept else None
     try:
         index.add_vectors(np.ascontiguousarray(flat.reshape(batch.num_rows, job.dim), np.float32), ids=_id_strings(column[_id_column(job)]),
-                          texts=texts, titles=titles, metadata=metadata)
+                          texts=texts, titles=titles, metadata=metadata,
+                          num_tokens=column["num_tokens"].to_pylist(), truncated=column["truncated"].to_pylist())
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return int(batch.num_rows)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from egemma.chunks import Chunk, ChunkedDocument, split_text
 from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index import jsonl, migration, upkeep
-from egemma.index.codes import check_vectors, cosines, decode
+from egemma.index.codes import check_vectors, cosines, decode, to_array
 from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, fits, vector_crc32
 from egemma.index.file import (
     MAX_WIDTH,
@@ -39,8 +41,24 @@ from egemma.index.file import (
     typed_errors,
     write_state,
 )
+from egemma.index.graph import (
+    CONNECTIVITY,
+    EXPANSION_ADD,
+    Graph,
+    GraphNotes,
+    build,
+    candidates,
+    check_graph,
+    graph_path,
+    problem_with,
+    read_graph,
+    usearch_module,
+    worth_adding_to,
+    write_graph,
+)
 from egemma.index.heads import BLOCK_ROWS, Damage, Heads, head_crc32, kernel_name
 from egemma.index.inputs import (
+    check_counts,
     check_id,
     check_ids,
     check_k,
@@ -52,7 +70,8 @@ from egemma.index.inputs import (
     pack_json,
     query_rows,
 )
-from egemma.index.rows import Change, NewChunk, StoredChunk, stored_chunks
+from egemma.index.rows import Change, NewChunk, StoredChunk, stored_chunks, stored_heads
+from egemma.index.tune import SAMPLE, Tuned, TuneReport, Wanted, measure, pick_chunks, rewrite_heads
 from egemma.index.words import best_words
 from egemma.threads import check_threads
 from egemma.where import pack_metadata, parse, to_sqlite
@@ -116,6 +135,8 @@ class How:
     vectors: int                 # that the first pass went through
     approximate: bool            # the first pass was a graph, which can miss some
     kernel: str | None           # what computed the first pass
+    scanned: int = 0             # of `vectors`, those that the first pass compared one by one; a graph found the others
+    tuned_for: int | None = None # chunks that there were when the shortlist was tuned; None where it was not tuned, or was given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +198,8 @@ class Index:
         self._heads = Heads(state.scan_width, self._threads)
         self._filters: dict[tuple[str, str], NDArray[np.bool_]] = {}  # SQL and parameters -> allowed by number; of one generation
         self._filters_generation = -1
+        self._graph: Graph | None = None
+        self._graph_stamp: tuple[int, int, int, int] | None = None
 
     @classmethod
     def open(cls, path: str | Path, embedder: Embedder | ModelIdentity | None = None, *, create: bool = True, keep_floats: bool = False,
@@ -267,9 +290,10 @@ class Index:
             check_text(f"text {position}", text, blank=False)
             if title is not None:
                 check_text(f"title {position}", title, blank=True)
-        given = [content_id(text, title or None) for text, title in zip(texts, titles, strict=True)] if ids is None else list(ids)
-        if len(given) != len(texts):
-            raise InputError(f"{len(given)} ids for {len(texts)} texts: give one each.")
+        given = [content_id(text, title or None) for text, title in zip(texts, titles, strict=True)] if ids is None \
+            else one_per_text("ids", ids, len(texts))
+        if overflow not in get_args(IndexOverflow):
+            raise ConfigError(f"overflow={overflow!r}: one of {get_args(IndexOverflow)}.")
         embedder = self._embedder_here("add texts")
         documents = []
         for id_, text, title, entry in zip(given, texts, titles, packed, strict=True):
@@ -294,12 +318,18 @@ class Index:
             InputError, TokenLimitError, IndexFileError: as `add`.
         """
         embedder = self._embedder_here("put documents")
+        if overflow not in get_args(Overflow):
+            raise ConfigError(f"overflow={overflow!r}: one of {get_args(Overflow)}.")
         prepared = _prepare(documents)
         self._check_writable()
         if not prepared:
             return PutReport(documents=0, chunks=0, embedded=0, reused=0, removed=0)
         embedded = 0
         while True:
+            if embedder is not self._embedder:   # `migrate` was called meanwhile, and is done
+                embedder = self._embedder_here("put documents")
+                for document in prepared:
+                    document.vectors.clear()
             with self._reading("read") as connection:
                 known = stored_chunks(connection, [document.id for document in prepared])
             missing = {}
@@ -323,13 +353,10 @@ class Index:
                 if report is None:
                     continue   # another writer took away what was to be reused: begin anew with what is embedded
             return replace(report, embedded=embedded)
-            if embedder is not self._embedder:   # `migrate` was called meanwhile, and is done
-                embedder = self._embedder_here("put documents")
-                for document in prepared:
-                    document.vectors.clear()
 
     def add_vectors(self, vectors: NDArray[np.float32], *, ids: Sequence[str], texts: Sequence[str] | None = None,
-                    titles: Sequence[str | None] | None = None, metadata: Sequence[Mapping[str, Any] | None] | None = None) -> list[str]:
+                    titles: Sequence[str | None] | None = None, metadata: Sequence[Mapping[str, Any] | None] | None = None,
+                    num_tokens: Sequence[int] | None = None, truncated: Sequence[bool] | None = None) -> list[str]:
         """Store documents whose vectors were computed elsewhere by the same model, one chunk each: all, or none.
 
         Args:
@@ -337,6 +364,7 @@ class Index:
             ids: one per row; a stored id is replaced.
             texts: one per row, to be shown and for full text; None stores vectors alone.
             titles, metadata: as in `add`.
+            num_tokens, truncated: one per row, as the embedder said; None stores 0 and False.
 
         Returns:
             The ids.
@@ -358,14 +386,17 @@ class Index:
             if title is not None:
                 check_text(f"title {position}", title, blank=True)
         metas = [pack_metadata(entry) for entry in packed]
+        counts = [0] * len(rows) if num_tokens is None else check_counts(num_tokens, len(rows))
+        cut = [False] * len(rows) if truncated is None else one_per_text("truncated", truncated, len(rows))
         self._check_writable()
         with self._writing("add") as change:
             known = stored_chunks(change.connection, given)
             change.remove_chunks([chunk.number for _, chunks in known.values() for chunk in chunks])
             chunks = []
-            for id_, text, title, meta in zip(given, words, named, metas, strict=True):
+            for id_, text, title, meta, tokens, short in zip(given, words, named, metas, counts, cut, strict=True):
                 number = change.put_document(id_, title or None, meta, None, known[id_][0] if id_ in known else None)
-                chunks.append(NewChunk(document=number, position=0, start=0, stop=len(text), num_tokens=0, truncated=False, title=title or None, text=text))
+                chunks.append(NewChunk(document=number, position=0, start=0, stop=len(text), num_tokens=tokens, truncated=bool(short), title=title or None,
+                                       text=text))
             change.add_chunks(chunks, rows)
         return given
 
@@ -402,7 +433,13 @@ class Index:
     def sources(self) -> dict[str, Mapping[str, Any]]:
         """What ingestion noted of each document that it put in: id -> source."""
         with self._reading("read") as connection:
-            return {id_: json.loads(source) for id_, source in connection.execute("SELECT id, source FROM documents WHERE source IS NOT NULL")}
+            sources = {}
+            for id_, title, metadata, source, crc in connection.execute("SELECT id, title, metadata, source, crc32 FROM documents "
+                                                                        "WHERE source IS NOT NULL"):
+                if document_crc32(id_, title, metadata, source) != crc:
+                    raise Damage(f"document {id_!r} is not what was stored")
+                sources[id_] = json.loads(source)
+            return sources
 
     def chunk_hashes(self, ids: Sequence[str]) -> dict[str, frozenset[bytes]]:
         """For those of the ids that are stored: the hashes of their chunks, which `put` would not embed again."""
@@ -444,9 +481,11 @@ class Index:
                     mode: Mode = "vector", task: str = DEFAULT_TASK, shortlist: int | None = None, exact: bool = False,
                     approximate: bool = False) -> list[Hits]:
         """As `search`, for several queries at once: they are embedded and scanned together."""
-        if isinstance(queries, str) or not all(isinstance(query, str) and query.strip() for query in queries):
-            raise InputError("queries: pass a list of texts, each with at least one word." if not isinstance(queries, str)
-                             else "queries is one str: pass a list, or use `search`.")
+        if isinstance(queries, str):
+            raise InputError("queries is one str: pass a list, or use `search`.")
+        queries = list(queries)
+        if not all(isinstance(query, str) and query.strip() for query in queries):
+            raise InputError("queries: pass a list of texts, each with at least one word.")
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: choose one of {', '.join(MODES)}.")
         plan = self._plan(k, dim, where, shortlist, exact=exact, approximate=approximate)
@@ -469,7 +508,7 @@ class Index:
             vector: (W,) of any trained width from the index's scan width up; only its direction counts.
             dim: a trained width, not above the vector's own; None for the vector's own.
         """
-        vector = np.asarray(vector)
+        vector = to_array(vector)
         if vector.ndim != 1:
             raise InputError(f"vector has shape {vector.shape} and type {vector.dtype}: it must be one row of floats.")
         return self.search_vectors(vector[None], k, dim=dim, where=where, shortlist=shortlist, exact=exact, approximate=approximate)[0]
@@ -477,18 +516,151 @@ class Index:
     def search_vectors(self, vectors: NDArray[np.float32], k: int = 10, *, dim: int | None = None, where: Mapping[Any, Any] | None = None,
                        shortlist: int | None = None, exact: bool = False, approximate: bool = False) -> list[Hits]:
         """As `search_vector`, for the (B, W) vectors of several queries."""
-        return self._search(self._plan(k, dim, where, shortlist, exact=exact, approximate=approximate), vectors, None, "vector")
+        return self._search(self._plan(k, dim, where, shortlist, exact=exact, approximate=approximate), to_array(vectors), None, "vector")
 
     def facts(self, *, check: bool = False) -> IndexFacts:
         """What the file says about itself; see `describe_index`."""
         with self._reading("read") as connection:
             return facts_of(connection, self.path, check=check)
 
+    def build_graph(self, *, connectivity: int = CONNECTIVITY, expansion_add: int = EXPANSION_ADD, threads: int | None = None,
+                    progress: Callable[[int, int], None] | None = None) -> GraphNotes:
+        """Build the graph that `search(approximate=True)` takes for its first pass: the file `<index>.graph` beside this one.
+
+        It is worth its file from some hundred thousand chunks on. Where there is one already, the chunks that were added since are
+        added to it; where a fifth of it was deleted, or it does not fit, it is made anew. Searches and writes go on meanwhile. The
+        new file takes the place of the old one in one step at the end; a build that is stopped leaves nothing and begins again.
+
+        Args:
+            connectivity: neighbours of a node, 2 to 256: more find more, and make the file larger.
+            expansion_add: how many nodes an insertion looks at, up to 10,000: more find more, and take longer.
+            threads: None takes those of this index.
+            progress: called now and then with how many of how many chunks are in.
+
+        Raises:
+            RuntimeUnavailableError: usearch is not installed.
+            IndexFileError: the index is damaged, or the file cannot be written.
+        """
+        check_graph(connectivity, expansion_add)
+        usearch_module()
+        path = graph_path(self.path)
+        with self._reading("read") as connection:
+            state = self._current(connection)
+            self._heads.refresh(connection, generation=state.generation, next_number=state.next_number, num_chunks=state.chunks)
+            # A row that is once filled keeps its codes, so they can be read while searches go on; which rows are live can change.
+            codes, live = self._heads.codes[: state.next_number], self._heads.live[: state.next_number].copy()
+            onto = worth_adding_to(path, state, self._heads, connectivity, expansion_add)
+        numbers = np.flatnonzero(live)
+        built = build(codes, numbers if onto is None else numbers[numbers >= onto.notes.next_number], onto=onto, connectivity=connectivity,
+                      expansion_add=expansion_add, threads=self._threads if threads is None else check_threads(threads), progress=progress)
+        return write_graph(path, built, fingerprint=state.identity.fingerprint, numbering=state.numbering, generation=state.generation,
+                           next_number=state.next_number, width=state.scan_width, connectivity=connectivity, expansion_add=expansion_add)
+
     def remember_model_path(self, model_path: str) -> None:
         """Store where the bundle lies, as a hint for the next command."""
+        check_text("model_path", model_path, blank=False)
         self._check_writable()
         with self._writing("write") as change:
             write_state(change.connection, replace(change.state, model_path=model_path))
+
+    def tune(self, *, recall: float = 0.99, k: int = 10, queries: Sequence[str] | NDArray[np.float32] | None = None, sample: int = SAMPLE,
+             seed: int = 0, confidence: float = 0.95) -> TuneReport:
+        """Find the fastest scan width and shortlist that find what an exact search finds, on the vectors in this file, and store them.
+
+        Every trained width is tried but the full one. The truth is an exact search at full width, the speed is that of this machine
+        now, and what counts is the lower end of the recall's confidence interval. Where another width is chosen, all heads are
+        written anew in one transaction; a graph must then be built anew. Where nothing reaches it, nothing is stored.
+
+        Args:
+            recall: part of the best k that shall be found, such as 0.99.
+            k: hits that searches will ask for; for more the shortlist grows in proportion.
+            queries: texts, or their (B, D) vectors by this model, as users will ask; some hundred. None takes stored chunks, each
+                without itself, which is a guess: queries can be harder.
+            sample: how many chunks then.
+            seed: of the choice of chunks and of the bootstrap.
+            confidence: of the interval.
+
+        Raises:
+            ConfigError: a number cannot work, or there are not more than k chunks.
+            InputError: the queries are no texts or vectors of this model.
+            IndexFileError: the index is damaged, or cannot be written.
+        """
+        wanted = Wanted(recall=recall, k=k, sample=sample, seed=seed, confidence=confidence)
+        self._check_writable()
+        vectors = None
+        if queries is not None:
+            given = queries if isinstance(queries, np.ndarray) else self._embedder_here("embed queries").embed_queries(list(queries)).vectors
+            vectors = query_rows(given, self._identity.dim, self._identity)[0]
+            if not len(vectors):
+                raise InputError("queries is empty: pass some hundred, or None for stored chunks.")
+        connection = connect(self.path)[0]   # its own, so that searches go on
+        try:
+            with typed_errors(self.path, "tune"), transaction(connection):
+                state = read_state(connection)
+                check_same_model(self.path, state.identity, self._identity, _WAY_OUT)
+                if state.chunks <= k:
+                    raise ConfigError(f"{self.path} has {state.chunks} chunks: there is nothing to tune for k={k}. Add more first.")
+                heads = Heads(state.scan_width, self._threads)
+                heads.refresh(connection, generation=state.generation, next_number=state.next_number, num_chunks=state.chunks)
+                live = np.flatnonzero(heads.live[: heads.count])
+                own = pick_chunks(live, wanted) if vectors is None else None
+                rows = _stored(connection, state, heads, own) if own is not None else vectors
+                assert rows is not None
+                report = measure(connection, state, _shortened(rows, self._identity.dim), own, wanted, self._threads,
+                                 lambda shortlist: _rescore_ms(connection, state, heads, live, shortlist))
+        finally:
+            connection.close()
+        tuned = report.tuned()
+        if tuned is None:
+            return report
+        with self._writing("tune") as change:
+            if change.state.scan_width != tuned.scan_width:
+                rewrite_heads(change, tuned.scan_width)
+                report = replace(report, rewritten=True)
+            change.state = replace(change.state, tuned=tuned.to_json())
+            write_state(change.connection, change.state)
+        return report
+
+    def check(self) -> list[str]:
+        """Read everything and compare it with its checksums: what does not fit; empty for a sound index. See `upkeep.check`."""
+        return upkeep.check(self._open_path())
+
+    def backup(self, destination: str | Path, *, force: bool = False) -> IndexFacts:
+        """Copy the index as it is now, and check the copy; see `upkeep.backup`."""
+        return upkeep.backup(self._open_path(), destination, force=force)
+
+    def compact(self) -> upkeep.CompactReport:
+        """Give back the space of what was deleted; see `upkeep.compact`."""
+        self._check_writable()
+        return upkeep.compact(self._open_path())
+
+    def export_jsonl(self, destination: str | Path, *, vectors: bool = True, force: bool = False) -> int:
+        """Write all documents as JSON lines; see `jsonl.export_jsonl`."""
+        return jsonl.export_jsonl(self._open_path(), destination, vectors=vectors, force=force)
+
+    def import_jsonl(self, source: str | Path, *, reembed: bool = False, overflow: Overflow = "error",
+                     progress: Callable[[int, int], None] | None = None) -> jsonl.ImportReport:
+        """Put the documents of an export in; see `jsonl.import_jsonl`."""
+        self._check_writable()
+        return jsonl.import_jsonl(self, source, reembed=reembed, overflow=overflow, progress=progress)
+
+    def migrate(self, new_embedder: Embedder, *, overflow: Overflow = "error", progress: Callable[[int, int], None] | None = None,
+                batch: int = 64) -> migration.MigrationReport:
+        """Embed everything anew with another model, with which this index then goes on; see `migration.migrate`.
+
+        Other threads may use this index meanwhile. Texts that they search for or add are embedded by the model that the file is of at
+        that moment; vectors that they pass themselves must be the new model's once this returns.
+        """
+        self._check_writable()
+        return migration.run(self._open_path(), new_embedder, overflow=overflow, progress=progress, batch=batch, index=self)
+
+    def _go_on_with(self, embedder: Embedder) -> None:
+        """The file is of this model now. Call under both locks."""
+        self._embedder, self._identity = embedder, ModelIdentity.of(embedder)
+
+    def _open_path(self) -> Path:
+        self._check_open()
+        return self.path
 
     def __len__(self) -> int:
         """How many documents there are."""
@@ -501,6 +673,7 @@ class Index:
             self._closed = True
             self._heads = Heads(self._heads.width, self._threads)
             self._filters.clear()
+            self._graph = None
             with typed_errors(self.path, "close"):
                 if self._writer is not None:
                     self._writer.close()
@@ -548,93 +721,49 @@ class Index:
                    how: How) -> tuple[list[list[tuple[int, float]]], How]:
         """Chunk numbers and cosines for each query, best first."""
         unit = _shortened(queries, dim)
-    def check(self) -> list[str]:
-        """Read everything and compare it with its checksums: what does not fit; empty for a sound index. See `upkeep.check`."""
-        return upkeep.check(self._open_path())
-
-    def backup(self, destination: str | Path, *, force: bool = False) -> IndexFacts:
-        """Copy the index as it is now, and check the copy; see `upkeep.backup`."""
-        return upkeep.backup(self._open_path(), destination, force=force)
-
-    def compact(self) -> upkeep.CompactReport:
-        """Give back the space of what was deleted; see `upkeep.compact`."""
-        self._check_writable()
-        return upkeep.compact(self._open_path())
-
-    def export_jsonl(self, destination: str | Path, *, vectors: bool = True, force: bool = False) -> int:
-        """Write all documents as JSON lines; see `jsonl.export_jsonl`."""
-        return jsonl.export_jsonl(self._open_path(), destination, vectors=vectors, force=force)
-
-    def import_jsonl(self, source: str | Path, *, reembed: bool = False, overflow: Overflow = "error",
-                     progress: Callable[[int, int], None] | None = None) -> jsonl.ImportReport:
-        """Put the documents of an export in; see `jsonl.import_jsonl`."""
-        self._check_writable()
-        return jsonl.import_jsonl(self, source, reembed=reembed, overflow=overflow, progress=progress)
-
-    def migrate(self, new_embedder: Embedder, *, overflow: Overflow = "error", progress: Callable[[int, int], None] | None = None,
-                batch: int = 64) -> migration.MigrationReport:
-        """Embed everything anew with another model, with which this index then goes on; see `migration.migrate`.
-
-        Other threads may use this index meanwhile. Texts that they search for or add are embedded by the model that the file is of at
-        that moment; vectors that they pass themselves must be the new model's once this returns.
-        """
-        self._check_writable()
-        return migration.run(self._open_path(), new_embedder, overflow=overflow, progress=progress, batch=batch, index=self)
-
-    def _go_on_with(self, embedder: Embedder) -> None:
-        """The file is of this model now. Call under both locks."""
-        self._embedder, self._identity = embedder, ModelIdentity.of(embedder)
-
-    def _open_path(self) -> Path:
-        self._check_open()
-        return self.path
-
         self._heads.refresh(connection, generation=state.generation, next_number=state.next_number, num_chunks=state.chunks)
         allowed = None if plan.condition is None else self._allowed(connection, state, plan.condition)
         searched = state.chunks if allowed is None else int((allowed & self._heads.live[: self._heads.count]).sum())
         if plan.exact:
             ranked = self._compare_all(connection, state, unit, dim, count, allowed)
-            return ranked, replace(how, dim=dim, vectors=searched, kernel="numpy")
+            return ranked, replace(how, dim=dim, vectors=searched, kernel="numpy", scanned=searched)
         if queries.shape[1] < state.scan_width:
             raise InputError(f"the vector has {queries.shape[1]} channels, this index scans {state.scan_width}: pass a wider one, or exact=True.")
-        shortlist = max(count, plan.shortlist or _default_shortlist(state, plan.k))
+        shortlist, tuned_for = (plan.shortlist, None) if plan.shortlist else _default_shortlist(state, plan.k)
+        shortlist = max(count, shortlist)
         rough = _shortened(queries, state.scan_width).astype(np.float32)
-        kernel = kernel_name()
+        scanned, kernel = searched, kernel_name()
         if plan.approximate:
-            candidates, kernel = self._graph_candidates(connection, state, rough, shortlist, allowed)
+            candidates, scanned = self._graph_candidates(state, rough, shortlist, allowed)
+            kernel = kernel if scanned == searched else f"usearch {usearch_module().__version__}"
         else:
             candidates = self._heads.scan(rough, shortlist, allowed)
         ranked = [self._rescore(connection, state, unit[row], dim, numbers)[:count] for row, numbers in enumerate(candidates)]
         return ranked, replace(how, dim=dim, scan_width=state.scan_width, shortlist=shortlist, vectors=searched,
-                               approximate=plan.approximate, kernel=kernel)
+                               approximate=scanned < searched, kernel=kernel, scanned=scanned, tuned_for=tuned_for)
 
-    def _graph_candidates(self, connection: sqlite3.Connection, state: State, queries: NDArray[np.float32], count: int,
-                          allowed: NDArray[np.bool_] | None) -> tuple[list[NDArray[np.int64]], str]:
-        raise ConfigError("approximate=True: not built yet.")
+    def _graph_candidates(self, state: State, queries: NDArray[np.float32], count: int,
+                          allowed: NDArray[np.bool_] | None) -> tuple[list[NDArray[np.int64]], int]:
+        """As `graph.candidates`, from the graph file as it is now."""
+        path = graph_path(self.path)
+        stamp = stamp_of(path)
+        if self._graph is None or self._graph_stamp != stamp:
+            self._graph, self._graph_stamp = read_graph(path), stamp
+        if self._graph is None:
+            raise IndexFileError(f"{path}: no such file, and approximate=True needs it. Build it with `egemma index graph {self.path}`.")
+        problem = problem_with(self._graph.notes, state)
+        if problem is not None:
+            raise IndexFileError(f"{path} cannot be used: {problem}. Build it anew with `egemma index graph {self.path}`.")
+        return candidates(self._graph, self._heads, queries, count, allowed, path)
 
     def _rescore(self, connection: sqlite3.Connection, state: State, query: NDArray[np.float64], dim: int,
                  numbers: NDArray[np.int64]) -> list[tuple[int, float]]:
         """These chunks by falling cosine at `dim`, from their stored vectors, each checked against its checksum."""
         numbers = np.sort(numbers)
-        scores = cosines(query, self._stored(connection, state, numbers)[:, :dim])
+        parts = [numbers[start : start + _EXACT_ROWS] for start in range(0, len(numbers), _EXACT_ROWS)]  # many, where all have the same head
+        scores = np.concatenate([np.empty(0), *(cosines(query, _stored(connection, state, self._heads, part)[:, :dim]) for part in parts)])
         order = np.lexsort((numbers, -scores))
         return list(zip(numbers[order].tolist(), scores[order].tolist(), strict=True))
-
-    def _stored(self, connection: sqlite3.Connection, state: State, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(n, D) float64 stored vectors of these chunks, which are in rising order: floats where the file keeps them, else codes."""
-        layout = state.layout
-        heads = self._heads.codes[numbers]
-        rows = connection.execute("SELECT v.number, v.crc32, v.scales, v.rest, v.floats FROM json_each(?) AS j CROSS JOIN vectors AS v "
-                                  "ON v.number = j.value", (json.dumps(numbers.tolist()),)).fetchall()
-        if [row[0] for row in rows] != numbers.tolist():
-            raise Damage(f"{len(numbers)} vectors are wanted, {len(rows)} are there")
-        for head, (number, crc, scales, rest, floats) in zip(heads, rows, strict=True):
-            if not fits(layout, state.floats, scales, rest, floats) or vector_crc32(number, head.tobytes(), scales, rest, floats) != crc:
-                raise Damage(f"vector {number} is not what was stored")
-        if state.floats:
-            return np.frombuffer(b"".join(row[4] for row in rows), "<f4").reshape(-1, layout.dim).astype(np.float64)
-        return decode(heads, np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, layout.scales),
-                      np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, layout.rest_bytes), layout)
 
     def _compare_all(self, connection: sqlite3.Connection, state: State, queries: NDArray[np.float64], dim: int, count: int,
                      allowed: NDArray[np.bool_] | None) -> list[list[tuple[int, float]]]:
@@ -644,7 +773,7 @@ class Index:
         best: list[list[tuple[int, float]]] = [[] for _ in queries]
         for start in range(0, len(numbers), _EXACT_ROWS):
             part = numbers[start : start + _EXACT_ROWS]
-            stored = self._stored(connection, state, part)[:, :dim]
+            stored = _stored(connection, state, self._heads, part)[:, :dim]
             for row, query in enumerate(queries):
                 scores = cosines(query, stored)
                 kept = np.lexsort((part, -scores))[:count]
@@ -661,7 +790,10 @@ class Index:
         if key not in self._filters:
             allowed = np.zeros(state.next_number, np.bool_)
             rows = connection.execute(_NUMBERS_WHERE.format(condition[0]), tuple(condition[1])).fetchall()
-            allowed[np.fromiter((row[0] for row in rows), np.int64, len(rows))] = True
+            numbers = np.fromiter((row[0] for row in rows), np.int64, len(rows))
+            if len(rows) and not 0 <= numbers.min() <= numbers.max() < state.next_number:
+                raise Damage(f"chunks have the numbers {numbers.min()} to {numbers.max()}, given out were 0 to {state.next_number - 1}")
+            allowed[numbers] = True
             while len(self._filters) >= _KEPT_FILTERS:
                 del self._filters[next(iter(self._filters))]
             self._filters[key] = allowed
@@ -732,9 +864,41 @@ class _Plan:
     approximate: bool
 
 
-def _default_shortlist(state: State, k: int) -> int:
-    tuned = json.loads(state.tuned)["shortlist"] if state.tuned else MIN_SHORTLIST
-    return max(int(tuned), SHORTLIST_PER_HIT * k)
+def _default_shortlist(state: State, k: int) -> tuple[int, int | None]:
+    """How many to compare at full width for k hits; and for how many chunks that was tuned, None where it was not."""
+    tuned = None if state.tuned is None else Tuned.from_json(state.tuned)
+    if tuned is None or tuned.scan_width != state.scan_width:
+        return max(MIN_SHORTLIST, SHORTLIST_PER_HIT * k), None
+    return tuned.shortlist_for(k), tuned.chunks
+
+
+def _stored(connection: sqlite3.Connection, state: State, heads: Heads, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n, D) float64 stored vectors of these chunks, which are in rising order: floats where the file keeps them, else codes."""
+    layout = state.layout
+    codes = heads.codes[numbers]
+    rows = connection.execute("SELECT v.number, v.crc32, v.scales, v.rest, v.floats FROM json_each(?) AS j CROSS JOIN vectors AS v "
+                              "ON v.number = j.value", (json.dumps(numbers.tolist()),)).fetchall()
+    if [row[0] for row in rows] != numbers.tolist():
+        raise Damage(f"{len(numbers)} vectors are wanted, {len(rows)} are there")
+    for head, (number, crc, scales, rest, floats) in zip(codes, rows, strict=True):
+        if not fits(layout, state.floats, scales, rest, floats) or vector_crc32(number, head.tobytes(), scales, rest, floats) != crc:
+            raise Damage(f"vector {number} is not what was stored")
+    if state.floats:
+        return np.frombuffer(b"".join(row[4] for row in rows), "<f4").reshape(-1, layout.dim).astype(np.float64)
+    return decode(codes, np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, layout.scales),
+                  np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, layout.rest_bytes), layout)
+
+
+def _rescore_ms(connection: sqlite3.Connection, state: State, heads: Heads, live: NDArray[np.int64], count: int) -> float:
+    """How long it takes to read so many vectors and compare them with a query, median."""
+    times = []
+    for run in range(5):
+        numbers = np.sort(np.random.default_rng(run).choice(live, min(count, len(live)), replace=False))
+        started = time.perf_counter()
+        stored = _stored(connection, state, heads, numbers)
+        cosines(stored[0], stored)
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
 
 
 def _shortened(rows: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
@@ -761,10 +925,15 @@ def _prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> li
             check_text(f"chunk {number} of {document.id!r}", chunk.text, blank=True)
             if chunk.title is not None:
                 check_text(f"the title of chunk {number} of {document.id!r}", chunk.title, blank=True)
+            if type(chunk.start) is not int or type(chunk.stop) is not int:  # what SQLite would not give back as it is
+                raise InputError(f"chunk {number} of {document.id!r} has a span of {type(chunk.start).__name__} and {type(chunk.stop).__name__}: "
+                                 "pass int.")
             if chunk.stop - chunk.start != len(chunk.text) or chunk.start < 0:
                 raise InputError(f"chunk {number} of {document.id!r} spans {chunk.start} to {chunk.stop}, but has {len(chunk.text)} characters.")
             if chunk.start > (chunks[number - 1].stop if number else 0):
                 raise InputError(f"chunk {number} of {document.id!r} begins at {chunk.start}: what stands before it is in no chunk.")
+        if not blank and not any(chunk.text.strip() for chunk in chunks):  # a blank chunk between others is part of the text
+            raise InputError(f"document {document.id!r} is blank: there is nothing to find in it. Leave it out.")
         made = _Prepared(document.id, title, pack_metadata(document.metadata), pack_json("source", document.source), chunks)
         check_unique([document.id, document.id], [made, prepared.get(document.id, made)])
         prepared[document.id] = made
@@ -829,21 +998,17 @@ def _store(change: Change, prepared: list[_Prepared], overflow: Overflow) -> Put
 def _stored_floats(change: Change, number: int) -> NDArray[np.float32]:
     """(D,) a stored vector, as near to its floats as the file has it."""
     block, slot = divmod(number, BLOCK_ROWS)
-    squares, codes, crc = change.connection.execute("SELECT squares, codes, crc32 FROM heads WHERE block = ?", (block,)).fetchone()
-    vector_crc, scales, rest, floats = change.connection.execute("SELECT crc32, scales, rest, floats FROM vectors WHERE number = ?",
-                                                                 (number,)).fetchone()
     layout = change.state.layout
-    head = codes[slot * layout.head : (slot + 1) * layout.head]
-    if head_crc32(block, squares, codes) != crc or not fits(layout, change.state.floats, scales, rest, floats) \
-            or vector_crc32(number, head, scales, rest, floats) != vector_crc:
+    head = stored_heads(change.connection, "heads", block)[1][slot * layout.head : (slot + 1) * layout.head]
+    crc, scales, rest, floats = change.connection.execute("SELECT crc32, scales, rest, floats FROM vectors WHERE number = ?",
+                                                          (number,)).fetchone() or (None,) * 4
+    if not fits(layout, change.state.floats, scales, rest, floats) or vector_crc32(number, head, scales, rest, floats) != crc:
         raise Damage(f"vector {number} is not what was stored")
     if floats is not None:
         return np.frombuffer(floats, "<f4")
     return decode(np.frombuffer(head, np.int8)[None], np.frombuffer(scales, "<f4")[None], np.frombuffer(rest, np.uint8)[None],
                   layout)[0].astype(np.float32)
 
-        if not blank and not any(chunk.text.strip() for chunk in chunks):  # a blank chunk between others is part of the text
-            raise InputError(f"document {document.id!r} is blank: there is nothing to find in it. Leave it out.")
 
 def _read_hit(connection: sqlite3.Connection, number: int, score: float, cosine: float | None, bm25: float | None) -> Hit:
     row = connection.execute("SELECT c.document, c.position, c.start, c.stop, c.num_tokens, c.truncated, c.title, c.text, c.crc32, "

@@ -43,6 +43,14 @@ def one_per_text(name: str, values: Sequence[Any] | None, count: int) -> list[An
     return list(values)
 
 
+def check_counts(num_tokens: Sequence[Any], count: int) -> list[int]:
+    counts = one_per_text("num_tokens", num_tokens, count)
+    for row, value in enumerate(counts):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**31:
+            raise InputError(f"num_tokens[{row}]={value!r}: a whole number of tokens, 0 or more.")
+    return [int(value) for value in counts]
+
+
 def check_text(what: str, text: object, *, blank: bool) -> None:
     if not isinstance(text, str):
         raise InputError(f"{what} is {type(text).__name__}: pass str; decode bytes first.")
