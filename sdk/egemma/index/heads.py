@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index.codes import MAX_CODE
+from egemma.index.codes import MAX_CODE, squares
 
 BLOCK_ROWS = 256
 LIVE_BYTES = BLOCK_ROWS // 8
 _SPLIT_BYTES = 32 * 2**20    # heads that are worth a second thread
 _SCORES_BYTES = 64 * 2**20   # scores of several queries that are held at once
-_SLOW_ROWS = 16384           # rows that the NumPy kernel converts at a time
+_SCAN_ROWS = 16384           # rows whose products are made at a time, so that they stay in the processor's cache
 
 
 class Damage(Exception):
@@ -26,11 +27,11 @@ class Damage(Exception):
 
 
 def block_crc32(block: int, live: bytes) -> int:
-    return zlib.crc32(live, zlib.crc32(block.to_bytes(8, "little")))
+    return zlib.crc32(live, zlib.crc32(block.to_bytes(8, "little", signed=True)))
 
 
 def head_crc32(block: int, squares: bytes, codes: bytes) -> int:
-    return zlib.crc32(codes, zlib.crc32(squares, zlib.crc32(block.to_bytes(8, "little"))))
+    return zlib.crc32(codes, zlib.crc32(squares, zlib.crc32(block.to_bytes(8, "little", signed=True))))
 
 
 def live_numbers(block: int, live: bytes) -> NDArray[np.int64]:
@@ -89,6 +90,13 @@ class Heads:
         self.dead = np.flatnonzero(~self.live[: self.count])
         self.generation = generation
 
+    def fill(self, codes: NDArray[np.int8]) -> None:
+        """Hold these (N, width) heads, of no file."""
+        self._reserve(len(codes))
+        self.count = len(codes)
+        self.codes[: self.count], self.live[: self.count] = codes, True
+        self.inverse[: self.count] = inverse_lengths(squares(codes))
+
     def scan(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None = None) -> list[NDArray[np.int64]]:
         """For each query the numbers of the live rows with the highest cosine, as far as int8 heads can tell.
 
@@ -100,8 +108,7 @@ class Heads:
         Returns:
             B arrays, in no order; equal scores at the edge all come back, so one can be longer than `count`.
         """
-        biggest = np.abs(queries).max(axis=1, keepdims=True)
-        rounded = np.rint(queries * (MAX_CODE / biggest)).astype(np.int8)                     # (B, width)
+        rounded = round_queries(queries)
         rows: NDArray[np.int64] | None = None
         codes, inverse = self.codes[: self.count], self.inverse[: self.count]
         dead = self.dead
@@ -117,19 +124,27 @@ class Heads:
         for start in range(0, len(queries), step):
             for scores in self._scores(rounded[start : start + step], codes, inverse):
                 scores[dead] = -np.inf
-                best = _highest(scores, count)
+                best = highest(scores, count)
                 found.append(best if rows is None else rows[best])
         return found
+
+    def compare(self, query: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(n,) cosines of these rows, live or not, with a query (width,) that is not zero."""
+        codes = round_queries(query[None])
+        cosines: NDArray[np.float32] = self._scores(codes, self.codes[numbers], self.inverse[numbers])[0] / np.sqrt(np.float32(squares(codes)[0]))
+        return cosines
 
     def _scores(self, queries: NDArray[np.int8], codes: NDArray[np.int8], inverse: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, N): cosines but for the query's own length, which orders nothing."""
         scores = np.empty((len(queries), len(codes)), np.float32)
+        multiply = int8_products(queries)
         parts = min(self.threads, 1 + codes.nbytes // _SPLIT_BYTES)
         edges = [len(codes) * part // parts for part in range(parts + 1)]
 
         def run(part: int) -> None:
-            rows = slice(edges[part], edges[part + 1])
-            np.multiply(dot_int8(queries, codes[rows]), inverse[rows], out=scores[:, rows])
+            for start in range(edges[part], edges[part + 1], _SCAN_ROWS):
+                rows = slice(start, min(start + _SCAN_ROWS, edges[part + 1]))
+                np.multiply(multiply(codes[rows]).T, inverse[rows], out=scores[:, rows])
 
         if parts == 1:
             run(0)
@@ -149,8 +164,7 @@ class Heads:
         if len(codes) != rows * self.width or len(squares) != 4 * rows or stop > self.count or (len(numbers) and numbers[-1] >= stop):
             raise Damage(f"block {block} of the vectors has {len(codes)} bytes of codes, {len(squares)} of squares")
         self.codes[start:stop] = np.frombuffer(codes, np.int8).reshape(rows, self.width)
-        lengths = np.sqrt(np.frombuffer(squares, "<i4").astype(np.float32))
-        self.inverse[start:stop] = np.divide(1, lengths, out=np.zeros(rows, np.float32), where=lengths > 0)
+        self.inverse[start:stop] = inverse_lengths(np.frombuffer(squares, "<i4"))
         self.live[start:stop] = False
         self.live[numbers] = True
 
@@ -167,20 +181,39 @@ class Heads:
         self.codes, self.inverse, self.live = codes, inverse, live
 
 
-def dot_int8(queries: NDArray[np.int8], codes: NDArray[np.int8]) -> NDArray[np.int32]:
-    """(B, N) dot products of (B, width) queries and (N, width) codes, exact."""
-    out = np.empty((len(queries), len(codes)), np.int32)
+def inverse_lengths(squares: NDArray[np.int32]) -> NDArray[np.float32]:
+    """(N,) 1 / length of codes with these sums of squares; 0 where there is no direction."""
+    lengths = np.sqrt(squares.astype(np.float32))
+    inverse: NDArray[np.float32] = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+    return inverse
+
+
+def round_queries(queries: NDArray[np.float32]) -> NDArray[np.int8]:
+    """(B, width) codes of queries, no row zero: the largest channel of each gets 127 or -127."""
+    codes: NDArray[np.int8] = np.rint(queries * (MAX_CODE / np.abs(queries).max(axis=1, keepdims=True))).astype(np.int8)
+    return codes
+
+
+def int8_products(queries: NDArray[np.int8]) -> Callable[[NDArray[np.int8]], NDArray[np.int32]]:
+    """A function from (N, width) codes to their (N, B) dot products with these queries, exact.
+
+    May be called from several threads. The queries are what numkong wants repacked: packing the codes costs ten times the product.
+    """
+    count, width = queries.shape
     kong = _numkong()
-    if kong is not None and len(codes):
-        kong.cdist(queries, codes, "dot", out=out)
-        return out
+    if kong is not None:
+        packed = kong.dots_pack(np.pad(queries, ((0, -count % 4), (0, 0))))   # its kernel does four at a time, fewer are slower
+
+        def multiply(codes: NDArray[np.int8]) -> NDArray[np.int32]:
+            if not len(codes):
+                return np.empty((0, count), np.int32)
+            products: NDArray[np.int32] = np.asarray(kong.dots_packed(codes, packed))[:, :count]
+            return products
+
+        return multiply
     # float32 holds whole numbers to 2^24 and a product sum of at most 1,040 channels stays below, so this is exact too.
-    wide_queries = queries.astype(np.float32)
-    wide = queries.shape[1] > 2**24 // MAX_CODE**2
-    for start in range(0, len(codes), _SLOW_ROWS):
-        rows = codes[start : start + _SLOW_ROWS].astype(np.float64 if wide else np.float32)
-        out[:, start : start + len(rows)] = wide_queries @ rows.T
-    return out
+    wide = queries.T.astype(np.float64 if width > 2**24 // MAX_CODE**2 else np.float32)
+    return lambda codes: (codes.astype(wide.dtype) @ wide).astype(np.int32)
 
 
 def _numkong() -> Any:
@@ -194,7 +227,7 @@ def _numkong() -> Any:
     return numkong
 
 
-def _highest(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def highest(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Where the `count` highest scores stand, ties of the last included; -inf never comes back."""
     threshold = -np.inf
     if len(scores) > count:

@@ -23,7 +23,7 @@ from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index import jsonl, migration, upkeep
 from egemma.index.codes import check_vectors, cosines, decode, to_array
-from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, fits, vector_crc32
+from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, find_document_damage, fits, vector_crc32
 from egemma.index.file import (
     MAX_WIDTH,
     IndexFacts,
@@ -198,6 +198,7 @@ class Index:
         self._heads = Heads(state.scan_width, self._threads)
         self._filters: dict[tuple[str, str], NDArray[np.bool_]] = {}  # SQL and parameters -> allowed by number; of one generation
         self._filters_generation = -1
+        self._documents_checked = False
         self._graph: Graph | None = None
         self._graph_stamp: tuple[int, int, int, int] | None = None
 
@@ -419,7 +420,9 @@ class Index:
         """
         with self._reading("read") as connection:
             found = [_read_document(connection, id_) for id_ in check_ids(ids)]
-        missing = [id_ for id_, document in zip(ids, found, strict=True) if document is None]
+            missing = [id_ for id_, document in zip(ids, found, strict=True) if document is None]
+            if missing and connection.execute("SELECT 1 FROM documents NOT INDEXED WHERE id = ?", missing[:1]).fetchone():
+                raise Damage(f"document {missing[0]!r} is there, and SQLite's index of ids does not know it")
         if missing:
             raise InputError(f"{self.path} has no document {missing[0]!r}.")
         return [document for document in found if document is not None]
@@ -428,11 +431,13 @@ class Index:
         """The ids of all documents, or of those that a filter is true for, in the order in which they were added."""
         condition, parameters = ("1", []) if where is None else to_sqlite(parse(where))
         with self._reading("read") as connection:
+            self._check_documents(connection)
             return [row[0] for row in connection.execute(f"SELECT id FROM documents WHERE {condition} ORDER BY number", parameters)]
 
     def sources(self) -> dict[str, Mapping[str, Any]]:
         """What ingestion noted of each document that it put in: id -> source."""
         with self._reading("read") as connection:
+            self._check_documents(connection)
             sources = {}
             for id_, title, metadata, source, crc in connection.execute("SELECT id, title, metadata, source, crc32 FROM documents "
                                                                         "WHERE source IS NOT NULL"):
@@ -665,6 +670,7 @@ class Index:
     def __len__(self) -> int:
         """How many documents there are."""
         with self._reading("read") as connection:
+            self._check_documents(connection)
             return int(connection.execute("SELECT count(*) FROM documents").fetchone()[0])
 
     def close(self) -> None:
@@ -700,6 +706,8 @@ class Index:
         count = plan.k if mode != "hybrid" else max(plan.k, FUSED)
         with self._reading("search") as connection:
             state = self._current(connection)
+            if plan.condition is not None:
+                self._check_documents(connection)
             by_vector: list[list[tuple[int, float]]] = []
             how = How(mode=mode, dim=None, scan_width=None, shortlist=None, vectors=0, approximate=False, kernel=None)
             if vectors is not None:
@@ -780,6 +788,14 @@ class Index:
                 joined = best[row] + list(zip(part[kept].tolist(), scores[kept].tolist(), strict=True))
                 best[row] = sorted(joined, key=lambda pair: (-pair[1], pair[0]))[:count]
         return best
+
+    def _check_documents(self, connection: sqlite3.Connection) -> None:
+        """Once per opening: the checksum of a hit says nothing about a document that a filter passed over."""
+        if not self._documents_checked:
+            found = find_document_damage(connection, read_state(connection).chunks)
+            if found is not None:
+                raise Damage(found)
+            self._documents_checked = True
 
     def _allowed(self, connection: sqlite3.Connection, state: State, condition: tuple[str, Sequence[object]]) -> NDArray[np.bool_]:
         """(rows,) bool by chunk number: whose document passes the filter. Kept until the file changes."""

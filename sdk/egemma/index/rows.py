@@ -125,6 +125,11 @@ class Change:
             removed += len(documents)
         return removed
 
+    def touch_all(self) -> None:
+        """All heads are new: every reader reads them anew."""
+        self._touched = True
+        self.connection.execute("UPDATE blocks SET changed = ?", (self.state.generation + 1,))
+
     def finish(self) -> None:
         """Write blocks and facts. Afterwards every reader finds out what changed by `blocks.changed`."""
         if not self._live and not self._touched:
@@ -139,7 +144,7 @@ class Change:
         block, slot = divmod(number, BLOCK_ROWS)
         if block not in self._live:
             row = self.connection.execute("SELECT live, crc32 FROM blocks WHERE number = ?", (block,)).fetchone()
-            if row is not None and (len(row[0]) != LIVE_BYTES or block_crc32(block, row[0]) != row[1]):
+            if row is not None and (not isinstance(row[0], bytes) or len(row[0]) != LIVE_BYTES or block_crc32(block, row[0]) != row[1]):
                 raise Damage(f"block {block} of the vectors is not what was stored")
             self._live[block] = bytearray(LIVE_BYTES) if row is None else bytearray(row[0])
         bit = 1 << slot % 8
@@ -159,14 +164,21 @@ def append_heads(connection: sqlite3.Connection, table: str, first: int, heads: 
         codes = np.ascontiguousarray(heads[start:stop])
         old_squares, old_codes = b"", b""
         if slot:
-            row = connection.execute(f"SELECT squares, codes, crc32 FROM {table} WHERE block = ?", (block,)).fetchone()
-            if row is None or head_crc32(block, row[0], row[1]) != row[2] or len(row[1]) != slot * width:
+            old_squares, old_codes = stored_heads(connection, table, block)
+            if len(old_codes) != slot * width:
                 raise Damage(f"block {block} of the vectors is not what was stored")
-            old_squares, old_codes = row[0], row[1]
         new_squares, new_codes = old_squares + squares(codes).astype("<i4").tobytes(), old_codes + codes.tobytes()
         connection.execute(f"INSERT OR REPLACE INTO {table} (block, crc32, squares, codes) VALUES (?, ?, ?, ?)",
                            (block, head_crc32(block, new_squares, new_codes), new_squares, new_codes))
         start = stop
+
+
+def stored_heads(connection: sqlite3.Connection, table: str, block: int) -> tuple[bytes, bytes]:
+    """Squares and codes of a block, checked."""
+    row = connection.execute(f"SELECT squares, codes, crc32 FROM {table} WHERE block = ?", (block,)).fetchone()
+    if row is None or not isinstance(row[0], bytes) or not isinstance(row[1], bytes) or head_crc32(block, row[0], row[1]) != row[2]:
+        raise Damage(f"block {block} of the vectors is not what was stored")
+    return row[0], row[1]
 
 
 def stored_chunks(connection: sqlite3.Connection, ids: Sequence[str]) -> dict[str, tuple[int, list[StoredChunk]]]:
