@@ -72,6 +72,16 @@ def test_a_segment_of_zeros_comes_back_as_zeros() -> None:
         assert (stored[:, zeros] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("size", [1e-37, 1e-40, 1e-43, 1e-45])
+def test_channels_too_small_for_a_float32_scale_come_back_as_nearly_nothing(size: float) -> None:
+    layout = Layout.of((4, 2), 2)
+    vector = np.array([[size, 0, 1, 0], [-size, size / 2, 1, 0]], np.float32)
+    heads, scales, rests = encode(vector, layout)
+    assert np.abs(heads.astype(int)).max() <= MAX_CODE
+    np.testing.assert_allclose(decode(heads, scales, rests, layout), vector, atol=2e-37, rtol=1e-6)
+
+
 @given(st.data())
 def test_what_is_coded_comes_back_in_any_layout_and_coding_it_again_changes_no_code(data: st.DataObject) -> None:
     dims = tuple(sorted(data.draw(st.sets(st.integers(1, 40), min_size=1, max_size=4)), reverse=True))

@@ -239,6 +239,26 @@ def test_damaged_blocks_are_found_when_they_are_read_and_again_at_the_next_call(
     connection.close()
 
 
+LIVE, CODES, SQUARES = b"\xff" * 32, bytes(4 * 256), bytes(4 * 256)
+
+
+@pytest.mark.parametrize(("block", "live", "squares_", "codes"), [
+    (0, LIVE[:31], SQUARES, CODES), (0, LIVE + b"\0", SQUARES, CODES), (0, LIVE, SQUARES, CODES[:-1]), (0, LIVE, SQUARES[:-4], CODES),
+    (0, LIVE, SQUARES + b"\0", CODES), (0, LIVE, SQUARES[:-4], CODES[:-4]), (0, LIVE, b"", b""), (1, LIVE, SQUARES, CODES), (2**40, LIVE, SQUARES, CODES),
+    (0, LIVE, SQUARES * 2, CODES * 2), (0, LIVE, None, CODES), (0, LIVE, SQUARES, "text"),
+])
+def test_a_block_of_impossible_lengths_is_damage_though_its_checksums_fit(block: int, live: bytes, squares_: Any, codes: Any) -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute("CREATE TABLE blocks (number, changed, crc32, live)")
+    connection.execute("CREATE TABLE heads (block, crc32, squares, codes)")
+    connection.execute("INSERT INTO blocks VALUES (?, 1, ?, ?)", (block, block_crc32(block, live), live))
+    sound = isinstance(squares_, bytes) and isinstance(codes, bytes)
+    connection.execute("INSERT INTO heads VALUES (?, ?, ?, ?)", (block, head_crc32(block, squares_, codes) if sound else 0, squares_, codes))
+    with pytest.raises(Damage):
+        Heads(4, 1).refresh(connection, generation=1, next_number=256, num_chunks=256)
+    connection.close()
+
+
 def test_a_refresh_that_failed_is_made_up_for_by_the_next(tmp_path: Path) -> None:
     with Index.open(tmp_path / "a.egx", identity()) as index:
         index.add_vectors(normalize(np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)), ids=[str(row) for row in range(600)])

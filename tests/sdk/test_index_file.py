@@ -251,6 +251,7 @@ def test_an_index_of_version_1_is_brought_up_to_date_with_all_it_holds(tmp_path:
     with pytest.raises(IndexFileError, match=r"version 1 .*Open it once"):
         describe_index(tmp_path / "a.egx")
     with open_index(tmp_path / "a.egx", create=False) as index:
+        assert index._reader.execute("PRAGMA busy_timeout").fetchone()[0] == 10_000  # as of any other reader
         assert len(index) == 1499
         assert index.ids() == [f"id {number}" for number in range(1500) if number != 7]
         for number in (0, 1, 2, 3, 1499):

@@ -316,16 +316,19 @@ def _begin_to_write(connection: sqlite3.Connection, begin: str) -> None:
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     connection.execute(f"PRAGMA busy_timeout = {round(1000 * _WAIT_UNTOLD_S)}")
     told = False
-    while True:
-        try:
-            connection.execute(begin)
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-        if not told:
-            logger.warning("another program is writing to this index; waiting up to %g s for it", BUSY_TIMEOUT_S)
-            told = True
+    try:
+        while True:
+            try:
+                connection.execute(begin)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            if not told:
+                logger.warning("another program is writing to this index; waiting up to %g s for it", BUSY_TIMEOUT_S)
+                told = True
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
