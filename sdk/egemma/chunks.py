@@ -1,6 +1,6 @@
 """A long text as chunks that the model reads whole, cut where the text itself says so.
 
-Cuts depend on what stands near them, not on how far they are from the beginning: within the half-full to full stretch of a chunk the
+Cuts depend on what stands near them, not on how far they are from the beginning: where a chunk is two fifths full or more the
 strongest boundary wins, and among equal ones the one whose next characters have the smallest checksum. So an edit moves the cuts
 beside it, and the chunks after that are the same as before (docs/decisions/0007-ingestion.md has the numbers).
 """
@@ -31,6 +31,7 @@ _JOINERS = frozenset("\u200d\ufe0e\ufe0f\u20e3")
 _ANCHOR_CHARACTERS = 32       # what stands behind a boundary and decides between equal ones
 _TITLE_SHARE = 4              # a title takes at most this part of what the model reads
 _TITLE_CHARACTERS = 200       # of each heading in it
+_FULL_ENOUGH = 0.4            # from here on a chunk may end; lower, and more edits meet a cut that stays; higher, and there are fewer chunks
 _FEWEST_TEXT_TOKENS = 8       # beside prompt, title and overlap
 
 
@@ -226,7 +227,7 @@ class _Units:
             filled += self._costs[number]
             if filled > self._budget:
                 return best
-            if 2 * filled >= self._budget and number + 1 < len(self):
+            if filled >= _FULL_ENOUGH * self._budget and number + 1 < len(self):
                 # The strongest boundary; among those one that leaves no crumb; then the anchor, the later of equal ones.
                 rank = (self._levels[number], 4 * self._rests[number] >= self._budget, -self._anchor(number))
                 if best_rank is None or rank >= best_rank:

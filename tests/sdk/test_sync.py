@@ -187,7 +187,8 @@ def test_only_what_is_gone_from_below_the_roots_is_removed(index: Index, folder:
 def test_the_same_file_is_one_document_whichever_root_it_is_below(index: Index, folder: Path, tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     run(index, folder)
-    assert run(index, [folder / "deep", folder, folder / "deep" / "notes.txt"]).embedded == 0
+    report = run(index, [folder / "deep", folder, folder / "deep" / "notes.txt"])
+    assert (report.embedded, report.unchanged, report.skipped) == (0, 4, ())
     monkeypatch.chdir(tmp_path)
     assert sync(index, ["docs", "./docs/../docs"], clock_ns=later).unchanged == 4
     (tmp_path / "link").symlink_to(folder)
@@ -354,6 +355,7 @@ def test_everything_that_is_not_read_is_named_with_its_reason(index: Index, fold
     (folder / "self").symlink_to(folder / "self")
     os.mkfifo(folder / "pipe")
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("a name that is no Unicode")
+    assert ("pipe", "not a file") in [(Path(item.path).name, item.reason) for item in look(index, [folder]).skipped]  # without opening it
     report = run(index, folder)
     assert report.new == 4
     reasons = sorted((Path(item.path).name, item.reason) for item in report.skipped)
@@ -418,6 +420,8 @@ def test_the_index_does_not_read_itself(folder: Path) -> None:
 def test_a_missing_library_stops_before_the_work(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folder / "a.pdf", b"%PDF-1.7")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeUnavailableError, match=r"egemma\[ingest\]"):
+        look(index, [folder])
     with pytest.raises(RuntimeUnavailableError, match=r"egemma\[ingest\]"):
         run(index, folder)
     assert len(index) == 0
