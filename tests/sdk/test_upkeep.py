@@ -110,6 +110,46 @@ def test_every_damage_to_a_row_is_found(tmp_path: Path, damage: str, says: str) 
         assert says in str(error)  # noqa: PT017
 
 
+def index_without_rows(path: Path, name: str) -> None:
+    """An index of SQLite's that is another, empty one: what a torn page can look like."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("CREATE TABLE other (a TEXT UNIQUE, b INTEGER)")
+    connection.execute("CREATE INDEX other_b ON other (b)")
+    connection.execute("PRAGMA writable_schema = ON")
+    connection.execute("UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = ?) WHERE name = ?",
+                       ("sqlite_autoindex_other_1" if "auto" in name else "other_b", name))
+    connection.execute("DELETE FROM sqlite_master WHERE tbl_name = 'other'")
+    connection.close()
+
+
+@pytest.mark.parametrize("doing", [
+    lambda index: len(index), lambda index: index.ids(), lambda index: index.sources(), lambda index: index.search("w1", where={"number": 1}),
+    lambda index: index.search("w1", mode="text", where={"number": 1}), lambda index: index.search("w1", mode="hybrid", where={"number": {"$gt": 1}})])
+@pytest.mark.parametrize("damage", ["UPDATE documents SET metadata = '{}' WHERE id = 'd40'", "DELETE FROM documents WHERE id = 'd40'",
+                                    "chunks_of_document"])
+def test_a_document_that_damage_hides_from_a_filter_or_list_is_an_error(tmp_path: Path, damage: str, doing: Callable[[Index], object]) -> None:
+    path = tmp_path / "a.egx"
+    filled(path, 80).close()
+    if " " in damage:
+        sql(path, damage)
+    else:
+        index_without_rows(path, damage)
+    with open_index(path) as index, pytest.raises(IndexFileError, match="damaged"):
+        doing(index)
+
+
+def test_an_id_that_only_the_table_knows_is_damage_and_not_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "a.egx"
+    filled(path, 80).close()
+    index_without_rows(path, "sqlite_autoindex_documents_1")
+    with open_index(path) as index:
+        with pytest.raises(IndexFileError, match="document 'd40' is there"):
+            index.get(["d40"])
+        with pytest.raises(InputError, match="has no document 'd999'"):
+            index.get(["d999"])
+    assert check(path)
+
+
 def test_all_that_is_damaged_is_said_up_to_a_hundred(tmp_path: Path) -> None:
     filled(tmp_path / "a.egx").close()
     sql(tmp_path / "a.egx", "UPDATE documents SET title = 'x' WHERE id IN ('d1', 'd9')", "UPDATE chunks SET text = 'x' WHERE number = 44")

@@ -77,10 +77,25 @@ def all_damage(connection: sqlite3.Connection, state: State) -> Iterator[str]:
     yield from _damaged_words(connection)
 
 
-def _damaged_documents(connection: sqlite3.Connection) -> Iterator[str]:
-    for id_, title, metadata, source, crc in connection.execute("SELECT id, title, metadata, source, crc32 FROM documents"):
+def find_document_damage(connection: sqlite3.Connection, num_chunks: int) -> str | None:
+    """What would make a filter, or a list of ids, pass a document over without a word: its row, or its place in an index of SQLite's."""
+    found = next(_documents_of_another_checksum(connection), None)
+    if found is not None:
+        return found
+    documents = connection.execute("SELECT count(*) FROM documents").fetchone()[0]
+    chunks, with_chunks = connection.execute("SELECT count(*), count(DISTINCT c.document) FROM chunks c JOIN documents d ON d.number = c.document").fetchone()
+    return None if (chunks, with_chunks) == (num_chunks, documents) else \
+        f"{num_chunks} chunks of {documents} documents are counted, {chunks} of {with_chunks} can be found"
+
+
+def _documents_of_another_checksum(connection: sqlite3.Connection) -> Iterator[str]:
+    for id_, title, metadata, source, crc in connection.execute("SELECT id, title, metadata, source, crc32 FROM documents NOT INDEXED"):
         if not isinstance(id_, str) or document_crc32(id_, title, metadata, source) != crc:
             yield f"document {id_!r} is not what was stored"
+
+
+def _damaged_documents(connection: sqlite3.Connection) -> Iterator[str]:
+    yield from _documents_of_another_checksum(connection)
     for table, column, other in (("chunks", "document", "documents"), ("vectors", "number", "chunks")):
         for (number,) in connection.execute(f"SELECT number FROM {table} WHERE {column} NOT IN (SELECT number FROM {other})"):
             yield f"row {number} of {table} belongs to nothing in {other}"
