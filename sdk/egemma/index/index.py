@@ -1016,10 +1016,10 @@ def _stored_floats(change: Change, number: int) -> NDArray[np.float32]:
     block, slot = divmod(number, BLOCK_ROWS)
     layout = change.state.layout
     head = stored_heads(change.connection, "heads", block)[1][slot * layout.head : (slot + 1) * layout.head]
-    crc, scales, rest, floats = change.connection.execute("SELECT crc32, scales, rest, floats FROM vectors WHERE number = ?",
-                                                          (number,)).fetchone() or (None,) * 4
-    if not fits(layout, change.state.floats, scales, rest, floats) or vector_crc32(number, head, scales, rest, floats) != crc:
+    row = change.connection.execute("SELECT crc32, scales, rest, floats FROM vectors WHERE number = ?", (number,)).fetchone()
+    if row is None or not fits(layout, change.state.floats, *row[1:]) or vector_crc32(number, head, *row[1:]) != row[0]:
         raise Damage(f"vector {number} is not what was stored")
+    _, scales, rest, floats = row
     if floats is not None:
         return np.frombuffer(floats, "<f4")
     return decode(np.frombuffer(head, np.int8)[None], np.frombuffer(scales, "<f4")[None], np.frombuffer(rest, np.uint8)[None],
