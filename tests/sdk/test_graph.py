@@ -112,6 +112,10 @@ def test_what_was_added_since_is_found_and_what_was_removed_never_comes_back(ind
     after = index.search_vector(query, 10, shortlist=20, approximate=True)
     assert after[0].id == str(ROWS)
     assert (after.how.approximate, after.how.scanned, after.how.vectors) == (True, 5, ROWS + 5 - 10)
+    facts = index.facts().graph
+    assert facts is not None
+    assert (facts.vectors, facts.added, facts.removed, facts.problem) == (ROWS, 5, 10, None)
+    assert facts.file_bytes == graph_path(index.path).stat().st_size
     assert len(after) == 10
     assert not {*ids(after)} & {*ids(before)}
     assert len({*ids(after)} & {*ids(index.search_vector(query, 10, shortlist=20))}) >= 8
@@ -149,6 +153,7 @@ def test_a_filter_that_nothing_near_the_query_passes_still_gets_its_k_hits(index
 def test_without_a_graph_an_approximate_search_says_how_to_make_one(tmp_path: Path) -> None:
     with Index.open(tmp_path / "b.egx", IDENTITY) as index:
         add(index, unit_rows(10))
+        assert index.facts().graph is None
         with pytest.raises(IndexFileError, match=r"b\.egx\.graph: no such file.*egemma index graph"):
             index.search_vector(unit_rows(1)[0], approximate=True)
         with pytest.raises(ConfigError, match="exact=True"):
@@ -177,6 +182,9 @@ def test_every_flipped_bit_and_every_cut_is_found_before_usearch_sees_it(path: P
             with pytest.raises(IndexFileError, match=r"a\.egx\.graph.*egemma index graph"):
                 index.search_vector(query, approximate=True)
         assert len(index.search_vector(query)) == 10
+        facts = index.facts().graph
+        assert facts is not None
+        assert facts.problem is not None
         graph_path(path).unlink()
         graph_path(path).write_bytes(whole)
         assert index.search_vector(query, shortlist=20, approximate=True).how.approximate

@@ -10,14 +10,16 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from egemma.identity import ModelIdentity
 from egemma.index.codes import Layout
 from egemma.index.damage import facts_crc32, find_damage
+from egemma.index.graph import GraphFacts, graph_facts
 from egemma.index.heads import Damage
 from egemma_core.errors import IndexFileError
 
@@ -126,6 +128,8 @@ class IndexFacts:
     file_bytes: int
     format_version: int
     migrating_to: str | None  # the model that `migrate` is on its way to
+    tuned: Mapping[str, Any] | None  # what `tune` found, and for how many chunks
+    graph: GraphFacts | None  # for approximate searches; None where none was built
     damage: str | None        # the first that was found; None when there is none, or nobody asked for a check
 
 
@@ -356,6 +360,7 @@ def facts_of(connection: sqlite3.Connection, path: Path, *, check: bool) -> Inde
                       dims=state.identity.dims, scan_width=state.scan_width, floats=state.floats, documents=documents, chunks=state.chunks,
                       truncated_chunks=truncated, file_bytes=file_bytes(path) + file_bytes(_wal(path)), format_version=FORMAT_VERSION,
                       migrating_to=None if to is None else str(to[0]),
+                      tuned=None if state.tuned is None else json.loads(state.tuned), graph=graph_facts(connection, state, path),
                       damage=find_damage(connection, state) if check else None)
 
 

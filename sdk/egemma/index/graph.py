@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sqlite3
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index.heads import Heads, highest, round_queries
+from egemma.index.heads import BLOCK_ROWS, Heads, highest, live_numbers, round_queries
 from egemma_core.errors import ConfigError, IndexFileError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
@@ -80,6 +81,17 @@ class GraphNotes:
             elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**48:
                 raise ValueError(f"{name} is no count")
         return cls(**found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphFacts:
+    """How a graph file stands to its index."""
+
+    vectors: int            # chunks in it
+    added: int              # chunks of the index that are not in it: they are scanned
+    removed: int            # chunks in it that the index has no more: they are passed over
+    file_bytes: int
+    problem: str | None     # why it cannot be used; then the counts are 0
 
 
 @dataclass(frozen=True)
@@ -212,6 +224,22 @@ def write_graph(path: Path, index: Any, **known: Any) -> GraphNotes:
             raise
         _sync_folder(path.parent)
     return notes
+
+
+def graph_facts(connection: sqlite3.Connection, state: State, index: Path) -> GraphFacts | None:
+    """Of the graph file beside an index, its payload unread; None where there is none. Call inside a read transaction."""
+    path = graph_path(index)
+    try:
+        notes = read_notes(path)
+        problem = None if notes is None else problem_with(notes, state)
+    except IndexFileError as error:
+        notes, problem = None, str(error)
+    if notes is None or problem is not None:
+        return None if problem is None else GraphFacts(vectors=0, added=0, removed=0, file_bytes=path.stat().st_size, problem=problem)
+    alive = 0
+    for block, live in connection.execute("SELECT number, live FROM blocks WHERE number * ? < ?", (BLOCK_ROWS, notes.next_number)):
+        alive += int((live_numbers(block, live) < notes.next_number).sum())
+    return GraphFacts(vectors=notes.vectors, added=state.chunks - alive, removed=notes.vectors - alive, file_bytes=path.stat().st_size, problem=None)
 
 
 def problem_with(notes: GraphNotes, state: State) -> str | None:
