@@ -411,6 +411,41 @@ def test_threads_that_search_meanwhile_get_the_old_answers_until_the_switch_and_
         assert index.check() == []
 
 
+@pytest.mark.parametrize("dims", [DIMS, (96, 48, 24)], ids=str)
+def test_a_search_and_an_addition_that_the_switch_overtakes_ask_the_new_model(tmp_path: Path, dims: tuple[int, ...]) -> None:
+    class Overtaken(WordEmbedder):
+        """Migrates the index while it is embedding, as another thread can."""
+
+        def embed_queries(self, *args: Any, **settings: Any) -> Any:
+            found = super().embed_queries(*args, **settings)
+            index.migrate(cast(Any, new))
+            return found
+
+        def embed_documents(self, *args: Any, **settings: Any) -> Any:
+            found = super().embed_documents(*args, **settings)
+            if len(index):
+                index.migrate(cast(Any, new))
+            return found
+
+    documents = texts(50)
+    new = WordEmbedder(NEW, dims=dims)
+    for doing in ("search", "add"):
+        with Index.open(tmp_path / f"{doing}.egx", cast(Any, Overtaken(OLD))) as index:
+            index.add(list(documents.values()), ids=list(documents))
+            if doing == "search":
+                found = index.search("w1 w2 w3", 5).hits
+            else:
+                index.add(["w1 w2 w3 w59"], ids=["late"])
+                found = index.search("w1 w2 w3 w59", 1).hits
+                assert (found[0].id, round(found[0].score, 2)) == ("late", 1)
+                index.remove(["late"])
+                found = index.search("w1 w2 w3", 5).hits
+            assert index.check() == []
+        with Index.open(tmp_path / f"fresh {doing}.egx", cast(Any, new)) as fresh:
+            fresh.add(list(documents.values()), ids=list(documents))
+            assert found == fresh.search("w1 w2 w3", 5).hits
+
+
 MIGRATOR = """
 import sys, time
 from pathlib import Path

@@ -27,7 +27,7 @@ from egemma_core.errors import EgemmaError, IndexFileError, InputError
 from egemma_core.tokens import Overflow
 
 if TYPE_CHECKING:
-    from egemma.index.index import Index
+    from egemma.index.index import Index, _Prepared
 
 VERSION = 1
 MAX_LINE_BYTES = 256 * 2**20
@@ -195,14 +195,15 @@ class _Read:
     """One line, checked: a document, and what an export knows of its chunks beyond their texts."""
 
     document: ChunkedDocument
+    packed: _Prepared
     counts: list[tuple[int, bool]]         # tokens, truncated
     vectors: list[dict[str, bytes]]        # "floats", or "scales", "head" and "rest"; checked for length
-    characters: int
 
 
 def _batch(lines: Iterator[tuple[int, Any]], header: Header, layout: Layout, seen: set[str], source: Path, *, with_vectors: bool) -> list[_Read]:
     """The next documents; none at the end."""
     batch: list[_Read] = []
+    characters = 0
     for number, value in lines:
         try:
             read = _document(value, header.vectors if with_vectors else "none", layout)
@@ -212,7 +213,8 @@ def _batch(lines: Iterator[tuple[int, Any]], header: Header, layout: Layout, see
             raise InputError(f"{source}, line {number}: the id {read.document.id!r} was there before.")
         seen.add(read.document.id)
         batch.append(read)
-        if len(batch) == _TOGETHER or sum(read.characters for read in batch) > _CHARACTERS_TOGETHER:
+        characters += sum(len(chunk.text) for chunk in read.document.chunks)
+        if len(batch) == _TOGETHER or characters > _CHARACTERS_TOGETHER:
             break
     return batch
 
@@ -232,12 +234,12 @@ def _document(value: Any, kind: str, layout: Layout) -> _Read:
         counts.append((told["tokens"], told["truncated"]))
         vectors.append({name: _bytes(told[name], f"{name} of {what}", wanted) for name, wanted in parts.items()})
     document = ChunkedDocument(id=fields["id"], title=fields["title"], metadata=fields["metadata"], source=fields["source"], chunks=tuple(chunks))
-    _prepare([document], blank=True)
+    packed = _prepare([document], blank=True)[0]
     if kind == "floats":
         check_vectors(_stacked(vectors, "floats", "<f4"), layout.dim)
     elif kind == "codes":
         _decoded(vectors, layout)
-    return _Read(document=document, counts=counts, vectors=vectors, characters=sum(len(chunk.text) for chunk in chunks))
+    return _Read(document=document, packed=packed, counts=counts, vectors=vectors)
 
 
 def _fields(value: Any, what: str, needed: Mapping[str, type], optional: Mapping[str, type]) -> dict[str, Any]:
@@ -289,9 +291,6 @@ def _decoded(vectors: list[dict[str, bytes]], layout: Layout) -> NDArray[np.floa
 
 
 def _store(index: Index, batch: list[_Read], header: Header, layout: Layout) -> None:
-    from egemma.index.index import _prepare
-
-    prepared = [_prepare([read.document], blank=True)[0] for read in batch]
     vectors = [parts for read in batch for parts in read.vectors]
     with index._writing("import") as change:
         if change.state.next_number == 0:
@@ -299,7 +298,8 @@ def _store(index: Index, batch: list[_Read], header: Header, layout: Layout) -> 
         known = stored_chunks(change.connection, [read.document.id for read in batch])
         change.remove_chunks([chunk.number for _, stored in known.values() for chunk in stored])
         chunks = []
-        for document, read in zip(prepared, batch, strict=True):
+        for read in batch:
+            document = read.packed
             number = change.put_document(document.id, document.title, document.metadata, document.source, known.get(document.id, (None,))[0])
             chunks += [NewChunk(document=number, position=position, start=chunk.start, stop=chunk.stop, num_tokens=num_tokens, truncated=truncated,
                                 title=chunk.title, text=chunk.text)
