@@ -128,7 +128,8 @@ def _sync(args: argparse.Namespace, index: Index, paths: list[str]) -> int:
     if args.plan:
         with Progress("files", None) as progress:
             plan = plan_folder(index, paths, config, progress=lambda _path, done, total: progress.at(done, total))
-        print(json.dumps(asdict(plan), ensure_ascii=False) if args.json else "\n".join(render(plan)))
+        print(json.dumps({**asdict(plan), "chunks": plan.chunks, "embed_chunks": plan.embed_chunks, "embed_tokens": plan.embed_tokens},
+                         ensure_ascii=False) if args.json else "\n".join(render(plan)))
         return 0
     with Progress("bytes", None) as progress:
         report = sync(index, paths, config, progress=lambda now: progress.at(now.bytes_done, now.bytes))
