@@ -17,6 +17,7 @@ from egemma.index import Index, heads
 from egemma.index.codes import squares
 from egemma.index.file import read_state
 from egemma.index.heads import BLOCK_ROWS, Damage, Heads, block_crc32, head_crc32, int8_products, kernel_name, live_numbers
+from egemma_core.errors import IndexFileError
 from egemma_core.vectors import normalize
 
 
@@ -257,6 +258,39 @@ def test_a_block_of_impossible_lengths_is_damage_though_its_checksums_fit(block:
     with pytest.raises(Damage):
         Heads(4, 1).refresh(connection, generation=1, next_number=256, num_chunks=256)
     connection.close()
+
+
+def test_a_block_that_is_missing_is_not_made_up_for_by_what_stood_there_before() -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute("CREATE TABLE blocks (number, changed, crc32, live)")
+    connection.execute("CREATE TABLE heads (block, crc32, squares, codes)")
+    for block in (0, 1):
+        connection.execute("INSERT INTO blocks VALUES (?, 1, ?, ?)", (block, block_crc32(block, LIVE), LIVE))
+        connection.execute("INSERT INTO heads VALUES (?, ?, ?, ?)", (block, head_crc32(block, SQUARES, CODES), SQUARES, CODES))
+    kept = Heads(4, 1)
+    kept.refresh(connection, generation=1, next_number=512, num_chunks=512)
+    connection.execute("UPDATE blocks SET changed = 2")
+    connection.execute("DELETE FROM blocks WHERE number = 1")
+    with pytest.raises(Damage):  # compacted to one chunk fewer, as the facts say
+        kept.refresh(connection, generation=2, next_number=511, num_chunks=511)
+    connection.close()
+
+
+@pytest.mark.parametrize("change", ["codes", "squares", "shorter"])
+def test_damage_in_the_last_block_is_not_written_anew_with_a_checksum_that_fits(tmp_path: Path, change: str) -> None:
+    vectors = normalize(np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32))
+    with Index.open(tmp_path / "a.egx", identity()) as index:
+        index.add_vectors(vectors, ids=[str(row) for row in range(20)])
+        connection = sqlite3.connect(tmp_path / "a.egx")
+        lengths, codes = connection.execute("SELECT squares, codes FROM heads").fetchone()
+        if change == "shorter":
+            connection.execute("UPDATE heads SET codes = ?, squares = ?, crc32 = ?", (codes[4:], lengths[4:], head_crc32(0, lengths[4:], codes[4:])))
+        else:
+            connection.execute(f"UPDATE heads SET {change} = ?", (bytes(len(codes if change == "codes" else lengths)),))
+        connection.commit()
+        connection.close()
+        with pytest.raises(IndexFileError, match="block 0"):
+            index.add_vectors(vectors[:1], ids=["more"])
 
 
 def test_a_refresh_that_failed_is_made_up_for_by_the_next(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def columns() -> list[tuple[str, str]]:
     return [(table, column) for table, names in tables.items() for column in names.split()]
 
 
-VALUES: list[Any] = [None, -1, 2**40, 0.5, "text", b"", bytes(100)]
+VALUES: list[Any] = [None, -1, 2**40, "text", b"", bytes(100)]
 # A filter or an id decides by what it reads; only what it lets through is compared with its checksum. `check` compares all.
 UNSEEN = {("documents", "metadata"): ("where",), ("documents", "source"): ("sources",), ("documents", "number"): ("where", "ids"),
           ("documents", "id"): ("ids", "get", "sources"), ("chunks", "document"): ("where", "get")}
@@ -165,6 +165,15 @@ def test_rows_that_are_missing_added_or_exchanged_are_found(tmp_path: Path, whol
     assert found["damage"] is not None or "crc32x" in damage
 
 
+def test_a_document_that_lost_a_chunk_in_the_middle_is_not_given_back_without_it(index: Index) -> None:
+    chunks = tuple(Chunk(start=4 * number, stop=4 * number + 4, title=None, text=f"txt{number}") for number in range(3))
+    index.put([ChunkedDocument(id="a", title=None, metadata=None, source=None, chunks=chunks)])
+    change(index.path, "DELETE FROM chunks WHERE position = 1")
+    with pytest.raises(IndexFileError, match="damaged"):
+        index.get(["a"])
+    assert index.facts(check=True).damage is not None
+
+
 def test_damage_that_sqlite_reports_in_broken_utf8_is_an_error_of_ours(tmp_path: Path) -> None:
     open_index(tmp_path / "a.egx").close()
     change(tmp_path / "a.egx", "PRAGMA writable_schema = ON",
@@ -185,7 +194,7 @@ def test_a_file_damaged_anywhere_is_an_error_or_still_gives_the_right_answer(tmp
         right, right_words = ask(index), index.search("rain 7", 50, mode="text").hits
     content = whole.read_bytes()
     path, refused, random = tmp_path / "a.egx", 0, np.random.default_rng(0)
-    for at in random.integers(0, len(content), size=60):
+    for at in random.integers(0, len(content), size=40):
         page = int(random.integers(len(content) // 8192)) * 8192
         flipped = bytes([content[at] ^ 1 << random.integers(8)])
         for damaged in (content[:at], content[:at] + flipped + content[at + 1 :], content[:at] + random.bytes(600) + content[at + 600 :],
@@ -204,7 +213,7 @@ def test_a_file_damaged_anywhere_is_an_error_or_still_gives_the_right_answer(tmp
                 refused += 1
             else:
                 assert damage is not None or not differs  # FTS5 has no checksums; a check compares it with the texts
-    assert refused > 100
+    assert refused > 60
 
 
 @pytest.mark.parametrize("name", ["a.egx-wal", "a.egx-shm"])
