@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -65,17 +66,17 @@ class Layout:
     def of(cls, dims: Sequence[int], head: int) -> Layout:
         return cls(head=head, edges=tuple(sorted(dim for dim in dims if dim > head)))
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """D, the full width."""
         return self.edges[-1] if self.edges else self.head
 
-    @property
+    @cached_property
     def rest_bytes(self) -> int:
         """Of one vector: half a byte for each channel of the head, then a byte for each that follows."""
         return (self.head + 1) // 2 + self.dim - self.head
 
-    @property
+    @cached_property
     def scales(self) -> int:
         return 1 + len(self.edges)
 
