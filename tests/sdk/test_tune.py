@@ -116,7 +116,9 @@ def test_a_recall_out_of_reach_is_said_and_changes_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("keep_floats", [True, False])
-def test_writing_the_heads_anew_keeps_every_vector_and_what_was_deleted_stays_so(tmp_path: Path, keep_floats: bool) -> None:
+def test_writing_the_heads_anew_keeps_every_vector_and_what_was_deleted_stays_so(tmp_path: Path, keep_floats: bool,
+                                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("egemma.index.tune._TOGETHER", 1)   # so that a whole part is dead: block 2
     rows, dead = unit_rows(1100), [*range(300, 900), 5, 1099]
     with make(tmp_path / "a.egx", rows=1100, keep_floats=keep_floats) as index, Index.open(tmp_path / "a.egx", threads=1) as reader:
         index.remove([str(row) for row in dead])
@@ -208,3 +210,14 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert 0.99 < low < 1   # Wilson: n / (n + z²)
     assert low == pytest.approx(2000 / (2000 + 1.96**2), abs=1e-5)
     assert high == pytest.approx(1)
+
+
+def test_the_shortlist_is_not_longer_than_the_hits_where_each_chunk_has_a_twin(tmp_path: Path) -> None:
+    rows = unit_rows(400)
+    twins = rows + 0.02 * unit_rows(400, seed=5)
+    twins /= np.linalg.norm(twins, axis=1, keepdims=True)
+    with make(tmp_path / "a.egx", rows=400) as index:
+        index.add_vectors(twins.astype(np.float32), ids=[f"twin {row}" for row in range(400)])
+        report = index.tune(k=1, recall=0.9)
+        # The best of the others is the twin, and only the chunk itself, which does not count, stands before it.
+        assert [(row.shortlist, row.recall) for row in report.rows] == [(1, 1.0), (1, 1.0)]
