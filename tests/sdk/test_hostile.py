@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import pytest
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.identity import ModelIdentity
 from egemma.index import Hits, Index, describe_index
+from egemma.index.file import write_state
 from egemma_core.errors import ConfigError, EgemmaError, IndexFileError, InputError
 from egemma_core.vectors import normalize
 from tests.sdk.fakes import TEXTS, WordEmbedder, model_of, open_index
@@ -138,6 +140,7 @@ def test_any_column_of_any_table_may_be_damaged(tmp_path: Path, whole: Path, tab
 
 @pytest.mark.parametrize("damage", [
     "DELETE FROM documents WHERE number = 3", "DELETE FROM chunks WHERE number = 3", "DELETE FROM vectors WHERE number = 3",
+    "DELETE FROM vectors WHERE number = (SELECT max(number) FROM vectors)", "DELETE FROM words_docsize",
     "DELETE FROM blocks WHERE number = 1", "DELETE FROM heads WHERE block = 1", "DELETE FROM facts WHERE name = 'chunks'",
     "INSERT INTO facts VALUES ('crc32x', '7')", "INSERT INTO words (rowid, title, text) VALUES (3, '', 'more')", "DELETE FROM words_data WHERE id > 10",
     "INSERT INTO chunks SELECT 5000, document, 2, 0, 0, 0, 0, NULL, hash, crc32, '' FROM chunks WHERE number = 3",
@@ -172,6 +175,17 @@ def test_a_document_that_lost_a_chunk_in_the_middle_is_not_given_back_without_it
     with pytest.raises(IndexFileError, match="damaged"):
         index.get(["a"])
     assert index.facts(check=True).damage is not None
+
+
+def test_facts_that_were_made_to_fit_their_checksum_must_fit_each_other(tmp_path: Path) -> None:
+    for facts in ({"scan_width": 4}, {"scan_width": 0}, {"next_number": 3}, {"chunks": -1}, {"generation": -1}, {"numbering": -1}):
+        path = tmp_path / f"{facts}.egx"
+        with open_index(path) as index:
+            index.add(TEXTS)
+            with index._writing("write") as written:
+                write_state(written.connection, replace(written.state, **cast(Any, facts)))
+        with pytest.raises(IndexFileError, match="does not fit together"):
+            open_index(path)
 
 
 def test_damage_that_sqlite_reports_in_broken_utf8_is_an_error_of_ours(tmp_path: Path) -> None:

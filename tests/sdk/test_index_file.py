@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from egemma.identity import ModelIdentity
-from egemma.index import Index, describe_index, is_new
+from egemma.index import Index, describe_index, file, is_new
 from egemma.index.file import APPLICATION_ID
 from egemma_core.errors import ConfigError, IndexFileError, IndexMismatchError
 from tests.sdk.fakes import DIMS, TEXTS, WordEmbedder, open_index
@@ -135,6 +135,20 @@ def test_an_empty_file_becomes_an_index_only_when_it_may_be_created(tmp_path: Pa
         index.add(TEXTS)
     assert not is_new(path)
     assert describe_index(path).documents == 4
+
+
+def test_a_file_that_another_process_makes_an_index_in_the_last_moment_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    switch = file._switch_to_wal
+
+    def overtaken(connection: sqlite3.Connection) -> None:
+        monkeypatch.setattr(file, "_switch_to_wal", switch)
+        with open_index(tmp_path / "a.egx") as other:
+            other.add(TEXTS)
+        switch(connection)
+
+    monkeypatch.setattr(file, "_switch_to_wal", overtaken)
+    with open_index(tmp_path / "a.egx") as index:
+        assert len(index) == 4
 
 
 def test_names_that_mean_something_in_an_sqlite_uri_are_plain_file_names(tmp_path: Path) -> None:
@@ -448,3 +462,15 @@ def test_a_file_read_as_unchanging_is_given_up_when_somebody_changes_it(open_fol
         index.remove(["cat"])
         out, _ = reader.communicate("\n")
     assert "changed while it was open" in json.loads(out)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs a second user who may only read")
+def test_a_file_whose_newest_changes_cannot_be_read_is_refused(open_folder: Path, tmp_path: Path) -> None:
+    with open_index(tmp_path / "a.egx") as index:
+        index.add(TEXTS)
+        for name in ("a.egx", "a.egx-wal"):  # copied while it was open, without what readers share
+            (open_folder / name).write_bytes((tmp_path / name).read_bytes())
+            (open_folder / name).chmod(0o444)
+    open_folder.chmod(0o555)
+    _, complaint = python(READER, open_folder / "a.egx").communicate("\n")
+    assert "a.egx-wal beside it holds newer changes" in complaint

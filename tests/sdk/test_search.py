@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.identity import ModelIdentity
 from egemma.index import Hits, Index
+from egemma.index import index as index_module
 from egemma.index.heads import kernel_name
+from egemma.index.tune import rewrite_heads
 from egemma_core.errors import ConfigError, DimensionError, InputError, PromptError, TokenLimitError
 from egemma_core.vectors import normalize
 from tests.sdk.fakes import DIMS, TEXTS, WordEmbedder, open_index
@@ -128,6 +130,23 @@ def test_equal_vectors_tie_exactly_and_come_in_the_order_in_which_they_were_adde
             hits = index.search("same words", k, **cast(Any, settings_))
             assert [hit.id for hit in hits] == expected[:k]
             assert len({hit.score for hit in hits}) == 1
+
+
+def test_ties_among_other_scores_come_in_the_order_in_which_they_were_added(index: Index) -> None:
+    pair = np.stack([WordEmbedder().vector("same words"), WordEmbedder().vector("other words")])
+    index.add_vectors(np.tile(pair, (400, 1)), ids=[str(row) for row in range(800)])
+    expected = [*range(0, 800, 2), *range(1, 800, 2)]
+    for settings_ in ({"shortlist": 800}, {"exact": True}):
+        assert [int(hit.id) for hit in index.search("same words", 800, **cast(Any, settings_))] == expected
+
+
+def test_vectors_that_are_read_some_at_a_time_are_ordered_all_together(filled: dict[str, Index], monkeypatch: pytest.MonkeyPatch) -> None:
+    for query in random_vectors(3, seed=6):
+        right = filled["codes"].search_vector(query, 60, exact=True).hits
+        with monkeypatch.context() as patch:
+            patch.setattr(index_module, "_EXACT_ROWS", 101)
+            assert filled["codes"].search_vector(query, 60, exact=True).hits == right
+            assert filled["codes"].search_vector(query, 60, shortlist=ROWS).hits == right
 
 
 def test_fewer_hits_come_back_when_fewer_are_stored(index: Index) -> None:
@@ -442,8 +461,12 @@ def test_a_vector_narrower_than_the_scan_searches_exactly_or_not_at_all(tmp_path
     identity = ModelIdentity(fingerprint="0" * 64, name="a model", dims=DIMS, parts={})
     with Index.open(tmp_path / "a.egx", identity) as index:
         index.add_vectors(random_vectors(20), ids=[str(row) for row in range(20)])
-        with index._writing("write") as change:  # as `tune` may choose
-            assert change.state.scan_width == 16
+        with index._writing("tune") as change:  # as `tune` may choose
+            rewrite_heads(change, 32)
         query = random_vectors(1, seed=9)[0]
         order, _ = cosine_order(query, random_vectors(20), 16)
-        assert index.search_vector(query[:16], 1)[0].id == str(order[0])
+        with pytest.raises(InputError, match="16 channels, this index scans 32"):
+            index.search_vector(query[:16], 1)
+        assert index.search_vector(query[:16], 1, exact=True)[0].id == str(order[0])
+        hits = index.search_vector(query, 1, dim=16)
+        assert (hits[0].id, hits.how.dim, hits.how.scan_width) == (str(order[0]), 16, 32)
