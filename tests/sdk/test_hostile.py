@@ -103,9 +103,8 @@ def columns() -> list[tuple[str, str]]:
 
 
 VALUES: list[Any] = [None, -1, 2**40, "text", b"", bytes(100)]
-# A filter or an id decides by what it reads; only what it lets through is compared with its checksum. `check` compares all.
-UNSEEN = {("documents", "metadata"): ("where",), ("documents", "source"): ("sources",), ("documents", "number"): ("where", "ids"),
-          ("documents", "id"): ("ids", "get", "sources"), ("chunks", "document"): ("where", "get")}
+# An id that is not there any more was never stored, for all that `get` can know; `check` compares all.
+UNSEEN = {("documents", "id"): ("get",), ("chunks", "document"): ("get",)}
 
 
 @pytest.mark.parametrize(("table", "column"), columns())
@@ -115,7 +114,7 @@ def test_any_column_of_any_table_may_be_damaged(tmp_path: Path, whole: Path, tab
     right = answers(path)
     assert right["damage"] is None
     tried = 0
-    for value in VALUES:
+    for value in [*VALUES, b"\0"] if table == "words_data" else VALUES:
         for row in ("min", "max") if table in ("blocks", "heads", "words_data") else ("min",):
             shutil.copy(whole, path)
             connection = sqlite3.connect(path)
