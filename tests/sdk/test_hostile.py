@@ -176,6 +176,16 @@ def test_a_document_that_lost_a_chunk_in_the_middle_is_not_given_back_without_it
     assert index.facts(check=True).damage is not None
 
 
+@pytest.mark.parametrize("damage", ["scales = zeroblob(12)", "rest = zeroblob(56)", "rest = x''", "crc32 = 7", "floats = zeroblob(256)"])
+def test_a_damaged_vector_is_not_copied_to_another_chunk(index: Index, damage: str) -> None:
+    twice = (Chunk(start=0, stop=5, title=None, text="again"),) * 2
+    index.put([ChunkedDocument(id="a", title=None, metadata=None, source=None, chunks=twice[:1])])
+    change(index.path, f"UPDATE vectors SET {damage}")
+    with pytest.raises(IndexFileError, match="vector 0"):
+        index.put([ChunkedDocument(id="a", title=None, metadata=None, source=None, chunks=twice)])
+    assert index.get(["a"])[0].num_chunks == 1
+
+
 def test_facts_that_were_made_to_fit_their_checksum_must_fit_each_other(tmp_path: Path) -> None:
     for facts in ({"scan_width": 4}, {"scan_width": 0}, {"next_number": 3}, {"chunks": -1}, {"generation": -1}, {"numbering": -1}):
         path = tmp_path / f"{facts}.egx"
