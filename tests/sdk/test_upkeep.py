@@ -253,6 +253,16 @@ def test_a_damaged_index_replaces_no_backup(tmp_path: Path) -> None:
     assert sorted(found.name for found in tmp_path.iterdir() if found.name.startswith(".")) == []
 
 
+def test_what_a_killed_backup_left_goes_with_the_next_one_and_that_of_a_live_one_stays(tmp_path: Path) -> None:
+    alive, dead = tmp_path / f".b.egx.{os.getppid()}.abc.part", tmp_path / ".b.egx.99999999.abc_1.part"
+    others = [tmp_path / ".b.egx.part", tmp_path / ".c.egx.99999999.abc.part", tmp_path / "b.egx.99999999.abc.part"]
+    for left in (alive, dead, dead.with_name(dead.name + "-wal"), *others):
+        left.write_bytes(b"left")
+    with filled(tmp_path / "a.egx", 30) as index:
+        index.backup(tmp_path / "b.egx")
+    assert sorted(found.name for found in tmp_path.iterdir() if ".part" in found.name) == sorted(found.name for found in (alive, *others))
+
+
 def test_a_full_disk_refuses_backup_and_compaction_before_they_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with filled(tmp_path / "a.egx") as index:
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))  # type: ignore[attr-defined]

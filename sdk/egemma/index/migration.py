@@ -158,7 +158,7 @@ class _Steps:
         facts = _next_facts(self._connection)
         if facts and facts.get("next_fingerprint") != self._target.identity.fingerprint:
             raise IndexFileError(f"{self._path} is half way through a migration to {facts.get('next_model')}, this is {self._target.identity.name}. "
-                                 "Go on with that model, or give it up with `egemma.index.abandon`.")
+                                 "Go on with that model, or give it up with `egemma index abandon`.")
 
     def check_before(self) -> int:
         """Whether everything can be embedded and stored. Returns how many chunks were embedded by an earlier call."""
@@ -246,11 +246,11 @@ class _Steps:
                 if heads[0] != block:
                     row = self._connection.execute("SELECT squares, codes, crc32 FROM next_heads WHERE block = ?", (block,)).fetchone()
                     if row is None or head_crc32(block, row[0], row[1]) != row[2]:
-                        raise Damage(f"block {block} of the new vectors is not what was stored; give the migration up with `abandon`")
+                        raise Damage(f"block {block} of the new vectors is not what was stored; give the migration up with `egemma index abandon`")
                     heads = block, row[1]
                 head = heads[1][slot * layout.head : (slot + 1) * layout.head]
                 if not fits(layout, floats, scales, rest, wide) or vector_crc32(number, head, scales, rest, wide) != crc:
-                    raise Damage(f"the new vector {number} is not what was stored; give the migration up with `abandon`")
+                    raise Damage(f"the new vector {number} is not what was stored; give the migration up with `egemma index abandon`")
             self._verified = self._filled()
 
     def switch(self, index: Index | None) -> bool:
@@ -269,7 +269,7 @@ class _Steps:
                         connection.execute(f"DELETE FROM {table} WHERE number NOT IN (SELECT number FROM chunks)")
                         count = connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
                         if count != state.chunks:
-                            raise Damage(f"{state.chunks} chunks are counted, {table} has {count}; give the migration up with `abandon`")
+                            raise Damage(f"{state.chunks} chunks are counted, {table} has {count}; give the migration up with `egemma index abandon`")
                     self._update_counts()
                     append_heads(connection, "next_heads", filled, np.zeros((state.next_number - filled, target.layout.head), np.int8))
                     for table in ("vectors", "heads"):
@@ -296,7 +296,7 @@ class _Steps:
         if read_state(self._connection).identity.fingerprint == self._target.identity.fingerprint:
             return False
         if not _next_facts(self._connection):
-            raise IndexFileError(f"{self._path}: this migration was given up by another program. Call `migrate` again to begin anew.")
+            raise IndexFileError(f"{self._path}: this migration was given up by another program. Migrate again to begin anew.")
         return True
 
     def _filled(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -145,7 +146,7 @@ def compact(path: str | Path) -> CompactReport:
         with transaction(connection, "BEGIN IMMEDIATE"):
             state = read_state(connection)
             if "next_fingerprint" in (row[0] for row in connection.execute("SELECT name FROM facts")):
-                raise IndexFileError(f"{path} is half way through a migration. Go on with `migrate`, or give it up with `abandon`; then compact it.")
+                raise IndexFileError(f"{path} is half way through a migration. Go on with `egemma index migrate`, or give it up with `egemma index abandon`; then compact it.")
             renumber = (state.next_number - state.chunks) * _DEAD_SHARE > state.next_number
             if renumber:
                 _renumber(connection, state)
@@ -235,7 +236,8 @@ def _heads(connection: sqlite3.Connection, block: int) -> tuple[bytes, bytes]:
 def written_beside(destination: Path) -> Iterator[Path]:
     """An empty file in the same folder, to be filled; at the end it is flushed to the disk and gets the name, or after an error is gone."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent)
+        _remove_leftovers(destination)
+        handle, name = tempfile.mkstemp(prefix=f".{destination.name}.{os.getpid()}.", suffix=".part", dir=destination.parent)
     except OSError as error:
         raise IndexFileError(f"{destination} cannot be written ({error}). Check the permissions of its folder.") from error
     made = Path(name)
@@ -252,6 +254,22 @@ def written_beside(destination: Path) -> Iterator[Path]:
     finally:
         for leftover in (made, Path(f"{name}-wal"), Path(f"{name}-shm"), Path(f"{name}-journal")):
             leftover.unlink(missing_ok=True)
+
+
+def _remove_leftovers(destination: Path) -> None:
+    """What earlier calls left that were killed: files with the number of a process that is no more."""
+    if os.name != "posix":  # elsewhere asking after a process can end it
+        return
+    pattern = re.compile(re.escape(f".{destination.name}.") + r"(\d+)\.\w+\.part(-wal|-shm|-journal)?")
+    for found in destination.parent.iterdir():
+        match = pattern.fullmatch(found.name)
+        if match is not None:
+            try:
+                os.kill(int(match[1]), 0)
+            except (ProcessLookupError, OverflowError):
+                found.unlink(missing_ok=True)
+            except PermissionError:  # it lives, as another user's
+                pass
 
 
 def flush(path: Path) -> None:
