@@ -11,11 +11,13 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from egemma_core.errors import EgemmaError
 from egemma_core.prompts import DEFAULT_TASK
 
 MODEL_VARIABLE = "EGEMMA_MODEL"
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +53,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(late)}")
     if several is not None:
         setattr(args, several, getattr(args, several) + late)
+    _check_together(top, args)
+    return args
+
+
+def _check_together(top: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What argparse cannot say: options that only make sense with, or without, others."""
     if args.command == "add":
         of_files = [name for name in ("plan", "exclude", "hidden", "chunk_tokens", "allow_empty") if getattr(args, name)]
         if args.form != "file" and of_files:
@@ -63,21 +71,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         of_bulk = [name for name in ("engine", "workers", "text_column", "title_column", "id_column", "on_error") if getattr(args, name) is not None]
         if of_bulk:
             top.error(f"--{of_bulk[0].replace('_', '-')} is for Parquet files: give --in as well")
-    if args.command == "embed" and args.parquet is not None:
-        if args.texts or args.out is None or args.title is not None:
-            top.error("--in takes --out FOLDER, and neither texts nor --title: titles come from --title-column")
+    if args.command == "embed" and args.parquet is not None and (args.texts or args.out is None or args.title is not None):
+        top.error("--in takes --out FOLDER, and neither texts nor --title: titles come from --title-column")
     if args.command == "embed" and args.role == "query" and args.title is not None:
         top.error("--title is for documents: add --as document, or leave it out")
     if args.command == "embed" and args.role == "document" and args.task is not None:
         top.error("--task is for queries, a document is embedded the same for all: leave it out")
-    return args
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="egemma", description="Embed text and search it, on this machine only.")
     top.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_embed(commands)
+    _add_add(commands)
+    _add_remove_and_search(commands)
+    _add_index_commands(commands.add_parser("index", help="look after an index", description="Look after an index."))
+    _add_bundle_commands(commands)
+    return top
 
+
+def _add_embed(commands: _Commands) -> None:
     embed = commands.add_parser("embed", help="print or save vectors of texts",
                                 description="Print or save vectors of texts, one per line of stdin when no TEXT is given.")
     embed.add_argument("texts", nargs="*", metavar="TEXT", help="a text; '-' or none at all: each line of stdin is one")
@@ -100,6 +114,8 @@ def parser() -> argparse.ArgumentParser:
     _add_overflow(embed)
     _add_json(embed, "print one JSON object per line")
 
+
+def _add_add(commands: _Commands) -> None:
     add = commands.add_parser("add", help="put files, folders or texts into an index",
                               description="Put files and folders into an index, which is made when there is none. Text, Markdown, HTML, PDF and "
                                           "code are read, cut into passages that the model reads whole, and embedded. Run it again to bring the "
@@ -120,6 +136,8 @@ def parser() -> argparse.ArgumentParser:
                      help="for --lines, --jsonl and stdin: what to do with a text that is longer than the model reads (default: error)")
     _add_json(add)
 
+
+def _add_remove_and_search(commands: _Commands) -> None:
     remove = commands.add_parser("remove", help="delete documents from an index", description="Delete documents from an index.")
     remove.add_argument("index", metavar="INDEX", help="the index file")
     remove.add_argument("ids", nargs="+", metavar="ID", help="ids as `egemma search` prints them; one that is not stored is an error")
@@ -144,8 +162,8 @@ def parser() -> argparse.ArgumentParser:
     _add_dim(search)
     _add_json(search)
 
-    _add_index_commands(commands.add_parser("index", help="look after an index", description="Look after an index."))
 
+def _add_bundle_commands(commands: _Commands) -> None:
     inspect = commands.add_parser("inspect", help="say what a bundle or an index is", description="Say what a bundle or an index is, "
                                   "and check it for damage.")
     inspect.add_argument("path", metavar="BUNDLE|INDEX", help="a bundle folder, 'builtin', or an index file")
@@ -168,7 +186,6 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--runs", type=int, default=20, help="of each length (default: 20)")
     _add_threads(bench)
     _add_json(bench)
-    return top
 
 
 def _add_index_commands(top: argparse.ArgumentParser) -> None:

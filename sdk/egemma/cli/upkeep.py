@@ -11,8 +11,7 @@ from pathlib import Path
 from egemma.cli.progress import Progress
 from egemma.cli.reading import read_lines
 from egemma.embedder import BUILTIN, Embedder
-from egemma.index import Index, describe_index, is_new
-from egemma.index import migration, upkeep
+from egemma.index import Index, describe_index, is_new, migration, upkeep
 from egemma.index.jsonl import read_header
 from egemma_core.errors import InputError
 

@@ -22,7 +22,7 @@ _SCORES_BYTES = 64 * 2**20   # scores of several queries that are held at once
 _SCAN_ROWS = 16384           # rows whose products are made at a time, so that they stay in the processor's cache
 
 
-class Damage(Exception):
+class Damage(Exception):  # noqa: N818 - users see an IndexFileError
     """The file is not what was stored. `typed_errors` tells it as an IndexFileError with the path and the next step."""
 
 
