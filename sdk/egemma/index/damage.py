@@ -162,7 +162,10 @@ def _damaged_tilings(connection: sqlite3.Connection) -> Iterator[str]:
 # Every instance of every word, summed up by word: the same sums from the same instances, and hardly from others.
 _INSTANCES = ("SELECT term, count(*), sum((doc % 1000003 * 7919 + (col = 'text') * 104729 + offset * 31) % 1000003), "
               "sum(doc % 999983 * (offset + 1) % 999983) FROM temp.{} GROUP BY term")
-_AGAIN = ("again", "again_instances", "stored_instances")
+# What reads all instances passes over the index by which one word is found, so each word is looked up as well.
+_LOOKED_UP = ("SELECT again.term FROM temp.again_words again LEFT JOIN temp.stored_words stored ON stored.term = again.term "
+              "WHERE stored.cnt IS NOT again.cnt OR stored.doc IS NOT again.doc LIMIT 1")
+_AGAIN = ("again", "again_instances", "stored_instances", "again_words", "stored_words")
 
 
 def _damaged_words(connection: sqlite3.Connection) -> Iterator[str]:
@@ -182,6 +185,11 @@ def _damaged_words(connection: sqlite3.Connection) -> Iterator[str]:
         differs = _first_difference(*(connection.execute(_INSTANCES.format(table)) for table in ("again_instances", "stored_instances")))
         if differs is not None:
             yield f"the full-text table finds {differs[0]!r} in other chunks than have it"
+        connection.execute("CREATE VIRTUAL TABLE temp.again_words USING fts5vocab('temp', 'again', 'row')")
+        connection.execute("CREATE VIRTUAL TABLE temp.stored_words USING fts5vocab('main', 'words', 'row')")
+        missed = connection.execute(_LOOKED_UP).fetchone()
+        if missed is not None:
+            yield f"the full-text table does not find {missed[0]!r} where it looks it up"
         # Lengths by chunk and of all chunks together: what BM25 weighs words with.
         for table in ("docsize", "data WHERE id = 1") if chunks else ("docsize",):  # an emptied table notes its zeros, a new one nothing
             if _first_difference(*(connection.execute(f"SELECT * FROM {where}_{table}") for where in ("temp.again", "main.words"))) is not None:
