@@ -299,9 +299,7 @@ def candidates(graph: Graph, heads: Heads, queries: NDArray[np.float32], count: 
     if near is None:
         return heads.scan(queries, count, allowed), reachable + scanned
     if scanned:
-        added = kept.copy()
-        added[:covered] = False
-        near = [np.concatenate(both) for both in zip(near, heads.scan(queries, count, added), strict=True)]
+        near = [np.concatenate(both) for both in zip(near, heads.scan(queries, count, allowed, start=covered), strict=True)]
     return [numbers[highest(heads.compare(query, numbers), count)] for query, numbers in zip(queries, near, strict=True)], scanned
 
 

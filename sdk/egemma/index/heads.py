@@ -97,41 +97,43 @@ class Heads:
         self.codes[: self.count], self.live[: self.count] = codes, True
         self.inverse[: self.count] = inverse_lengths(squares(codes))
 
-    def scan(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None = None) -> list[NDArray[np.int64]]:
+    def scan(self, queries: NDArray[np.float32], count: int, allowed: NDArray[np.bool_] | None = None, *,
+             start: int = 0) -> list[NDArray[np.int64]]:
         """For each query the numbers of the live rows with the highest cosine, as far as int8 heads can tell.
 
         Args:
             queries: (B, width) float32, no row zero.
             count: how many; fewer come back when fewer are stored or allowed.
             allowed: (count of rows,) bool by number; None allows all.
+            start: numbers below are left out.
 
         Returns:
             B arrays, in no order; equal scores at the edge all come back, so one can be longer than `count`.
         """
         rounded = round_queries(queries)
         rows: NDArray[np.int64] | None = None
-        codes, inverse = self.codes[: self.count], self.inverse[: self.count]
-        dead = self.dead
+        codes, inverse = self.codes[start : self.count], self.inverse[start : self.count]
+        dead = self.dead[self.dead >= start] - start
         if allowed is not None:
-            kept = allowed[: self.count] & self.live[: self.count]
-            if kept.sum() * 8 < self.count:               # few: gather them instead of scanning all
+            kept = allowed[start : self.count] & self.live[start : self.count]
+            if kept.sum() * 8 < len(kept):                # few: gather them instead of scanning all
                 rows = np.flatnonzero(kept)
-                codes, inverse, dead = codes[rows], inverse[rows], rows[:0]
+                codes, inverse, dead = codes.take(rows, axis=0), inverse[rows], rows[:0]   # a quarter of the time of codes[rows]
             else:
                 dead = np.flatnonzero(~kept)
         step = max(1, _SCORES_BYTES // (4 * max(1, len(codes))))
         found = []
-        for start in range(0, len(queries), step):
-            for scores in self._scores(rounded[start : start + step], codes, inverse):
+        for first in range(0, len(queries), step):
+            for scores in self._scores(rounded[first : first + step], codes, inverse):
                 scores[dead] = -np.inf
                 best = highest(scores, count)
-                found.append(best if rows is None else rows[best])
+                found.append(start + (best if rows is None else rows[best]))
         return found
 
     def compare(self, query: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.float32]:
         """(n,) cosines of these rows, live or not, with a query (width,) that is not zero."""
         codes = round_queries(query[None])
-        cosines: NDArray[np.float32] = self._scores(codes, self.codes[numbers], self.inverse[numbers])[0] / np.sqrt(np.float32(squares(codes)[0]))
+        cosines: NDArray[np.float32] = self._scores(codes, self.codes.take(numbers, axis=0), self.inverse[numbers])[0] / np.sqrt(np.float32(squares(codes)[0]))
         return cosines
 
     def _scores(self, queries: NDArray[np.int8], codes: NDArray[np.int8], inverse: NDArray[np.float32]) -> NDArray[np.float32]:
