@@ -289,7 +289,7 @@ def test_a_graph_is_built_and_used(egemma_: Shell) -> None:
 
 def test_embed_takes_parquet_to_parquet(egemma_: Shell, bundle: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs egemma[bulk]")
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": ["one pump", "two pumps"], "key": [7, 8]}), "in.parquet")
     report = egemma_.json("embed", "--in", "in.parquet", "--out", "vectors", "--id-column", "key", "--as", "document")

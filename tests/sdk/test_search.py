@@ -181,6 +181,12 @@ def test_queries_searched_together_get_what_each_gets_alone(filled: dict[str, In
     assert index.search_many([]) == index.search_vectors(vectors[:0]) == []
 
 
+def test_a_search_by_words_takes_nothing_that_is_about_vectors(filled: dict[str, Index]) -> None:
+    for settings_ in ({"dim": 16}, {"shortlist": 3}, {"exact": True}, {"approximate": True}):
+        with pytest.raises(ConfigError, match="compares no vectors"):
+            filled["codes"].search("text", mode="text", **cast(Any, settings_))
+
+
 # Filters.
 
 
@@ -193,7 +199,7 @@ def test_a_filter_is_applied_before_the_search_so_k_hits_come_back_when_they_exi
     index = filled["floats"]
     assert index.ids(where) == [f"{row:04}" for row in rows]
     for k, shortlist in ((10, None), (3, 3), (2000, None)):
-        hits = index.search("text", k, where=where, mode=mode, shortlist=shortlist)
+        hits = index.search("text", k, where=where, mode=mode, shortlist=None if mode == "text" else shortlist)
         assert len(hits) == min(k, len(rows))
         assert {int(hit.id) for hit in hits} <= set(rows)
     if mode == "vector":

@@ -122,7 +122,8 @@ def decode(heads: NDArray[np.int8], scales: NDArray[np.float32], rests: NDArray[
 def squares(codes: NDArray[np.int8]) -> NDArray[np.int32]:
     """(N,) sums of squared codes, exact: at most 127² · 133,000 channels fit."""
     wide = codes.astype(np.int32)
-    return np.einsum("nd,nd->n", wide, wide)
+    total: NDArray[np.int32] = np.einsum("nd,nd->n", wide, wide)
+    return total
 
 
 def cosines(query: NDArray[np.float64], stored: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -22,8 +20,8 @@ from egemma.chunks import Chunk, ChunkedDocument, split_text
 from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index import jsonl, migration, upkeep
-from egemma.index.codes import check_vectors, cosines, decode, to_array
-from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, find_document_damage, fits, vector_crc32
+from egemma.index.codes import check_vectors, cosines, to_array
+from egemma.index.damage import document_crc32, find_document_damage
 from egemma.index.file import (
     MAX_WIDTH,
     IndexFacts,
@@ -56,22 +54,22 @@ from egemma.index.graph import (
     worth_adding_to,
     write_graph,
 )
-from egemma.index.heads import BLOCK_ROWS, Damage, Heads, head_crc32, kernel_name
+from egemma.index.heads import Damage, Heads, kernel_name
+from egemma.index.hits import MODES, Document, Hits, How, Mode, read_document, read_hit
 from egemma.index.inputs import (
     check_counts,
-    check_id,
     check_ids,
     check_k,
     check_shortlist,
     check_text,
-    check_unique,
     content_id,
     one_per_text,
-    pack_json,
     query_rows,
 )
-from egemma.index.rows import Change, NewChunk, StoredChunk, stored_chunks, stored_heads
-from egemma.index.tune import SAMPLE, Tuned, TuneReport, Wanted, measure, pick_chunks, rewrite_heads
+from egemma.index.put import PutReport, hash_of, prepare, reusable_chunks, store_documents
+from egemma.index.rows import Change, NewChunk, stored_chunks
+from egemma.index.tune import SAMPLE, TuneReport, Wanted, measure, pick_chunks, rewrite_heads
+from egemma.index.vectors import Plan, default_shortlist, rescore_ms, shortened, stored_vectors
 from egemma.index.words import best_words
 from egemma.threads import check_threads
 from egemma.where import pack_metadata, parse, to_sqlite
@@ -83,97 +81,10 @@ from egemma_core.vectors import check_dim
 if TYPE_CHECKING:
     from egemma.embedder import Embedder
 
-Mode = Literal["vector", "text", "hybrid"]
 IndexOverflow = Literal["error", "truncate", "chunk"]
-MODES = ("vector", "text", "hybrid")
-MIN_SHORTLIST = 200          # where nothing was tuned: at least so many, and
-SHORTLIST_PER_HIT = 10       # so many for each hit that is wanted
 FUSED = 100                  # hits of each kind that hybrid search joins, or k where that is more
 _EXACT_ROWS = 4096           # vectors that an exact search holds at a time
 _KEPT_FILTERS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One stored document."""
-
-    id: str
-    text: str
-    title: str | None
-    metadata: Mapping[str, Any] | None
-    source: Mapping[str, Any] | None   # where ingestion found it
-    num_tokens: int                    # of all its chunks, prompts included
-    truncated: bool                    # of a chunk only the beginning was embedded
-    num_chunks: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hit:
-    """One search result: a chunk of a document."""
-
-    id: str                      # of the document
-    score: float                 # vector: cosine, -1 to 1; text: BM25, higher is better; hybrid: the sum of 1 / (60 + rank)
-    text: str                    # of the chunk
-    start: int                   # where the chunk stands in its document, in characters (Unicode code points)
-    stop: int
-    position: int                # the chunk's number in its document, from 0
-    title: str | None            # as embedded: the document's title, and the headings above the chunk
-    metadata: Mapping[str, Any] | None
-    truncated: bool              # only the beginning of the chunk was embedded, so only that can have matched
-    vector_score: float | None   # cosine, where vectors were searched and this was among their best
-    text_score: float | None     # BM25, where words were searched and this was among their best
-
-
-@dataclass(frozen=True, kw_only=True)
-class How:
-    """What a search did."""
-
-    mode: Mode
-    dim: int | None              # width that cosines were computed at; None where no vector was searched
-    scan_width: int | None       # width of the first pass; None where there was none
-    shortlist: int | None        # vectors that the first pass left over for the second
-    vectors: int                 # that the first pass went through
-    approximate: bool            # the first pass was a graph, which can miss some
-    kernel: str | None           # what computed the first pass
-    scanned: int = 0             # of `vectors`, those that the first pass compared one by one; a graph found the others
-    tuned_for: int | None = None # chunks that there were when the shortlist was tuned; None where it was not tuned, or was given
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hits(Sequence[Hit]):
-    """The hits of one query, best first, and how they were found."""
-
-    hits: tuple[Hit, ...]
-    how: How
-
-    def __len__(self) -> int:
-        return len(self.hits)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.hits[index]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PutReport:
-    """What `put` did."""
-
-    documents: int       # that were given
-    chunks: int          # that they have now
-    embedded: int        # chunks that the model had to read
-    reused: int          # chunks that kept their vector
-    removed: int         # chunks of earlier versions that went
-
-
-@dataclass
-class _Prepared:
-    """A document on its way in: checked, and as far as possible known."""
-
-    id: str
-    title: str | None
-    metadata: str | None
-    source: str | None
-    chunks: tuple[Chunk, ...]
-    vectors: dict[bytes, tuple[NDArray[np.float32], int, bool]] = field(default_factory=dict)  # chunk hash -> vector, tokens, truncated
 
 
 class Index:
@@ -298,7 +209,7 @@ class Index:
         embedder = self._embedder_here("add texts")
         documents = []
         for id_, text, title, entry in zip(given, texts, titles, packed, strict=True):
-            chunks = (Chunk(start=0, stop=len(text), title=title or None, text=text),)
+            chunks: tuple[Chunk, ...] = (Chunk(start=0, stop=len(text), title=title or None, text=text),)
             if overflow == "chunk":
                 chunks = tuple(split_text(text, title=title or None, count_tokens=embedder.count_tokens, max_tokens=embedder.max_tokens,
                                           prompt=embedder.document_prompt))
@@ -321,7 +232,7 @@ class Index:
         embedder = self._embedder_here("put documents")
         if overflow not in get_args(Overflow):
             raise ConfigError(f"overflow={overflow!r}: one of {get_args(Overflow)}.")
-        prepared = _prepare(documents)
+        prepared = prepare(documents)
         self._check_writable()
         if not prepared:
             return PutReport(documents=0, chunks=0, embedded=0, reused=0, removed=0)
@@ -333,12 +244,12 @@ class Index:
                     document.vectors.clear()
             with self._reading("read") as connection:
                 known = stored_chunks(connection, [document.id for document in prepared])
-            missing = {}
+            missing: dict[bytes, Chunk] = {}
             for document in prepared:
-                reusable = _reusable(known.get(document.id), overflow)
+                reusable = reusable_chunks(known.get(document.id), overflow)
                 for chunk in document.chunks:
-                    if _hash(chunk) not in document.vectors and _hash(chunk) not in reusable:
-                        missing.setdefault(_hash(chunk), chunk)
+                    if hash_of(chunk) not in document.vectors and hash_of(chunk) not in reusable:
+                        missing.setdefault(hash_of(chunk), chunk)
             if missing:
                 fresh = embedder.embed_documents([chunk.text for chunk in missing.values()], titles=[chunk.title for chunk in missing.values()],
                                                  overflow=overflow)
@@ -348,9 +259,9 @@ class Index:
                 embedded += len(missing)
                 found = {hash_: (vectors[row], int(fresh.num_tokens[row]), bool(fresh.truncated[row])) for row, hash_ in enumerate(missing)}
                 for document in prepared:
-                    document.vectors.update((_hash(chunk), found[_hash(chunk)]) for chunk in document.chunks if _hash(chunk) in found)
+                    document.vectors.update((hash_of(chunk), found[hash_of(chunk)]) for chunk in document.chunks if hash_of(chunk) in found)
             with self._writing("add") as change:
-                report = _store(change, prepared, overflow) if embedder is self._embedder else None
+                report = store_documents(change, prepared, overflow) if embedder is self._embedder else None
                 if report is None:
                     continue   # another writer took away what was to be reused: begin anew with what is embedded
             return replace(report, embedded=embedded)
@@ -419,7 +330,7 @@ class Index:
             InputError: an id is not stored.
         """
         with self._reading("read") as connection:
-            found = [_read_document(connection, id_) for id_ in check_ids(ids)]
+            found = [read_document(connection, id_) for id_ in check_ids(ids)]
             missing = [id_ for id_, document in zip(ids, found, strict=True) if document is None]
             if missing and connection.execute("SELECT 1 FROM documents NOT INDEXED WHERE id = ?", missing[:1]).fetchone():
                 raise Damage(f"document {missing[0]!r} is there, and SQLite's index of ids does not know it")
@@ -493,6 +404,8 @@ class Index:
             raise InputError("queries: pass a list of texts, each with at least one word.")
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: choose one of {', '.join(MODES)}.")
+        if mode == "text" and (dim is not None or shortlist is not None or exact or approximate):
+            raise ConfigError("mode='text' compares no vectors: leave dim, shortlist, exact and approximate out.")
         plan = self._plan(k, dim, where, shortlist, exact=exact, approximate=approximate)
         if not queries:
             return []
@@ -609,10 +522,10 @@ class Index:
                 heads.refresh(connection, generation=state.generation, next_number=state.next_number, num_chunks=state.chunks)
                 live = np.flatnonzero(heads.live[: heads.count])
                 own = pick_chunks(live, wanted) if vectors is None else None
-                rows = _stored(connection, state, heads, own) if own is not None else vectors
+                rows = stored_vectors(connection, state, heads, own) if own is not None else vectors
                 assert rows is not None
-                report = measure(connection, state, _shortened(rows, self._identity.dim), own, wanted, self._threads,
-                                 lambda shortlist: _rescore_ms(connection, state, heads, live, shortlist))
+                report = measure(connection, state, shortened(rows, self._identity.dim), own, wanted, self._threads,
+                                 lambda shortlist: rescore_ms(connection, state, heads, live, shortlist))
         finally:
             connection.close()
         tuned = report.tuned()
@@ -691,7 +604,7 @@ class Index:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _plan(self, k: int, dim: int | None, where: Mapping[Any, Any] | None, shortlist: int | None, *, exact: bool, approximate: bool) -> _Plan:
+    def _plan(self, k: int, dim: int | None, where: Mapping[Any, Any] | None, shortlist: int | None, *, exact: bool, approximate: bool) -> Plan:
         check_k(k)
         check_shortlist(shortlist)
         if dim is not None:
@@ -699,9 +612,9 @@ class Index:
         if exact and (approximate or shortlist is not None):
             raise ConfigError("exact=True compares every vector: leave approximate and shortlist out.")
         condition = None if where is None else to_sqlite(parse(where))
-        return _Plan(k=k, dim=dim, condition=condition, shortlist=shortlist, exact=exact, approximate=approximate)
+        return Plan(k=k, dim=dim, condition=condition, shortlist=shortlist, exact=exact, approximate=approximate)
 
-    def _search(self, plan: _Plan, vectors: NDArray[np.float32] | None, words: list[str] | None, mode: Mode) -> list[Hits]:
+    def _search(self, plan: Plan, vectors: NDArray[np.float32] | None, words: list[str] | None, mode: Mode) -> list[Hits]:
         """Everything about these queries from one state of the file."""
         count = plan.k if mode != "hybrid" else max(plan.k, FUSED)
         with self._reading("search") as connection:
@@ -721,14 +634,14 @@ class Index:
             for row in range(len(by_vector) or len(by_words)):
                 cosine, bm25 = dict(by_vector[row]) if by_vector else {}, dict(by_words[row]) if by_words else {}
                 ranked = list((cosine or bm25).items()) if mode != "hybrid" else reciprocal_rank_fusion([list(cosine), list(bm25)])
-                results.append(Hits(hits=tuple(_read_hit(connection, number, score, cosine.get(number), bm25.get(number))
+                results.append(Hits(hits=tuple(read_hit(connection, number, score, cosine.get(number), bm25.get(number))
                                                for number, score in ranked[: plan.k]), how=how))
             return results
 
-    def _by_vector(self, connection: sqlite3.Connection, state: State, plan: _Plan, queries: NDArray[np.float64], dim: int, count: int,
+    def _by_vector(self, connection: sqlite3.Connection, state: State, plan: Plan, queries: NDArray[np.float64], dim: int, count: int,
                    how: How) -> tuple[list[list[tuple[int, float]]], How]:
         """Chunk numbers and cosines for each query, best first."""
-        unit = _shortened(queries, dim)
+        unit = shortened(queries, dim)
         self._heads.refresh(connection, generation=state.generation, next_number=state.next_number, num_chunks=state.chunks)
         allowed = None if plan.condition is None else self._allowed(connection, state, plan.condition)
         searched = state.chunks if allowed is None else int((allowed & self._heads.live[: self._heads.count]).sum())
@@ -737,9 +650,9 @@ class Index:
             return ranked, replace(how, dim=dim, vectors=searched, kernel="numpy", scanned=searched)
         if queries.shape[1] < state.scan_width:
             raise InputError(f"the vector has {queries.shape[1]} channels, this index scans {state.scan_width}: pass a wider one, or exact=True.")
-        shortlist, tuned_for = (plan.shortlist, None) if plan.shortlist else _default_shortlist(state, plan.k)
+        shortlist, tuned_for = (plan.shortlist, None) if plan.shortlist else default_shortlist(state, plan.k)
         shortlist = max(count, shortlist)
-        rough = _shortened(queries, state.scan_width).astype(np.float32)
+        rough = shortened(queries, state.scan_width).astype(np.float32)
         scanned, kernel = searched, kernel_name()
         if plan.approximate:
             candidates, scanned = self._graph_candidates(state, rough, shortlist, allowed)
@@ -769,7 +682,7 @@ class Index:
         """These chunks by falling cosine at `dim`, from their stored vectors, each checked against its checksum."""
         numbers = np.sort(numbers)
         parts = [numbers[start : start + _EXACT_ROWS] for start in range(0, len(numbers), _EXACT_ROWS)]  # many, where all have the same head
-        scores = np.concatenate([np.empty(0), *(cosines(query, _stored(connection, state, self._heads, part)[:, :dim]) for part in parts)])
+        scores = np.concatenate([np.empty(0), *(cosines(query, stored_vectors(connection, state, self._heads, part)[:, :dim]) for part in parts)])
         order = np.lexsort((numbers, -scores))
         return list(zip(numbers[order].tolist(), scores[order].tolist(), strict=True))
 
@@ -781,7 +694,7 @@ class Index:
         best: list[list[tuple[int, float]]] = [[] for _ in queries]
         for start in range(0, len(numbers), _EXACT_ROWS):
             part = numbers[start : start + _EXACT_ROWS]
-            stored = _stored(connection, state, self._heads, part)[:, :dim]
+            stored = stored_vectors(connection, state, self._heads, part)[:, :dim]
             for row, query in enumerate(queries):
                 scores = cosines(query, stored)
                 kept = np.lexsort((part, -scores))[:count]
@@ -866,198 +779,3 @@ class Index:
 
 _WAY_OUT = "Open it with that model, or re-embed it with `egemma index migrate`."
 _NUMBERS_WHERE = "SELECT chunks.number FROM documents JOIN chunks ON chunks.document = documents.number WHERE {}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What a caller wants, checked as far as it can be without the file."""
-
-    k: int
-    dim: int | None
-    condition: tuple[str, Sequence[object]] | None
-    shortlist: int | None
-    exact: bool
-    approximate: bool
-
-
-def _default_shortlist(state: State, k: int) -> tuple[int, int | None]:
-    """How many to compare at full width for k hits; and for how many chunks that was tuned, None where it was not."""
-    tuned = None if state.tuned is None else Tuned.from_json(state.tuned)
-    if tuned is None or tuned.scan_width != state.scan_width:
-        return max(MIN_SHORTLIST, SHORTLIST_PER_HIT * k), None
-    return tuned.shortlist_for(k), tuned.chunks
-
-
-def _stored(connection: sqlite3.Connection, state: State, heads: Heads, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(n, D) float64 stored vectors of these chunks, which are in rising order: floats where the file keeps them, else codes."""
-    layout = state.layout
-    codes = heads.codes[numbers]
-    rows = connection.execute("SELECT v.number, v.crc32, v.scales, v.rest, v.floats FROM json_each(?) AS j CROSS JOIN vectors AS v "
-                              "ON v.number = j.value", (json.dumps(numbers.tolist()),)).fetchall()
-    if [row[0] for row in rows] != numbers.tolist():
-        raise Damage(f"{len(numbers)} vectors are wanted, {len(rows)} are there")
-    for head, (number, crc, scales, rest, floats) in zip(codes, rows, strict=True):
-        if not fits(layout, state.floats, scales, rest, floats) or vector_crc32(number, head.tobytes(), scales, rest, floats) != crc:
-            raise Damage(f"vector {number} is not what was stored")
-    if state.floats:
-        return np.frombuffer(b"".join(row[4] for row in rows), "<f4").reshape(-1, layout.dim).astype(np.float64)
-    return decode(codes, np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, layout.scales),
-                  np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, layout.rest_bytes), layout)
-
-
-def _rescore_ms(connection: sqlite3.Connection, state: State, heads: Heads, live: NDArray[np.int64], count: int) -> float:
-    """How long it takes to read so many vectors and compare them with a query, median."""
-    times = []
-    for run in range(5):
-        numbers = np.sort(np.random.default_rng(run).choice(live, min(count, len(live)), replace=False))
-        started = time.perf_counter()
-        stored = _stored(connection, state, heads, numbers)
-        cosines(stored[0], stored)
-        times.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(times)
-
-
-def _shortened(rows: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
-    head = rows[:, :dim]
-    return head / np.sqrt((head * head).sum(axis=1, keepdims=True))
-
-
-def _hash(chunk: Chunk) -> bytes:
-    return chunk_hash(chunk.title, chunk.text)
-
-
-def _prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> list[_Prepared]:
-    """Check documents; the same one twice in a call counts once. Only where vectors come with them may a text be blank."""
-    prepared: dict[str, _Prepared] = {}
-    for document in documents:
-        check_id(document.id)
-        title = document.title or None
-        if title is not None:
-            check_text(f"the title of {document.id!r}", title, blank=True)
-        if not document.chunks:
-            raise InputError(f"document {document.id!r} has no chunks: there is nothing to find in it. Leave it out.")
-        chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
-        for number, chunk in enumerate(chunks):
-            check_text(f"chunk {number} of {document.id!r}", chunk.text, blank=True)
-            if chunk.title is not None:
-                check_text(f"the title of chunk {number} of {document.id!r}", chunk.title, blank=True)
-            if type(chunk.start) is not int or type(chunk.stop) is not int:  # what SQLite would not give back as it is
-                raise InputError(f"chunk {number} of {document.id!r} has a span of {type(chunk.start).__name__} and {type(chunk.stop).__name__}: "
-                                 "pass int.")
-            if chunk.stop - chunk.start != len(chunk.text) or chunk.start < 0:
-                raise InputError(f"chunk {number} of {document.id!r} spans {chunk.start} to {chunk.stop}, but has {len(chunk.text)} characters.")
-            if chunk.start > (chunks[number - 1].stop if number else 0):
-                raise InputError(f"chunk {number} of {document.id!r} begins at {chunk.start}: what stands before it is in no chunk.")
-        if not blank and not any(chunk.text.strip() for chunk in chunks):  # a blank chunk between others is part of the text
-            raise InputError(f"document {document.id!r} is blank: there is nothing to find in it. Leave it out.")
-        made = _Prepared(document.id, title, pack_metadata(document.metadata), pack_json("source", document.source), chunks)
-        check_unique([document.id, document.id], [made, prepared.get(document.id, made)])
-        prepared[document.id] = made
-    return list(prepared.values())
-
-
-def _reusable(known: tuple[int, list[StoredChunk]] | None, overflow: Overflow) -> dict[bytes, list[StoredChunk]]:
-    """Stored chunks by hash; one that was cut off is none where that is an error now."""
-    by_hash: dict[bytes, list[StoredChunk]] = {}
-    for chunk in known[1] if known else []:
-        if not chunk.truncated or overflow == "truncate":
-            by_hash.setdefault(chunk.hash, []).append(chunk)
-    return by_hash
-
-
-def _store(change: Change, prepared: list[_Prepared], overflow: Overflow) -> PutReport | None:
-    """Write documents; None, and nothing written, where a chunk has neither a vector at hand nor one in the file any more."""
-    known = stored_chunks(change.connection, [document.id for document in prepared])
-    for document in prepared:
-        reusable = _reusable(known.get(document.id), overflow)
-        if any(_hash(chunk) not in reusable and _hash(chunk) not in document.vectors for chunk in document.chunks):
-            return None
-    chunks: list[NewChunk] = []
-    vectors: list[NDArray[np.float32]] = []
-    twins: list[tuple[NewChunk, int]] = []   # the same words twice in a document, of which the file has the vector once
-    gone: list[int] = []
-    reused = 0
-    for document in prepared:
-        reusable = _reusable(known.get(document.id), overflow)
-        stored = known[document.id][1] if document.id in known else []
-        number = change.put_document(document.id, document.title, document.metadata, document.source,
-                                     known[document.id][0] if document.id in known else None)
-        kept: set[int] = set()
-        for position, chunk in enumerate(document.chunks):
-            hash_ = _hash(chunk)
-            new = NewChunk(document=number, position=position, start=chunk.start, stop=chunk.stop, num_tokens=0, truncated=False,
-                           title=chunk.title, text=chunk.text)
-            free = [twin for twin in reusable.get(hash_, []) if twin.number not in kept]
-            if free:
-                kept.add(free[0].number)
-                reused += 1
-                if (free[0].position, free[0].start, free[0].stop) != (position, chunk.start, chunk.stop):
-                    change.move_chunk(free[0], new)
-            elif hash_ in document.vectors:
-                vector, num_tokens, truncated = document.vectors[hash_]
-                chunks.append(replace(new, num_tokens=num_tokens, truncated=truncated))
-                vectors.append(vector)
-            else:
-                twin = reusable[hash_][0]
-                twins.append((replace(new, num_tokens=twin.num_tokens, truncated=twin.truncated), twin.number))
-        gone += [chunk.number for chunk in stored if chunk.number not in kept]
-    for new, number in twins:
-        chunks.append(new)
-        vectors.append(_stored_floats(change, number))
-    change.remove_chunks(gone)
-    if chunks:
-        change.add_chunks(chunks, np.stack(vectors))
-    return PutReport(documents=len(prepared), chunks=sum(len(document.chunks) for document in prepared), embedded=0,
-                     reused=reused + len(twins), removed=len(gone))
-
-
-def _stored_floats(change: Change, number: int) -> NDArray[np.float32]:
-    """(D,) a stored vector, as near to its floats as the file has it."""
-    block, slot = divmod(number, BLOCK_ROWS)
-    layout = change.state.layout
-    head = stored_heads(change.connection, "heads", block)[1][slot * layout.head : (slot + 1) * layout.head]
-    row = change.connection.execute("SELECT crc32, scales, rest, floats FROM vectors WHERE number = ?", (number,)).fetchone()
-    if row is None or not fits(layout, change.state.floats, *row[1:]) or vector_crc32(number, head, *row[1:]) != row[0]:
-        raise Damage(f"vector {number} is not what was stored")
-    _, scales, rest, floats = row
-    if floats is not None:
-        return np.frombuffer(floats, "<f4")
-    return decode(np.frombuffer(head, np.int8)[None], np.frombuffer(scales, "<f4")[None], np.frombuffer(rest, np.uint8)[None],
-                  layout)[0].astype(np.float32)
-
-
-def _read_hit(connection: sqlite3.Connection, number: int, score: float, cosine: float | None, bm25: float | None) -> Hit:
-    row = connection.execute("SELECT c.document, c.position, c.start, c.stop, c.num_tokens, c.truncated, c.title, c.text, c.crc32, "
-                             "d.id, d.title, d.metadata, d.source, d.crc32 FROM chunks c JOIN documents d ON d.number = c.document "
-                             "WHERE c.number = ?", (number,)).fetchone()
-    if row is None:
-        raise Damage(f"chunk {number} cannot be looked up")
-    document, position, start, stop, num_tokens, truncated, title, text, crc, id_, document_title, metadata, source, document_crc = row
-    if chunk_crc32(number, document, position, start, stop, num_tokens, truncated, title, text) != crc:
-        raise Damage(f"chunk {number} is not what was stored")
-    if document_crc32(id_, document_title, metadata, source) != document_crc:
-        raise Damage(f"document {id_!r} is not what was stored")
-    return Hit(id=id_, score=score, text=text, start=start, stop=stop, position=position, title=title,
-               metadata=None if metadata is None else json.loads(metadata), truncated=bool(truncated), vector_score=cosine, text_score=bm25)
-
-
-def _read_document(connection: sqlite3.Connection, id_: str) -> Document | None:
-    row = connection.execute("SELECT number, title, metadata, source, crc32 FROM documents WHERE id = ?", (id_,)).fetchone()
-    if row is None:
-        return None
-    number, title, metadata, source, crc = row
-    if document_crc32(id_, title, metadata, source) != crc:
-        raise Damage(f"document {id_!r} is not what was stored")
-    text: list[str] = []
-    read = tokens = count = 0
-    cut = False
-    for chunk, position, start, stop, num_tokens, truncated, chunk_title, part, chunk_crc in connection.execute(
-            "SELECT number, position, start, stop, num_tokens, truncated, title, text, crc32 FROM chunks WHERE document = ? ORDER BY position", (number,)):
-        if chunk_crc32(chunk, number, position, start, stop, num_tokens, truncated, chunk_title, part) != chunk_crc or start > read:
-            raise Damage(f"chunk {chunk} is not what was stored")
-        text.append(part[read - start :])
-        read, tokens, count, cut = max(read, stop), tokens + num_tokens, count + 1, cut or bool(truncated)
-    if not count:
-        raise Damage(f"document {id_!r} has no chunks")
-    return Document(id=id_, text="".join(text), title=title, metadata=None if metadata is None else json.loads(metadata),
-                    source=None if source is None else json.loads(source), num_tokens=tokens, truncated=cut, num_chunks=count)

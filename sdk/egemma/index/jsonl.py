@@ -27,7 +27,8 @@ from egemma_core.errors import EgemmaError, IndexFileError, InputError
 from egemma_core.tokens import Overflow
 
 if TYPE_CHECKING:
-    from egemma.index.index import Index, _Prepared
+    from egemma.index.index import Index
+    from egemma.index.put import Prepared
 
 VERSION = 1
 MAX_LINE_BYTES = 256 * 2**20
@@ -195,7 +196,7 @@ class _Read:
     """One line, checked: a document, and what an export knows of its chunks beyond their texts."""
 
     document: ChunkedDocument
-    packed: _Prepared
+    packed: Prepared
     counts: list[tuple[int, bool]]         # tokens, truncated
     vectors: list[dict[str, bytes]]        # "floats", or "scales", "head" and "rest"; checked for length
 
@@ -220,7 +221,7 @@ def _batch(lines: Iterator[tuple[int, Any]], header: Header, layout: Layout, see
 
 
 def _document(value: Any, kind: str, layout: Layout) -> _Read:
-    from egemma.index.index import _prepare
+    from egemma.index.put import prepare
 
     fields = _fields(value, "the line", {"id": str, "chunks": list}, {"title": str, "metadata": dict, "source": dict})
     chunks, counts, vectors = [], [], []
@@ -234,7 +235,7 @@ def _document(value: Any, kind: str, layout: Layout) -> _Read:
         counts.append((told["tokens"], told["truncated"]))
         vectors.append({name: _bytes(told[name], f"{name} of {what}", wanted) for name, wanted in parts.items()})
     document = ChunkedDocument(id=fields["id"], title=fields["title"], metadata=fields["metadata"], source=fields["source"], chunks=tuple(chunks))
-    packed = _prepare([document], blank=True)[0]
+    packed = prepare([document], blank=True)[0]
     if kind == "floats":
         check_vectors(_stacked(vectors, "floats", "<f4"), layout.dim)
     elif kind == "codes":

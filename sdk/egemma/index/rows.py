@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from egemma.index.codes import encode, squares
 from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, vector_crc32
-from egemma.index.file import State, read_state, write_state
+from egemma.index.file import read_state, write_state
 from egemma.index.heads import BLOCK_ROWS, LIVE_BYTES, Damage, block_crc32, head_crc32
 
 _MANY = 500   # parameters of one statement; SQLite takes 999 everywhere
@@ -76,8 +76,9 @@ class Change:
         first = self.state.next_number
         wide = [None] * len(chunks) if vectors is None else vectors.astype("<f4")
         coded, rows, texts = [], [], []
-        for number, (chunk, *parts) in enumerate(zip(chunks, heads, scales.astype("<f4"), rests, wide, strict=True), start=first):
-            head, scale, rest, floats = (None if part is None else part.tobytes() for part in parts)
+        for number, (chunk, *parts, exact) in enumerate(zip(chunks, heads, scales.astype("<f4"), rests, wide, strict=True), start=first):
+            head, scale, rest = (part.tobytes() for part in parts)
+            floats = None if exact is None else exact.tobytes()
             coded.append((number, vector_crc32(number, head, scale, rest, floats), scale, rest, floats))
             fields = (chunk.document, chunk.position, chunk.start, chunk.stop, chunk.num_tokens, int(chunk.truncated), chunk.title)
             rows.append((number, *fields, chunk_hash(chunk.title, chunk.text), chunk_crc32(number, *fields, chunk.text), chunk.text))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity, check_same_model
-from egemma.index.index import Document, Hits, Mode
+from egemma.index.hits import Document, Hits, Mode
 from egemma.index.inputs import check_ids
 from egemma.stores.postgres_tables import (
     Names,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index import Document, Hits
-from egemma.index.index import Mode
+from egemma.index.hits import Mode
 from egemma.index.inputs import check_ids
 from egemma.stores.qdrant_collection import (
     WORDS,

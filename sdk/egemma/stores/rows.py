@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
 from egemma.index.codes import check_vectors
-from egemma.index.index import MODES, Document, Hit, Hits, How, Mode
+from egemma.index.hits import MODES, Document, Hit, Hits, How, Mode
 from egemma.index.inputs import check_ids, check_k, check_text, check_unique, content_id, one_per_text, query_rows
 from egemma.index.words import MAX_WORDS
 from egemma.where import Condition, pack_metadata, parse
