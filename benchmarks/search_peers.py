@@ -180,7 +180,8 @@ def open_peer(name: str, size: int, place: Place) -> Ask:
     return ask
 
 
-def open_ours(size: int, width: int, place: Place) -> Callable[[int, dict[str, Any]], list[int]]:
+def open_ours(size: int, width: int, place: Place) -> tuple[Callable[[int, dict[str, Any]], list[int]], Callable[[int, dict[str, Any]], list[list[int]]]]:
+    """A function for one query, and one for the first so many at once."""
     from egemma.index import Index
 
     index = Index.open(place.index(size, width), threads=place.threads)
@@ -189,7 +190,10 @@ def open_ours(size: int, width: int, place: Place) -> Callable[[int, dict[str, A
     def ask(number: int, options: dict[str, Any]) -> list[int]:
         return [int(hit.id) for hit in index.search_vector(queries[number], K, **options)]
 
-    return ask
+    def ask_many(count: int, options: dict[str, Any]) -> list[list[int]]:
+        return [[int(hit.id) for hit in hits] for hits in index.search_vectors(queries[:count], K, **options)]
+
+    return ask, ask_many
 
 
 def prepare_ours(size: int, width: int, place: Place, say: Callable[[str], None]) -> None:
