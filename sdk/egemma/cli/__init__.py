@@ -154,7 +154,7 @@ def _add_remove_and_search(commands: _Commands) -> None:
                         """'{"lang": "en", "year": {"$gte": 2020}}'""")
     search.add_argument("--task", default=DEFAULT_TASK, help=f"what the query is for (default: {DEFAULT_TASK!r})")
     search.add_argument("--shortlist", type=int, metavar="N", help="vectors that the first pass leaves to be compared at full width "
-                        "(default: what `egemma index tune` found, else the larger of 200 and 10 k)")
+                        "(default: what `egemma index tune` found, else the larger of 300 and 10 k)")
     first_pass = search.add_mutually_exclusive_group()
     first_pass.add_argument("--exact", action="store_true", help="compare every vector at full width, without a first pass")
     first_pass.add_argument("--approximate", action="store_true", help="use the graph of `egemma index graph` as the first pass")

@@ -378,7 +378,7 @@ class Index:
                 the search, so k of those that pass come back.
             mode: "vector" by meaning; "text" by words (BM25); "hybrid" joins both by reciprocal rank fusion.
             task: a task of the model, such as "search result" or "question answering".
-            shortlist: None takes what `tune` found, or else the larger of 200 and 10 k.
+            shortlist: None takes what `tune` found, or else the larger of 300 and 10 k.
             exact: compare every vector at `dim`, without a first pass.
             approximate: use the graph of `build_graph` as the first pass.
 

@@ -18,7 +18,7 @@ from egemma.index.file import State
 from egemma.index.heads import Damage, Heads
 from egemma.index.tune import Tuned
 
-MIN_SHORTLIST = 200          # where nothing was tuned: at least so many, and
+MIN_SHORTLIST = 300          # where nothing was tuned: at least so many, and
 SHORTLIST_PER_HIT = 10       # so many for each hit that is wanted
 
 
