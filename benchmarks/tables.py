@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,39 @@ def numbers() -> str:
         f"model {footprint['first_vector_s']:.2f} s after process start, {footprint['beside_onnxruntime_and_numpy_mb']:.0f} MB beside ONNX Runtime and NumPy, no torch.",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *search_lines(result("search"))])
+
+
+def search_lines(search: dict[str, Any]) -> list[str]:
+    """Search in short; docs/search-benchmark.md has all of it."""
+    from benchmarks.search import label
+
+    lines = [
+        f"Local search for the 10 nearest of 768-wide vectors of real texts, {search['threads']} threads (commit {search['commit']}): median milliseconds and recall@10 "
+        "against exact float32. [All of it](docs/search-benchmark.md), with what each costs in memory and disk.",
+        "",
+        "| | 100,000 vectors | recall | 1,000,000 vectors | recall |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    by_size = {size: {label(row): row for row in found["rows"]} for size, found in search["sizes"].items()}
+    wanted = [("egemma", 128, 300), ("egemma", 256, 200), ("egemma graph", 128, 200)]
+    ours = [name for name, row in by_size["100000"].items() if row["name"].startswith("egemma")
+            and (row["name"], row.get("width"), row["options"].get("shortlist")) in wanted]
+    peers = [name for name, row in by_size["100000"].items() if not row["name"].startswith("egemma")]
+    for name in [*ours, *peers]:
+        cells = []
+        for size in ("100000", "1000000"):
+            found = by_size[size].get(name)
+            cells += [f"{found['p50_ms']:.1f}", f"{found['recall']:.3f}"] if found else ["", ""]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def search_page() -> str:
+    """The generated part of docs/search-benchmark.md."""
+    from benchmarks.search import tables
+
+    return tables(result("search")) + "\n"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -57,17 +90,21 @@ def result(name: str) -> dict[str, Any]:
     return body
 
 
-def with_numbers(page: str) -> str:
+def with_numbers(page: str, of: Callable[[], str] = numbers) -> str:
     before, _, rest = page.partition(BEGIN)
     _, marker, after = rest.partition(END)
     assert marker, "the page has no markers for numbers"
-    return before + BEGIN + numbers() + END + after
+    return before + BEGIN + of() + END + after
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    readme.write_text(with_numbers(readme.read_text()))
+    for name, of in PAGES.items():
+        page = ROOT / name
+        page.write_text(with_numbers(page.read_text(encoding="utf-8"), of), encoding="utf-8")
     return 0
+
+
+PAGES: dict[str, Callable[[], str]] = {"README.md": numbers, "docs/search-benchmark.md": search_page}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.tables import with_numbers
+from benchmarks.tables import PAGES, with_numbers
 from egemma import Embedder, Index
 from egemma.embedder import BUILTIN_FOLDER
 from egemma.verify import verify_bundle
@@ -56,9 +56,10 @@ def test_the_first_hits_of_the_demo_make_sense(tmp_path: Path) -> None:
         assert [index.search(query, k=1, dim=128)[0].id for query in queries] == wanted
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
-    page = (ROOT / "README.md").read_text()
-    assert with_numbers(page) == page, "run python benchmarks/tables.py"
+@pytest.mark.parametrize("name", PAGES)
+def test_the_numbers_of_a_page_are_those_of_the_results(name: str) -> None:
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert with_numbers(page, PAGES[name]) == page, "run python benchmarks/tables.py"
 
 
 @pytest.mark.parametrize("page", ["README.md"])

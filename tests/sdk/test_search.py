@@ -380,13 +380,13 @@ def test_a_search_says_how_it_was_done(filled: dict[str, Index]) -> None:
         told = hits.how
         return told.mode, told.dim, told.scan_width, told.shortlist, told.vectors, told.approximate, told.kernel
 
-    assert how(index.search("x")) == ("vector", 64, 16, 200, ROWS, False, kernel_name())
-    assert how(index.search("x", 30, dim=32)) == ("vector", 32, 16, 300, ROWS, False, kernel_name())
+    assert how(index.search("x")) == ("vector", 64, 16, 300, ROWS, False, kernel_name())
+    assert how(index.search("x", 40, dim=32)) == ("vector", 32, 16, 400, ROWS, False, kernel_name())
     assert how(index.search("x", shortlist=50, where={"part": 3})) == ("vector", 64, 16, 50, 100, False, kernel_name())
     assert how(index.search("x", 80, shortlist=50)) == ("vector", 64, 16, 80, ROWS, False, kernel_name())
     assert how(index.search("x", exact=True, dim=16)) == ("vector", 16, None, None, ROWS, False, "numpy")
     assert how(index.search("x", mode="text")) == ("text", None, None, None, 0, False, None)
-    assert how(index.search("x", mode="hybrid")) == ("hybrid", 64, 16, 200, ROWS, False, kernel_name())
+    assert how(index.search("x", mode="hybrid")) == ("hybrid", 64, 16, 300, ROWS, False, kernel_name())
 
 
 def test_the_task_reaches_the_model(tmp_path: Path) -> None:
