@@ -27,6 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.train_builtin import CONFIG, PROMPTS, make_token_vectors, make_vocabulary, read_sets
 from egemma_core.config import FULL, SLIDING
 from egemma_core.errors import EgemmaError

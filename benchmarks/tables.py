@@ -11,6 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.search import label, tables
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- numbers: benchmarks/tables.py -->\n", "<!-- end of numbers -->\n"
 LENGTHS = ("16", "64", "256", "512")
@@ -55,8 +60,6 @@ def numbers() -> str:
 
 def search_lines(search: dict[str, Any]) -> list[str]:
     """Search in short; docs/search-benchmark.md has all of it."""
-    from benchmarks.search import label
-
     lines = [
         f"Local search for the 10 nearest of 768-wide vectors of real texts, {search['threads']} threads (commit {search['commit']}): median milliseconds and recall@10 "
         "against exact float32. [All of it](docs/search-benchmark.md), with what each costs in memory and disk.",
@@ -80,8 +83,6 @@ def search_lines(search: dict[str, Any]) -> list[str]:
 
 def search_page() -> str:
     """The generated part of docs/search-benchmark.md."""
-    from benchmarks.search import tables
-
     return tables(result("search")) + "\n"
 
 
