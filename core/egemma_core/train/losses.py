@@ -1,0 +1,162 @@
+"""The losses of the recipe, as pure functions of unit vectors. Each says which equation it is, and where it had to choose.
+
+Source: arXiv:2509.20354 ("EmbeddingGemma"), section 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from egemma_core.errors import ConfigError, ShapeError
+
+Distance = Literal["l2", "mse", "cosine"]
+DISTANCES = ("l2", "mse", "cosine")
+HARDNESS = 5.0   # alpha; "experimentally set" in the report
+
+
+def nce_loss(queries: Tensor, positives: Tensor, negatives: Tensor | None = None, *, duplicates: Tensor | None = None,
+             has_negative: Tensor | None = None, temperature: float, hardness: float = HARDNESS, share_negatives: bool = False,
+             literal_mask: bool = False, first: int = 0, shared: Tensor | None = None, shared_first: int = 0) -> Tensor:
+    """Noise-contrastive estimation with in-batch negatives, one hard negative per query, and a mask for duplicates (equations 2 and 3).
+
+    The report's mask, read literally, is 0 for j = i as well, because q_i = q_i: the positive would stand in the numerator alone, and
+    the loss could fall below zero. The usual form keeps it, and so do we, unless `literal_mask`.
+
+    Args:
+        queries: (B, D) unit vectors.
+        positives: (M, D) unit vectors, M >= B; row `first + i` is the positive of query i. M > B where they were gathered over ranks.
+        negatives: (B, D) hard negatives, or None.
+        duplicates: (B, M) bool, true where positive j is no wrong answer to query i, because its text or its query's is equal; never
+            read at j = first + i. None for no duplicates.
+        has_negative: (B,) bool, false where a row of `negatives` is a placeholder; None for all true.
+        temperature: tau, divides the cosines.
+        hardness: alpha of the weight exp(alpha * sg(cosine)) of a hard negative; 0 weighs all alike.
+        share_negatives: the hard negatives of all rows are wrong answers to every query, with weight 1 to the others (as in
+            sentence-transformers); the report counts each against its own query only.
+        literal_mask: leave the positive out of the denominator, as the report prints it.
+        first: see `positives`.
+        shared: (S, D) the shared negatives where they were gathered over ranks; None for `negatives`. Only with `share_negatives`.
+        shared_first: where the first kept row of `negatives` stands in `shared`.
+
+    Returns:
+        A float32 scalar, the mean over queries.
+
+    Raises:
+        ShapeError: shapes disagree.
+        ConfigError: a number cannot work, or `literal_mask` leaves a query without any wrong answer.
+    """
+    rows, width = queries.shape
+    if positives.ndim != 2 or positives.shape[1] != width or not 0 <= first <= len(positives) - rows:
+        raise ShapeError(f"queries {tuple(queries.shape)}, positives {tuple(positives.shape)}, first={first}: want (B, D) and (M, D) with first + B <= M.")
+    if negatives is not None and negatives.shape != queries.shape:
+        raise ShapeError(f"negatives {tuple(negatives.shape)}: want one for each query, {tuple(queries.shape)}; see has_negative.")
+    if duplicates is not None and duplicates.shape != (rows, len(positives)):
+        raise ShapeError(f"duplicates {tuple(duplicates.shape)}: want {(rows, len(positives))}.")
+    if temperature <= 0 or hardness < 0:
+        raise ConfigError(f"temperature={temperature}, hardness={hardness}: the first must be positive, the second not negative.")
+    own = torch.arange(rows, device=queries.device) + first                                          # (B,)
+    queries = queries.float()
+    scores = queries @ positives.float().T / temperature                                             # (B, M)
+    right = scores.gather(1, own[:, None]).squeeze(1)                                                # (B,)
+    masked = torch.zeros_like(scores, dtype=torch.bool) if duplicates is None else duplicates.clone()
+    masked[torch.arange(rows, device=queries.device), own] = literal_mask
+    wrong = [scores.masked_fill(masked, float("-inf"))]
+    if negatives is not None:
+        kept = torch.ones(rows, dtype=torch.bool, device=queries.device) if has_negative is None else has_negative
+        if share_negatives:
+            others = negatives[kept] if shared is None else shared
+            cosines = queries @ others.float().T                                                     # (B, S)
+            mine = torch.zeros_like(cosines)
+            mine[kept.nonzero().squeeze(1), shared_first + torch.arange(int(kept.sum()), device=queries.device)] = hardness
+            wrong.append(cosines / temperature + mine * cosines.detach())
+        else:
+            cosine = (queries * negatives.float()).sum(1)                                            # (B,)
+            wrong.append((cosine / temperature + hardness * cosine.detach()).masked_fill(~kept, float("-inf"))[:, None])
+    everything = torch.cat(wrong, dim=1)
+    if literal_mask and bool(torch.isneginf(everything.detach()).all(1).any()):
+        raise ConfigError("literal_mask=True leaves a query without any wrong answer: its loss would be minus infinity. Take a larger batch.")
+    return (torch.logsumexp(everything, dim=1) - right).mean()
+
+
+def spread_out_loss(vectors: Tensor, *, everyone: Tensor | None = None, first: int = 0) -> Tensor:
+    """Mean squared cosine of different vectors: the second moment of points spread evenly over a sphere is 1/D (equation 4, one term).
+
+    The report uses neither the mean term nor the hinge max(0, M2 - 1/D) of the original GOR, so this has neither.
+
+    Args:
+        vectors: (B, D) unit vectors.
+        everyone: (M, D) those of all ranks, where `vectors` are rows `first` to `first + B`; None for `vectors`. The mean of the ranks'
+            results is then the loss of the whole batch.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ShapeError: fewer than two vectors in all, or widths that differ.
+    """
+    others = vectors if everyone is None else everyone
+    if others.ndim != 2 or others.shape[1] != vectors.shape[1] or len(others) < 2:
+        raise ShapeError(f"vectors {tuple(vectors.shape)} among {tuple(others.shape)}: want at least two of the same width.")
+    squared = (vectors.float() @ others.float().T).square()                                          # (B, M)
+    own = torch.arange(len(vectors), device=vectors.device)
+    diagonal = squared[own, own + first].sum()
+    return (squared.sum() - diagonal) / (len(vectors) * (len(others) - 1))
+
+
+def matching_loss(student: Tensor, teacher: Tensor, distance: Distance = "l2") -> Tensor:
+    """How far vectors are from a teacher's, averaged (equation 5, one term).
+
+    The report names neither the distance nor how widths are matched. Ours is "l2", the metric of EmbedDistill (arXiv:2301.12005),
+    which the report cites; widths are matched by `TeacherSpace`.
+
+    Args:
+        student: (B, D) vectors in the teacher's space.
+        teacher: (B, D) unit vectors; no gradient.
+
+    Returns:
+        A float32 scalar: mean Euclidean distance, mean squared difference of a channel times D, or mean of 1 - cosine.
+    """
+    if student.shape != teacher.shape:
+        raise ShapeError(f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: match the widths first.")
+    student, teacher = student.float(), teacher.detach().float()
+    if distance == "cosine":
+        return (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+    squared = (student - teacher).square().sum(1)                                                    # (B,)
+    if distance == "mse":
+        return squared.mean()
+    if distance != "l2":
+        raise ConfigError(f"distance={distance!r}: one of {DISTANCES}.")
+    return (squared + torch.finfo(torch.float32).tiny).sqrt().mean()  # the root has no derivative at 0
+
+
+def matryoshka(loss: Callable[..., Tensor], dims: Sequence[int], *vectors: Tensor | None) -> Tensor:
+    """The sum of a loss over prefixes of the vectors, each at unit length again: "overlapping", "summed", no weights (section 2.2).
+
+    Args:
+        loss: takes the vectors in their order; None stays None.
+        dims: prefix widths; none above the vectors' own.
+    """
+    def prefix(rows: Tensor | None, dim: int) -> Tensor | None:
+        if rows is not None and dim > rows.shape[1]:
+            raise ConfigError(f"dim={dim}, but the vectors have {rows.shape[1]} channels.")
+        return None if rows is None else F.normalize(rows[:, :dim].float(), dim=1)
+
+    return torch.stack([loss(*(prefix(rows, dim) for rows in vectors)) for dim in dims]).sum()
+
+
+def false_negatives(queries: Sequence[str], positives: Sequence[str], all_queries: Sequence[str] | None = None,
+                    all_positives: Sequence[str] | None = None, first: int = 0) -> Tensor:
+    """(B, M) bool: where positive j is no wrong answer to query i, because q_i = q_j or p_i = p_j as texts (equation 3).
+
+    Args:
+        all_queries, all_positives: of all ranks, of which these are rows `first` on; None for the same. False at j = first + i.
+    """
+    all_queries = queries if all_queries is None else all_queries
+    all_positives = positives if all_positives is None else all_positives
+    return torch.tensor([[j != first + i and (q == other_q or p == other_p) for j, (other_q, other_p) in enumerate(zip(all_queries, all_positives, strict=True))]
+                         for i, (q, p) in enumerate(zip(queries, positives, strict=True))], dtype=torch.bool).reshape(len(queries), len(all_queries))
