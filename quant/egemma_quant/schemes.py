@@ -104,8 +104,8 @@ def quantize(weight: Tensor, weight_format: WeightFormat) -> Quantized:
     size = weight_format.group_size or columns
     if columns % size:
         raise ConfigError(f"{columns} columns do not divide into groups of {size}; choose a per-channel scheme.")
-    codes = torch.empty(rows, columns, dtype=torch.int8)
-    scales = torch.empty(rows, columns // size)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(rows, columns // size, device=weight.device)
     step = max(1, PART_WEIGHTS // columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
