@@ -6,6 +6,7 @@ the control token, so a document could smuggle one in.)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -89,6 +90,11 @@ class Tokenizer:
                 f"the text has {num_tokens} tokens, the limit is {limit}. Split it, or pass overflow='truncate' to embed its beginning."
             )
         return Tokens(ids=(self.bos_id, *pieces[: limit - 2], self.eos_id), num_tokens=num_tokens)
+
+    def spare_ids(self) -> list[int]:
+        """Ids of the `<unusedN>` pieces, by N: for uses that the vocabulary's makers did not foresee. No text gives them but their names."""
+        pieces = ((re.fullmatch(r"<unused(\d+)>", self._pieces.id_to_piece(id_)), id_) for id_ in range(self._pieces.get_piece_size()))
+        return [id_ for _, id_ in sorted((int(match.group(1)), id_) for match, id_ in pieces if match is not None)]
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """The text of these ids, control tokens left out."""
