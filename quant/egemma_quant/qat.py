@@ -25,21 +25,21 @@ class _Rounded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: object, weight: Tensor, weight_format: WeightFormat) -> Tensor:  # type: ignore[override]
+    def forward(ctx: object, weight: Tensor, weight_format: WeightFormat) -> Tensor:
         return quantize(weight, weight_format).dequantize().to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
 class _RoundedTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: object, activations: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: object, activations: Tensor) -> Tensor:
         return round_tokens(activations)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         return gradient
 
 

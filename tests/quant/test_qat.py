@@ -74,7 +74,7 @@ def test_an_optimizer_step_moves_the_float_weights_and_then_the_rounded_ones(enc
 
 
 def test_tokens_are_rounded_as_torchs_own_dynamic_quantization_does() -> None:
-    import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers the operators
+    import torch.ao.quantization.fx._decomposed  # registers the operators
 
     ops = torch.ops.quantized_decomposed
     random = torch.Generator().manual_seed(3)

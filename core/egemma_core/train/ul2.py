@@ -130,4 +130,4 @@ def restore(example: Denoised, special: SpecialTokens) -> tuple[int, ...]:
             current = spans.setdefault(token, [])
         else:
             current.append(token)
-    return tuple(token for place in example.source[1:-1] for token in (spans[place] if place in spans else [place]))
+    return tuple(token for place in example.source[1:-1] for token in spans.get(place, [place]))
