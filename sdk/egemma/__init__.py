@@ -29,7 +29,8 @@ from egemma_core.errors import (
 
 if TYPE_CHECKING:
     from egemma.embedder import Embedder, Embedding, Embeddings
-    from egemma.index import Hit, Index
+    from egemma.identity import ModelIdentity
+    from egemma.index import Document, Hit, Hits, Index
 
     __version__: str
 
@@ -37,15 +38,18 @@ __all__ = [
     "BundleError",
     "ConfigError",
     "DimensionError",
+    "Document",
     "EgemmaError",
     "Embedder",
     "Embedding",
     "Embeddings",
     "Hit",
+    "Hits",
     "Index",
     "IndexFileError",
     "IndexMismatchError",
     "InputError",
+    "ModelIdentity",
     "PromptError",
     "RuntimeUnavailableError",
     "ShapeError",
@@ -53,7 +57,8 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {"Embedder": "embedder", "Embedding": "embedder", "Embeddings": "embedder", "Hit": "index", "Index": "index"}
+_HOMES = {"Document": "index", "Embedder": "embedder", "Embedding": "embedder", "Embeddings": "embedder", "Hit": "index", "Hits": "index",
+          "Index": "index", "ModelIdentity": "identity"}
 
 
 def __getattr__(name: str) -> Any:
