@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so all processes that they start, which tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(os.environ.get("EGEMMA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 GEMMA_TOKENIZER = SHARED_DATA / "tokenizer" / "gemma3.model"

@@ -284,7 +284,7 @@ def test_a_graph_is_built_and_used(egemma_: Shell) -> None:
     assert egemma_.json("index", "graph", "a.egx")["vectors"] == 400
     found = egemma_.json("search", "a.egx", "line 7 of water", "-k", "1", "--approximate", "--shortlist", "1")
     assert found["how"]["approximate"] is True
-    assert found["hits"] == egemma_.json("search", "a.egx", "line 7 of water", "-k", "1")["hits"]
+    assert found["hits"] == egemma_.json("search", "a.egx", "line 7 of water", "-k", "1", "--shortlist", "1")["hits"]
 
 
 def test_embed_takes_parquet_to_parquet(egemma_: Shell, bundle: Path) -> None:
