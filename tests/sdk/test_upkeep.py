@@ -545,3 +545,13 @@ def test_an_import_that_is_interrupted_can_be_repeated(tmp_path: Path, monkeypat
         assert copy.check() == []
         copy.import_jsonl(tmp_path / "a.jsonl")
         assert answers(copy) == answers(index)
+
+
+def test_a_backup_onto_the_index_itself_is_refused(tmp_path: Path) -> None:
+    with open_index(tmp_path / "a.egx") as index:
+        index.add(["one text"], ids=["1"])
+        (tmp_path / "link.egx").symlink_to(tmp_path / "a.egx")
+        for same in ("a.egx", "link.egx"):
+            with pytest.raises(IndexFileError, match="is the index itself"):
+                index.backup(tmp_path / same, force=True)
+        assert index.ids() == ["1"]

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = commands.run(args)
         sys.stdout.flush()
     except EgemmaError as error:
-        return _complain(str(error).replace("pass overflow='truncate'", "pass --overflow truncate"))
+        return _complain(_as_typed(str(error)))
     except KeyboardInterrupt:
         _complain("interrupted.")
         return 130
@@ -276,6 +276,15 @@ class _ShowVersion(argparse.Action):
 
         print(f"egemma {__version__}")
         parser.exit()
+
+
+def _as_typed(text: str) -> str:
+    """An error's next step as a shell takes it, not as Python does."""
+    for python, shell in (("overflow='truncate'", "--overflow truncate"), ("force=True", "--force"), ("allow_empty=True", "--allow-empty"),
+                          ("reembed=True (`--embed`)", "--embed"), ("exact=True", "--exact"), ("approximate=True", "--approximate"),
+                          ("mode='vector'", "--mode vector")):
+        text = text.replace(python, shell)
+    return text
 
 
 def _complain(text: str) -> int:

@@ -98,6 +98,8 @@ def backup(path: str | Path, destination: str | Path, *, force: bool = False) ->
         IndexFileError: the destination exists or is in use, there is no room, or the index is damaged.
     """
     path, destination = checked_path(path, create=False), checked_path(destination, create=True)
+    if destination.exists() and destination.samefile(path):
+        raise IndexFileError(f"{destination} is the index itself. Give the name of another file.")
     _check_replaceable(destination, force)
     with written_beside(destination) as made:
         made.chmod(path.stat().st_mode & 0o777)
