@@ -219,6 +219,15 @@ def test_vectors_from_elsewhere_can_be_stored_without_texts_or_a_model(door: Doo
 # The same hits as by hand.
 
 
+def test_a_store_keeps_what_the_embedder_said_of_a_vector(store: Any) -> None:
+    vectors = unit(3, 2)
+    store.add_vectors(vectors, ids=["1", "2"], texts=["one", "two"], num_tokens=[7, 9], truncated=[False, True])
+    assert [(document.num_tokens, document.truncated) for document in store.get(["1", "2"])] == [(7, False), (9, True)]
+    with pytest.raises(InputError, match="num_tokens"):
+        store.add_vectors(vectors, ids=["3", "4"], num_tokens=[1, -1])
+    assert len(store) == 2
+
+
 @pytest.mark.parametrize("dim", [None, *DIMS])
 def test_every_width_gives_the_hits_and_scores_of_numpy(store: Any, dim: int | None) -> None:
     vectors, queries = unit(2, 400), unit(3, 5)

@@ -130,9 +130,10 @@ class QdrantIndex:
         return given
 
     def add_vectors(self, vectors: NDArray[np.float32], *, ids: Sequence[str], texts: Sequence[str] | None = None,
-                    titles: Sequence[str | None] | None = None, metadata: Sequence[Mapping[str, Any] | None] | None = None) -> list[str]:
+                    titles: Sequence[str | None] | None = None, metadata: Sequence[Mapping[str, Any] | None] | None = None,
+                    num_tokens: Sequence[int] | None = None, truncated: Sequence[bool] | None = None) -> list[str]:
         """Store documents whose vectors were computed elsewhere by the same model; as `egemma.Index.add_vectors`."""
-        given, rows, checked = vector_rows(self._identity, vectors, ids, texts, titles, metadata)
+        given, rows, checked = vector_rows(self._identity, vectors, ids, texts, titles, metadata, num_tokens, truncated)
         self._store(rows, checked)
         return given
 

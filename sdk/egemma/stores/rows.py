@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from egemma.identity import ModelIdentity
 from egemma.index.codes import check_vectors
 from egemma.index.hits import MODES, Document, Hit, Hits, How, Mode
-from egemma.index.inputs import check_ids, check_k, check_text, check_unique, content_id, one_per_text, query_rows
+from egemma.index.inputs import check_counts, check_ids, check_k, check_text, check_unique, content_id, one_per_text, query_rows
 from egemma.index.words import MAX_WORDS
 from egemma.where import Condition, pack_metadata, parse
 from egemma_core.errors import ConfigError, InputError
@@ -131,7 +131,8 @@ def embedded_rows(embedder: Embedder, texts: Sequence[str], ids: Sequence[str] |
 
 
 def vector_rows(identity: ModelIdentity, vectors: object, ids: Sequence[str], texts: Sequence[str] | None, titles: Sequence[str | None] | None,
-                metadata: Sequence[Mapping[str, Any] | None] | None) -> tuple[list[str], list[Row], NDArray[np.float32]]:
+                metadata: Sequence[Mapping[str, Any] | None] | None, num_tokens: Sequence[int] | None,
+                truncated: Sequence[bool] | None) -> tuple[list[str], list[Row], NDArray[np.float32]]:
     """As `embedded_rows`, for vectors that are there already."""
     checked = check_vectors(vectors, identity.dim)
     given = check_ids(ids)
@@ -142,8 +143,10 @@ def vector_rows(identity: ModelIdentity, vectors: object, ids: Sequence[str], te
     _check_id_bytes(given)
     words = [""] * len(checked) if texts is None else one_per_text("texts", texts, len(checked))
     named, packed = _described(words, titles, metadata, blank=True)
-    rows = [Row(id=id_, title=title, text=text, metadata=meta, num_tokens=0, truncated=False)
-            for id_, text, title, meta in zip(given, words, named, packed, strict=True)]
+    counts = [0] * len(checked) if num_tokens is None else check_counts(num_tokens, len(checked))
+    cut = [False] * len(checked) if truncated is None else one_per_text("truncated", truncated, len(checked))
+    rows = [Row(id=id_, title=title, text=text, metadata=meta, num_tokens=tokens, truncated=bool(short))
+            for id_, text, title, meta, tokens, short in zip(given, words, named, packed, counts, cut, strict=True)]
     return given, rows, checked
 
 
