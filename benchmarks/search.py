@@ -14,12 +14,14 @@ Writes benchmarks/results/search.json and docs/recall-latency.png, and prints Ma
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -349,6 +351,20 @@ def writes(size: int, place: Place, runs: int) -> dict[str, Any]:
         writer.kill()
         writer.wait()
         found["queries, idle"], found["queries while another process adds in bulk"] = idle, busy | {"added_meanwhile": len(index) - before}
+        before, stopped = len(index), threading.Event()
+
+        def fill() -> None:
+            for turn in itertools.count():
+                if stopped.is_set():
+                    return
+                index.add_vectors(np.array(passages[:1000]), ids=[f"thread {turn} {row}" for row in range(1000)], texts=["some words"] * 1000)
+
+        thread = threading.Thread(target=fill)
+        thread.start()
+        busy = summary([timed(index, queries[number]) for number in range(400)])
+        stopped.set()
+        thread.join()
+        found["queries while a thread of this process adds in bulk"] = busy | {"added_meanwhile": len(index) - before}
     clean(path)
     return {"writes": found}
 
