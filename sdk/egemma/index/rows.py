@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, vector_
 from egemma.index.file import read_state, write_state
 from egemma.index.heads import BLOCK_ROWS, LIVE_BYTES, Damage, block_crc32, head_crc32
 
+_LET_IN = 16  # rows between two moments at which other threads may go on
 _MANY = 500   # parameters of one statement; SQLite takes 999 everywhere
 
 
@@ -77,6 +79,8 @@ class Change:
         wide = [None] * len(chunks) if vectors is None else vectors.astype("<f4")
         coded, rows, texts = [], [], []
         for number, (chunk, *parts, exact) in enumerate(zip(chunks, heads, scales.astype("<f4"), rests, wide, strict=True), start=first):
+            if number % _LET_IN == 0:
+                time.sleep(0)  # a search in another thread would otherwise wait for Python's 5 ms, time and again
             head, scale, rest = (part.tobytes() for part in parts)
             floats = None if exact is None else exact.tobytes()
             coded.append((number, vector_crc32(number, head, scale, rest, floats), scale, rest, floats))
