@@ -45,7 +45,8 @@ from egemma_core.errors import EgemmaError, IndexFileError, IndexMismatchError
 from tests.sdk.fakes import WordEmbedder
 
 RESULTS = Path(__file__).resolve().parent / "results" / "durability.json"
-MODELS = {name: WordEmbedder(name, dims=dims) for name, dims in (("words-1", (64, 32, 16)), ("words-2", (64, 32, 16)), ("words-3", (48, 24)))}
+# Any: they keep the contract of `Embedder` without being one.
+MODELS: dict[str, Any] = {name: WordEmbedder(name, dims=dims) for name, dims in (("words-1", (64, 32, 16)), ("words-2", (64, 32, 16)), ("words-3", (48, 24)))}
 VOCABULARY = [f"w{number}" for number in range(30)]
 IDS = [f"d{number}" for number in range(60)]
 KINDS = tuple(kind for kind in ("add", "put", "add_vectors", "remove", "compact", "migrate", "build_graph", "tune", "backup", "export", "import",
@@ -133,7 +134,7 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
         under_way = index.facts().migrating_to
         if under_way is not None and not under_way.startswith(what):
             abandon(index.path)
-        index.migrate(MODELS[what], batch=8)  # type: ignore[arg-type]
+        index.migrate(MODELS[what], batch=8)
     elif kind == "build_graph":
         if index.facts().chunks:
             index.build_graph()
@@ -181,7 +182,7 @@ def child(path: Path, state: State, kinds: Sequence[str], seed: int, pipe: int, 
     code = 1
     try:
         rng = random.Random(seed)
-        index = Index.open(path, MODELS[state.model], keep_floats=state.floats)  # type: ignore[arg-type]
+        index = Index.open(path, MODELS[state.model], keep_floats=state.floats)
         tell(pipe, ("open", None))
         imported = folder_import(folder)
         now = state
@@ -245,7 +246,7 @@ def verify(path: Path, states: list[State], rng: random.Random) -> int:
     assert not found, f"check: {found}"
     fingerprint = describe_index(path).fingerprint
     model = next(name for name, embedder in MODELS.items() if embedder.fingerprint == fingerprint)
-    with Index.open(path, MODELS[model]) as index:  # type: ignore[arg-type]
+    with Index.open(path, MODELS[model]) as index:
         stored = {document.id: document for document in index.get(index.ids())}
         matches = [number for number, state in enumerate(states) if state.model == model and same(stored, state)]
         assert matches, f"{len(stored)} documents of {model} are none of {[(state.model, len(state.docs)) for state in states]}"
@@ -464,7 +465,7 @@ def make_import(rng: random.Random, folder: Path) -> None:
     for id_ in rng.sample(IDS, 30):
         text = words(rng)
         docs[id_] = one_chunk(text, None, {"crc": zlib.crc32(text.encode()), "n": 2})
-    with Index.open(folder / "other.egx", MODELS["words-1"]) as other:  # type: ignore[arg-type]
+    with Index.open(folder / "other.egx", MODELS["words-1"]) as other:
         other.add([doc.text for doc in docs.values()], ids=list(docs), metadata=[doc.metadata for doc in docs.values()])
         other.export_jsonl(folder / "import.jsonl")
     (folder / "import.pickle").write_bytes(pickle.dumps(docs))
@@ -515,7 +516,7 @@ def writer_rounds(kills: int, seed: int, work: Path, log: Callable[[str], None] 
     folder.mkdir()
     path = folder / "a.egx"
     state = State("words-1", True)
-    with Index.open(path, MODELS["words-1"], keep_floats=True):  # type: ignore[arg-type]
+    with Index.open(path, MODELS["words-1"], keep_floats=True):
         pass
     reader: tuple[int, Ear, int] | None = start_reader(path, True)
     report.files = 1
@@ -565,7 +566,7 @@ def own_writes(path: Path, writer: int, seed: int, pipe: int) -> None:
     """Never returns."""
     try:
         rng = random.Random(seed)
-        with Index.open(path, MODELS["words-1"]) as index:  # type: ignore[arg-type]
+        with Index.open(path, MODELS["words-1"]) as index:
             while True:
                 ids = [f"{writer}-{id_}" for id_ in rng.sample(IDS, 6)]
                 op: tuple[Any, ...] = ("remove", ids)
@@ -596,7 +597,7 @@ def everything(path: Path, model: str) -> dict[str, Any]:
             answers[name] = error
 
     try:
-        with Index.open(path, MODELS[model], create=False) as index:  # type: ignore[arg-type]
+        with Index.open(path, MODELS[model], create=False) as index:
             for query in ("w1 w2", "w3", "w20 w21 w22"):
                 ask(f"vector {query}", lambda query=query: index.search(query, 7).hits)
                 ask(f"exact {query}", lambda query=query: index.search(query, 7, exact=True).hits)
@@ -617,7 +618,7 @@ def make_subject(folder: Path, *, floats: bool, seed: int = 0) -> Path:
     """An index with a graph, some documents replaced and removed."""
     rng = random.Random(seed)
     path = folder / "subject.egx"
-    with Index.open(path, MODELS["words-1"], keep_floats=floats) as index:  # type: ignore[arg-type]
+    with Index.open(path, MODELS["words-1"], keep_floats=floats) as index:
         for kind in ("add", "put", "add", "add", "put", "remove", "add"):
             do(index, make_op(rng, kind, State("words-1", floats), folder), folder, seed)
         texts = {id_: words(rng) for id_ in IDS[:40]}
@@ -718,7 +719,7 @@ def log_rounds(count: int, seed: int, work: Path) -> dict[str, Any]:
     folder.mkdir()
     path = folder / "a.egx"
     states: list[dict[str, Any]] = []
-    with Index.open(path, MODELS["words-1"]) as index:  # type: ignore[arg-type]
+    with Index.open(path, MODELS["words-1"]) as index:
         for _ in range(6):
             texts = {id_: words(rng) for id_ in rng.sample(IDS, 12)}
             index.add(list(texts.values()), ids=list(texts), metadata=[{"n": 1} for _ in texts])
@@ -751,7 +752,7 @@ def log_rounds(count: int, seed: int, work: Path) -> dict[str, Any]:
 
 
 def everything_else(path: Path) -> dict[str, Any]:
-    with Index.open(path, MODELS["words-1"], create=False) as index:  # type: ignore[arg-type]
+    with Index.open(path, MODELS["words-1"], create=False) as index:
         return {document.id: document for document in index.get(index.ids())}
 
 
@@ -784,7 +785,7 @@ def full_disk(work: Path, seed: int, *, steps: int = 400) -> dict[str, Any]:
         path = folder / "a.egx"
         filler = folder / "filler"
         make_import(rng, folder)
-        index = Index.open(path, MODELS["words-1"], keep_floats=True)  # type: ignore[arg-type]
+        index = Index.open(path, MODELS["words-1"], keep_floats=True)
         do(index, ("add", {id_: one_chunk(f"w1 {words(rng)}", None, {"n": 1, "crc": 0}) for id_ in IDS}), folder, 0)
         state.docs = {document.id: one_chunk(document.text, None, document.metadata) for document in index.get(index.ids())}
         for number in range(steps):
@@ -830,7 +831,7 @@ def read_only_media(work: Path) -> dict[str, Any]:
     try:
         path = make_subject(folder, floats=False)
         crashed = folder / "crashed.egx"
-        with Index.open(crashed, MODELS["words-1"]) as index:  # type: ignore[arg-type]
+        with Index.open(crashed, MODELS["words-1"]) as index:
             index.add(["w1 w2"])
             for end in ("", "-wal"):
                 shutil.copy(f"{crashed}{end}", f"{folder}/copy.egx{end}")
@@ -840,12 +841,12 @@ def read_only_media(work: Path) -> dict[str, Any]:
             problems.append("other answers on read-only media")
         if check(path):
             problems.append("check finds something on read-only media")
-        with Index.open(path, MODELS["words-1"]) as index:  # type: ignore[arg-type]
+        with Index.open(path, MODELS["words-1"]) as index:
             index.backup(work / "from_readonly.egx")
             index.export_jsonl(work / "from_readonly.jsonl")
             writes: dict[str, Callable[[], object]] = {
                 "add": lambda: index.add(["x"]), "remove": lambda: index.remove(["d1"]), "compact": index.compact,
-                "migrate": lambda: index.migrate(MODELS["words-2"]), "import": lambda: index.import_jsonl(work / "from_readonly.jsonl"),  # type: ignore[arg-type]
+                "migrate": lambda: index.migrate(MODELS["words-2"]), "import": lambda: index.import_jsonl(work / "from_readonly.jsonl"),
                 "build_graph": index.build_graph, "tune": lambda: index.tune(recall=0.5, k=3, sample=10),
                 "backup": lambda: index.backup(folder / "b.egx"), "export": lambda: index.export_jsonl(folder / "b.jsonl")}
             for name, write in writes.items():
@@ -857,7 +858,7 @@ def read_only_media(work: Path) -> dict[str, Any]:
         if everything(work / "from_readonly.egx", "words-1").keys() != wanted.keys():
             problems.append("a backup from read-only media differs")
         try:
-            with Index.open(folder / "copy.egx", MODELS["words-1"]) as index:  # type: ignore[arg-type]
+            with Index.open(folder / "copy.egx", MODELS["words-1"]) as index:
                 problems.append(f"{len(index)} documents are read beside a -wal that cannot be")
         except IndexFileError as error:
             if "holds newer changes" not in str(error):
@@ -886,7 +887,7 @@ def clock_jumps(count: int, seed: int, work: Path, *,
     notes: dict[str, str] = {}
     with (mock.patch("time.monotonic", side_effect=lambda: monotonic() + shift),
           mock.patch("time.time_ns", side_effect=lambda: now_ns() + round(shift * 1e9))):
-        index = Index.open(path, MODELS["words-1"], keep_floats=True)  # type: ignore[arg-type]
+        index = Index.open(path, MODELS["words-1"], keep_floats=True)
         for number in range(count):
             shift = rng.uniform(-20, 20) * year_s
             for file in folder.glob("a.egx*"):
@@ -904,7 +905,7 @@ def clock_jumps(count: int, seed: int, work: Path, *,
                 if state_problem:
                     problems.append(state_problem)
         index.close()
-        with Index.open(folder / "notes.egx", MODELS["words-1"]) as kept:  # type: ignore[arg-type]
+        with Index.open(folder / "notes.egx", MODELS["words-1"]) as kept:
             for number in range(count):
                 shift = rng.uniform(-20, 20) * year_s
                 name = f"note{rng.randrange(6)}.txt"

@@ -22,7 +22,8 @@ from egemma.where import matches, parse
 from egemma_core.errors import DimensionError, IndexFileError, IndexMismatchError, InputError
 from tests.sdk.fakes import WordEmbedder
 
-MODELS = {name: WordEmbedder(name, dims=dims) for name, dims in (("words-1", (32, 16, 8)), ("words-2", (32, 16, 8)), ("words-3", (24, 12)))}
+# Any: they keep the contract of `Embedder` without being one.
+MODELS: dict[str, Any] = {name: WordEmbedder(name, dims=dims) for name, dims in (("words-1", (32, 16, 8)), ("words-2", (32, 16, 8)), ("words-3", (24, 12)))}
 WORDS = [f"w{number}" for number in range(12)]
 TOLERANCE = {True: 1e-6, False: 0.04}    # of a cosine, by whether floats are kept: 8 bits of 32 channels are coarse
 
