@@ -307,7 +307,7 @@ def read_on(path: Path, floats: bool, pipe: int) -> None:
             try:
                 fingerprint = describe_index(path).fingerprint
                 embedder = next(model for model in MODELS.values() if model.fingerprint == fingerprint)
-                with Index.open(path, embedder, create=False) as index:  # type: ignore[arg-type]
+                with Index.open(path, embedder, create=False) as index:
                     for _ in range(200):
                         query = words(rng, 2)
                         vector = embedder.vector(query)
