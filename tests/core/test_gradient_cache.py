@@ -9,7 +9,7 @@ from torch import Tensor
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ShapeError
 from egemma_core.nn.encoder import Encoder
-from egemma_core.train.cache import backward_chunks, cached_backward
+from egemma_core.train.cache import backward_in_chunks
 from egemma_core.train.losses import matryoshka, nce_loss, spread_out_loss
 
 CONFIG = EncoderConfig(
@@ -33,18 +33,22 @@ def loss_of(vectors: Tensor) -> Tensor:
             + matryoshka(spread_out_loss, (64, 32), queries) + matryoshka(spread_out_loss, (64, 32), positives))
 
 
-def gradients(encoder: Encoder, sizes: list[int]) -> tuple[float, dict[str, Tensor]]:
+def gradients(encoder: Encoder, sizes: list[int], recompute: bool = False) -> tuple[float, dict[str, Tensor]]:
     ids = torch.randint(3, 200, (24, 10), generator=torch.Generator().manual_seed(0))
     encoder.zero_grad()
-    loss = cached_backward(lambda rows: encoder(rows, torch.ones_like(rows, dtype=torch.bool)), ids.split(sizes), loss_of)
+    loss = backward_in_chunks(lambda rows: encoder(rows, torch.ones_like(rows, dtype=torch.bool)), ids.split(sizes), loss_of, recompute=recompute)
     return loss.item(), {name: weight.grad.clone() for name, weight in encoder.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("sizes", [[8, 8, 8], [1] * 24, [5, 5, 5, 5, 4]])
-def test_loss_and_gradient_are_the_plain_ones(sizes: list[int]) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("sizes", [[24], [8, 8, 8], [1] * 24, [5, 5, 5, 5, 4]])
+def test_loss_and_gradient_are_the_plain_ones(sizes: list[int], recompute: bool) -> None:
     encoder = make()
-    loss, plain = gradients(encoder, [24])
-    cached_loss, cached = gradients(encoder, sizes)
+    ids = torch.randint(3, 200, (24, 10), generator=torch.Generator().manual_seed(0))
+    whole = loss_of(encoder(ids, torch.ones_like(ids, dtype=torch.bool)))
+    whole.backward()  # type: ignore[no-untyped-call]
+    loss, plain = whole.item(), {name: weight.grad.clone() for name, weight in encoder.named_parameters() if weight.grad is not None}
+    cached_loss, cached = gradients(encoder, sizes, recompute)
     assert cached_loss == pytest.approx(loss, rel=1e-6)
     assert plain.keys() == cached.keys() == dict(encoder.named_parameters()).keys()
     for name, gradient in plain.items():
@@ -72,13 +76,23 @@ def test_no_more_than_one_chunk_is_kept_for_the_backward_pass() -> None:
             alive -= 1
             return gradient
 
-    cached_backward(lambda rows: Counted.apply(encoder(rows, torch.ones_like(rows, dtype=torch.bool))), ids.split(6), loss_of)  # type: ignore[no-untyped-call]
+    backward_in_chunks(lambda rows: Counted.apply(encoder(rows, torch.ones_like(rows, dtype=torch.bool))), ids.split(6), loss_of, recompute=True)  # type: ignore[no-untyped-call]
     assert (alive, most) == (0, 1)
 
 
-def test_chunks_that_do_not_add_up_are_refused() -> None:
-    encoder = make()
+def test_a_chunk_that_changes_its_size_is_refused() -> None:
+    sizes = iter((3, 3, 2))
+    weight = torch.ones(8, requires_grad=True)
+    with pytest.raises(ShapeError, match="3 vectors at first and 2"):
+        backward_in_chunks(lambda _: weight * torch.eye(8)[: next(sizes)], [0, 1], lambda vectors: vectors.sum(), recompute=True)
+
+
+def test_parameters_of_the_loss_get_their_gradient_once() -> None:
+    encoder, factor = make(), torch.ones((), requires_grad=True)
     ids = torch.randint(3, 200, (6, 10))
-    for rows in (4, 8):
-        with pytest.raises(ShapeError):
-            backward_chunks(lambda part: encoder(part, torch.ones_like(part, dtype=torch.bool)), ids.split(3), torch.zeros(rows, 64))
+    for recompute in (False, True):
+        factor.grad = None
+        loss = backward_in_chunks(lambda rows: encoder(rows, torch.ones_like(rows, dtype=torch.bool)), ids.split(2),
+                                  lambda vectors: factor * spread_out_loss(vectors), recompute=recompute)
+        assert factor.grad is not None
+        assert factor.grad.item() == pytest.approx(loss.item(), rel=1e-6)   # d(f * L)/df = L at f = 1

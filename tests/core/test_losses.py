@@ -1,4 +1,4 @@
-"""Every loss against a value worked out by hand, against sentence-transformers where it has one, and against its own split over ranks."""
+"""Every loss against a value worked out by hand, and against sentence-transformers where it has one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from egemma_core.errors import ConfigError, ShapeError
-from egemma_core.train.losses import false_negatives, matching_loss, matryoshka, nce_loss, spread_out_loss
+from egemma_core.train.losses import false_negatives, matching_loss, matryoshka, nce_loss, right_negatives, spread_out_loss
 
 TAU = 0.5
 # Two queries, their positives and hard negatives on a circle, so that every cosine is one of 1, 0.8, 0.6, 0.
@@ -134,28 +134,25 @@ def test_matryoshka_sums_renormalized_prefixes_as_sentence_transformers() -> Non
         matryoshka(spread_out_loss, (32,), parts[0])
 
 
-def test_losses_of_two_ranks_average_to_that_of_the_whole_batch() -> None:
-    queries, positives, negatives = rows(8, 16, 0), rows(8, 16, 1), rows(8, 16, 2)
-    texts = ["a", "b", "c", "d", "a", "e", "f", "g"], ["1", "2", "3", "4", "5", "2", "7", "8"]
-    twins = false_negatives(*texts)
-    assert twins.nonzero().tolist() == [[0, 4], [1, 5], [4, 0], [5, 1]]
-    for share in (False, True):
-        whole = nce_loss(queries, positives, negatives, duplicates=twins, temperature=TAU, share_negatives=share)
-        parts = []
-        for first in (0, 4):
-            mine = slice(first, first + 4)
-            own = false_negatives(texts[0][mine], texts[1][mine], *texts, first)
-            torch.testing.assert_close(own, twins[mine])
-            parts.append(nce_loss(queries[mine], positives, negatives[mine], duplicates=own, temperature=TAU, first=first, share_negatives=share,
-                                  shared=negatives if share else None, shared_first=first if share else 0))
-        assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), abs=1e-6)
-    spread = torch.stack([spread_out_loss(queries[first : first + 4], everyone=queries, first=first) for first in (0, 4)]).mean()
-    assert spread.item() == pytest.approx(spread_out_loss(queries).item(), abs=1e-7)
+def test_duplicates_are_found_by_text() -> None:
+    assert false_negatives(list("abcdaefg"), list("12345278")).nonzero().tolist() == [[0, 4], [1, 5], [4, 0], [5, 1]]
+    # Row 1's negative is row 0's positive, and row 2 asks what row 0 asks; row 3's is its own query's other answer; row 2 has none.
+    found = right_negatives(["a", "b", "a", "b"], ["1", "2", "3", "4"], ["9", "1", None, "2"])
+    assert found.nonzero().tolist() == [[0, 1], [1, 3], [2, 1], [3, 3]]
+
+
+def test_a_shared_negative_that_is_a_right_answer_does_not_count() -> None:
+    queries, positives, negatives = rows(3, 16, 0), rows(3, 16, 1), rows(3, 16, 2)
+    right = torch.tensor([[0, 1, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.bool)
+    loss = nce_loss(queries, positives, negatives, temperature=TAU, share_negatives=True, shared_duplicates=right, hardness=0)
+    logits = torch.cat([queries @ positives.T, queries @ negatives.T], 1) / TAU
+    logits[0, 4] = float("-inf")
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.arange(3)).item(), abs=1e-5)
 
 
 def test_shapes_that_disagree_are_refused() -> None:
-    with pytest.raises(ShapeError, match="first"):
-        nce_loss(Q, P, temperature=TAU, first=1)
+    with pytest.raises(ShapeError, match="both"):
+        nce_loss(Q, P[:1], temperature=TAU)
     with pytest.raises(ShapeError, match="one for each query"):
         nce_loss(Q, P, N[:1], temperature=TAU)
     with pytest.raises(ShapeError, match="duplicates"):

@@ -1,7 +1,8 @@
-"""Gradient caching: a contrastive batch of any size in the memory of one chunk, with the plain gradient.
+"""A contrastive batch in chunks, with the plain gradient; on request in the memory of one chunk, whatever the batch.
 
-The loss sees all vectors of the batch, but needs no activations: so embed everything without keeping any, differentiate the loss by the
-vectors, and then embed chunk by chunk again, each time handing its vectors' gradients on. Two forward passes instead of one.
+The loss sees all vectors of the batch, but needs no activations. So it is differentiated by the vectors alone, and each chunk then hands
+its vectors' gradient on to the weights. With `recompute` the vectors are first made without keeping activations, and every chunk is
+embedded again when its turn comes: two forward passes instead of one (gradient caching).
 
 Source: Gao et al. 2021, arXiv:2101.06983.
 """
@@ -9,61 +10,43 @@ Source: Gao et al. 2021, arXiv:2101.06983.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from egemma_core.errors import ShapeError
 
-Embed = Callable[[Any], Tensor]   # a chunk of texts to (rows, D) vectors
+Chunk = TypeVar("Chunk")
 
 
-def embed_chunks(embed: Embed, chunks: Sequence[Any]) -> Tensor:
-    """(B, D) vectors of all chunks, one after the other, without gradients but ready to take one."""
-    with torch.no_grad():
-        return torch.cat([embed(chunk) for chunk in chunks]).requires_grad_()
-
-
-def backward_chunks(embed: Embed, chunks: Sequence[Any], gradient: Tensor) -> None:
-    """Add to every parameter's `.grad` what the loss's gradient by the vectors means for it.
-
-    Args:
-        chunks: the same as given to `embed_chunks`; embedding must give the same vectors again, so there can be no dropout.
-        gradient: (B, D).
-
-    Raises:
-        ShapeError: the chunks do not add up to B.
-    """
-    start = 0
-    for chunk in chunks:
-        vectors = embed(chunk)
-        part = gradient[start : start + len(vectors)]
-        if part.shape != vectors.shape:
-            raise ShapeError(f"chunks give {start + len(vectors)} or more vectors of {vectors.shape[1]}, the gradient is {tuple(gradient.shape)}.")
-        torch.autograd.backward(vectors, part)
-        start += len(vectors)
-    if start != len(gradient):
-        raise ShapeError(f"chunks give {start} vectors, the gradient has {len(gradient)} rows.")
-
-
-def cached_backward(embed: Embed, chunks: Sequence[Any], loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+def backward_in_chunks(embed: Callable[[Chunk], Tensor], chunks: Sequence[Chunk], loss_of: Callable[[Tensor], Tensor], *, recompute: bool) -> Tensor:
     """The loss of a batch, with its gradient added to every parameter's `.grad`.
 
     Args:
-        embed: a chunk to (rows, D) vectors, the same each time.
-        chunks: one chunk is embedded once and differentiated plainly.
-        loss_of: (B, D) vectors, in the order of the chunks, to a scalar.
+        embed: a chunk to (rows, D) vectors; with `recompute` the same each time, so there can be no dropout.
+        loss_of: (B, D) vectors, in the order of the chunks, to a scalar. Parameters of its own get their gradient as well.
+        recompute: embed twice and keep the activations of one chunk, instead of once and of all.
 
     Returns:
         The loss, detached.
+
+    Raises:
+        ShapeError: with `recompute`, a chunk gave another number of vectors the second time.
     """
-    if len(chunks) == 1:
-        loss = loss_of(embed(chunks[0]))
-        torch.autograd.backward(loss)
-        return loss.detach()
-    vectors = embed_chunks(embed, chunks)
+    with torch.set_grad_enabled(not recompute):
+        parts = [embed(chunk) for chunk in chunks]
+    vectors = torch.cat([part.detach() for part in parts]).requires_grad_()
     loss = loss_of(vectors)
-    (gradient,) = torch.autograd.grad(loss, vectors)
-    backward_chunks(embed, chunks, gradient)
+    torch.autograd.backward(loss)
+    assert vectors.grad is not None
+    gradients = vectors.grad.split([len(part) for part in parts])
+    if not recompute:
+        torch.autograd.backward(parts, list(gradients))
+        return loss.detach()
+    for chunk, gradient in zip(chunks, gradients, strict=True):
+        again = embed(chunk)
+        if again.shape != gradient.shape:
+            raise ShapeError(f"a chunk gave {len(gradient)} vectors at first and {len(again)} when it was embedded again.")
+        torch.autograd.backward(again, gradient)
     return loss.detach()

@@ -21,7 +21,7 @@ HARDNESS = 5.0   # alpha; "experimentally set" in the report
 
 def nce_loss(queries: Tensor, positives: Tensor, negatives: Tensor | None = None, *, duplicates: Tensor | None = None,
              has_negative: Tensor | None = None, temperature: float, hardness: float = HARDNESS, share_negatives: bool = False,
-             literal_mask: bool = False, first: int = 0, shared: Tensor | None = None, shared_first: int = 0) -> Tensor:
+             shared_duplicates: Tensor | None = None, literal_mask: bool = False) -> Tensor:
     """Noise-contrastive estimation with in-batch negatives, one hard negative per query, and a mask for duplicates (equations 2 and 3).
 
     The report's mask, read literally, is 0 for j = i as well, because q_i = q_i: the positive would stand in the numerator alone, and
@@ -29,19 +29,17 @@ def nce_loss(queries: Tensor, positives: Tensor, negatives: Tensor | None = None
 
     Args:
         queries: (B, D) unit vectors.
-        positives: (M, D) unit vectors, M >= B; row `first + i` is the positive of query i. M > B where they were gathered over ranks.
+        positives: (B, D) unit vectors; row i is the positive of query i.
         negatives: (B, D) hard negatives, or None.
-        duplicates: (B, M) bool, true where positive j is no wrong answer to query i, because its text or its query's is equal; never
-            read at j = first + i. None for no duplicates.
+        duplicates: (B, B) bool, true where positive j is no wrong answer to query i, because its text or its query's is equal; never
+            read at j = i. None for no duplicates.
         has_negative: (B,) bool, false where a row of `negatives` is a placeholder; None for all true.
         temperature: tau, divides the cosines.
         hardness: alpha of the weight exp(alpha * sg(cosine)) of a hard negative; 0 weighs all alike.
         share_negatives: the hard negatives of all rows are wrong answers to every query, with weight 1 to the others (as in
             sentence-transformers); the report counts each against its own query only.
+        shared_duplicates: (B, B) bool, true where the hard negative of row j is a right answer to query i. Only with `share_negatives`.
         literal_mask: leave the positive out of the denominator, as the report prints it.
-        first: see `positives`.
-        shared: (S, D) the shared negatives where they were gathered over ranks; None for `negatives`. Only with `share_negatives`.
-        shared_first: where the first kept row of `negatives` stands in `shared`.
 
     Returns:
         A float32 scalar, the mean over queries.
@@ -50,62 +48,54 @@ def nce_loss(queries: Tensor, positives: Tensor, negatives: Tensor | None = None
         ShapeError: shapes disagree.
         ConfigError: a number cannot work, or `literal_mask` leaves a query without any wrong answer.
     """
-    rows, width = queries.shape
-    if positives.ndim != 2 or positives.shape[1] != width or not 0 <= first <= len(positives) - rows:
-        raise ShapeError(f"queries {tuple(queries.shape)}, positives {tuple(positives.shape)}, first={first}: want (B, D) and (M, D) with first + B <= M.")
+    rows = len(queries)
+    if positives.shape != queries.shape or queries.ndim != 2:
+        raise ShapeError(f"queries {tuple(queries.shape)}, positives {tuple(positives.shape)}: want (B, D) both.")
     if negatives is not None and negatives.shape != queries.shape:
         raise ShapeError(f"negatives {tuple(negatives.shape)}: want one for each query, {tuple(queries.shape)}; see has_negative.")
-    if duplicates is not None and duplicates.shape != (rows, len(positives)):
-        raise ShapeError(f"duplicates {tuple(duplicates.shape)}: want {(rows, len(positives))}.")
+    for name, mask in (("duplicates", duplicates), ("shared_duplicates", shared_duplicates)):
+        if mask is not None and mask.shape != (rows, rows):
+            raise ShapeError(f"{name} {tuple(mask.shape)}: want {(rows, rows)}.")
     if temperature <= 0 or hardness < 0:
         raise ConfigError(f"temperature={temperature}, hardness={hardness}: the first must be positive, the second not negative.")
-    own = torch.arange(rows, device=queries.device) + first                                          # (B,)
     queries = queries.float()
-    scores = queries @ positives.float().T / temperature                                             # (B, M)
-    right = scores.gather(1, own[:, None]).squeeze(1)                                                # (B,)
-    masked = torch.zeros_like(scores, dtype=torch.bool) if duplicates is None else duplicates.clone()
-    masked[torch.arange(rows, device=queries.device), own] = literal_mask
+    scores = queries @ positives.float().T / temperature                                             # (B, B)
+    own = torch.eye(rows, dtype=torch.bool, device=queries.device)
+    masked = own & literal_mask if duplicates is None else torch.where(own, literal_mask, duplicates)
     wrong = [scores.masked_fill(masked, float("-inf"))]
     if negatives is not None:
         kept = torch.ones(rows, dtype=torch.bool, device=queries.device) if has_negative is None else has_negative
         if share_negatives:
-            others = negatives[kept] if shared is None else shared
-            cosines = queries @ others.float().T                                                     # (B, S)
-            mine = torch.zeros_like(cosines)
-            mine[kept.nonzero().squeeze(1), shared_first + torch.arange(int(kept.sum()), device=queries.device)] = hardness
-            wrong.append(cosines / temperature + mine * cosines.detach())
+            cosines = queries @ negatives.float().T                                                  # (B, B)
+            left_out = ~kept if shared_duplicates is None else ~kept | (shared_duplicates & ~own)
+            wrong.append((cosines / temperature + hardness * cosines.detach() * own).masked_fill(left_out, float("-inf")))
         else:
             cosine = (queries * negatives.float()).sum(1)                                            # (B,)
             wrong.append((cosine / temperature + hardness * cosine.detach()).masked_fill(~kept, float("-inf"))[:, None])
     everything = torch.cat(wrong, dim=1)
     if literal_mask and bool(torch.isneginf(everything.detach()).all(1).any()):
         raise ConfigError("literal_mask=True leaves a query without any wrong answer: its loss would be minus infinity. Take a larger batch.")
-    return (torch.logsumexp(everything, dim=1) - right).mean()
+    return (torch.logsumexp(everything, dim=1) - scores.diagonal()).mean()
 
 
-def spread_out_loss(vectors: Tensor, *, everyone: Tensor | None = None, first: int = 0) -> Tensor:
+def spread_out_loss(vectors: Tensor) -> Tensor:
     """Mean squared cosine of different vectors: the second moment of points spread evenly over a sphere is 1/D (equation 4, one term).
 
     The report uses neither the mean term nor the hinge max(0, M2 - 1/D) of the original GOR, so this has neither.
 
     Args:
         vectors: (B, D) unit vectors.
-        everyone: (M, D) those of all ranks, where `vectors` are rows `first` to `first + B`; None for `vectors`. The mean of the ranks'
-            results is then the loss of the whole batch.
 
     Returns:
         A float32 scalar.
 
     Raises:
-        ShapeError: fewer than two vectors in all, or widths that differ.
+        ShapeError: fewer than two vectors.
     """
-    others = vectors if everyone is None else everyone
-    if others.ndim != 2 or others.shape[1] != vectors.shape[1] or len(others) < 2:
-        raise ShapeError(f"vectors {tuple(vectors.shape)} among {tuple(others.shape)}: want at least two of the same width.")
-    squared = (vectors.float() @ others.float().T).square()                                          # (B, M)
-    own = torch.arange(len(vectors), device=vectors.device)
-    diagonal = squared[own, own + first].sum()
-    return (squared.sum() - diagonal) / (len(vectors) * (len(others) - 1))
+    if vectors.ndim != 2 or len(vectors) < 2:
+        raise ShapeError(f"vectors {tuple(vectors.shape)}: want at least two of the same width.")
+    squared = (vectors.float() @ vectors.float().T).square()                                         # (B, B)
+    return (squared.sum() - squared.diagonal().sum()) / (len(vectors) * (len(vectors) - 1))
 
 
 def matching_loss(student: Tensor, teacher: Tensor, distance: Distance = "l2") -> Tensor:
@@ -149,14 +139,24 @@ def matryoshka(loss: Callable[..., Tensor], dims: Sequence[int], *vectors: Tenso
     return torch.stack([loss(*(prefix(rows, dim) for rows in vectors)) for dim in dims]).sum()
 
 
-def false_negatives(queries: Sequence[str], positives: Sequence[str], all_queries: Sequence[str] | None = None,
-                    all_positives: Sequence[str] | None = None, first: int = 0) -> Tensor:
-    """(B, M) bool: where positive j is no wrong answer to query i, because q_i = q_j or p_i = p_j as texts (equation 3).
+def false_negatives(queries: Sequence[str], positives: Sequence[str]) -> Tensor:
+    """(B, B) bool: where positive j is no wrong answer to query i, because q_i = q_j or p_i = p_j as texts (equation 3). False at j = i."""
+    query, positive = _numbered(queries), _numbered(positives)
+    same = (query[:, None] == query[None, :]) | (positive[:, None] == positive[None, :])
+    return same.fill_diagonal_(False)
 
-    Args:
-        all_queries, all_positives: of all ranks, of which these are rows `first` on; None for the same. False at j = first + i.
-    """
-    all_queries = queries if all_queries is None else all_queries
-    all_positives = positives if all_positives is None else all_positives
-    return torch.tensor([[j != first + i and (q == other_q or p == other_p) for j, (other_q, other_p) in enumerate(zip(all_queries, all_positives, strict=True))]
-                         for i, (q, p) in enumerate(zip(queries, positives, strict=True))], dtype=torch.bool).reshape(len(queries), len(all_queries))
+
+def right_negatives(queries: Sequence[str], positives: Sequence[str], negatives: Sequence[str | None]) -> Tensor:
+    """(B, B) bool: where the hard negative of row j is, as a text, the positive of query i or of a query equal to it."""
+    texts = _numbered([*positives, *("" if text is None else text for text in negatives)])
+    positive, negative = texts[: len(positives)], texts[len(positives) :]
+    query = _numbered(queries)
+    equal = (query[:, None] == query[None, :]).float() @ (positive[:, None] == negative[None, :]).float()      # (B, B)
+    present = torch.tensor([text is not None for text in negatives], dtype=torch.bool)
+    return (equal > 0) & present
+
+
+def _numbered(texts: Sequence[str]) -> Tensor:
+    """(n,) int64, equal where texts are."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(text, len(numbers)) for text in texts], dtype=torch.int64)
