@@ -1,0 +1,122 @@
+"""States of a run on disk: a checkpoint folder in the published layout, and beside it what training needs to go on exactly.
+
+    checkpoints/step-00000200/              opens in transformers, sentence-transformers and egemma-export
+    checkpoints/step-00000200/training/     optimizer.safetensors, extra.safetensors, state.json
+
+A folder appears by one rename after all its bytes are on disk: after a kill or a power cut there is the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from egemma_core.errors import CheckpointError
+
+TRAINING = "training"
+_STEP = re.compile(r"step-(\d{8})")
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps whose state lies in `folder`, rising."""
+    found = (_STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match.group(1)) for match in found if match is not None)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def add_training_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Write `training/` into a checkpoint folder: moments, parameters that the published layout has no place for, and `state`."""
+    place = folder / TRAINING
+    place.mkdir()
+    moments = {f"{kind}.{name}": value.detach().cpu().contiguous() for name, weight in parameters.items()
+               for kind, value in optimizer.state[weight].items() if isinstance(value, Tensor) and value.ndim}
+    save_file(moments, place / "optimizer.safetensors")
+    published = _published(folder)
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in parameters.items() if name not in published}, place / "extra.safetensors")
+    steps = {name: int(optimizer.state[weight]["step"]) for name, weight in parameters.items() if weight in optimizer.state}
+    (place / "state.json").write_text(json.dumps({**state, "moment_steps": steps}, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights and moments back; returns the `state` that was saved with them.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not have these parameters.
+    """
+    place = folder / TRAINING
+    try:
+        state: dict[str, Any] = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        weights = _read(place / "extra.safetensors") | _published(folder)
+        moments = _read(place / "optimizer.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is not a whole state of a run ({error}). Remove it to go on from the one before.") from error
+    if set(weights) != set(parameters):
+        raise CheckpointError(f"{folder} has other parameters than this run: {sorted(set(weights) ^ set(parameters))[:3]}. Use another run folder.")
+    steps = state.pop("moment_steps")
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, moment in moments.items():
+        kind, _, name = key.partition(".")
+        by_name.setdefault(name, {})[kind] = moment
+    for name, weight in parameters.items():
+        if weights[name].shape != weight.shape or weights[name].dtype != weight.dtype:
+            raise CheckpointError(f"{folder}: {name} is {tuple(weights[name].shape)} {weights[name].dtype}, this run's is {tuple(weight.shape)} {weight.dtype}.")
+        weight.copy_(weights[name])
+        if name in steps:
+            counter = torch.tensor(float(steps[name]), device=weight.device)   # fused AdamW keeps it beside the weight
+            optimizer.state[weight] = {"step": counter, **{kind: moment.to(weight.device) for kind, moment in by_name[name].items()}}
+    return state
+
+
+def publish(scratch: Path, folder: Path) -> None:
+    """Give a finished scratch folder its name, once all its bytes are on disk."""
+    for path in [*scratch.rglob("*"), scratch]:
+        _to_disk(path)
+    os.rename(scratch, folder)
+    _to_disk(folder.parent)
+
+
+def forget(folder: Path) -> None:
+    """Delete a state, by name first, so that a kill does not leave half of one under it."""
+    scratch = folder.with_name(f".old-{folder.name}")
+    os.rename(folder, scratch)
+    shutil.rmtree(scratch)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a kill left unfinished."""
+    for path in folder.glob(".*"):
+        shutil.rmtree(path)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _published(folder: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint folder by the encoder's parameter names."""
+    found = _read(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else {}
+    dense = sorted(folder.glob("*_Dense"), key=lambda path: int(path.name.partition("_")[0]))
+    return found | {f"dense.{index}.weight": _read(path / "model.safetensors")["linear.weight"] for index, path in enumerate(dense)}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
