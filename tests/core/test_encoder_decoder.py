@@ -3,12 +3,17 @@ same weights with other masks, and cross-attention is what T5Gemma's is."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.errors import ShapeError
 from egemma_core.nn.encoder import Encoder
-from egemma_core.nn.encoder_decoder import CrossAttention, adapt, denoising_loss
+from egemma_core.nn.encoder_decoder import CrossAttention, adapt, causal_hidden_states, token_loss
 
 transformers = pytest.importorskip("transformers", reason="it is what we compare with; pip install 'egemma[dev]'")
 
@@ -48,7 +53,9 @@ def test_without_cross_attention_the_decoder_is_transformers_own_decoder() -> No
     with torch.no_grad():
         ours = adapt(encoder).decoder(ids, encoder.embed_tokens.weight)
         theirs = decoder_only(encoder)(ids, use_cache=False).logits
+        without = causal_hidden_states(encoder, ids) @ encoder.embed_tokens.weight.T
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(without, theirs, atol=2e-4, rtol=1e-4)
 
 
 def test_the_encoder_brings_no_new_weights_and_the_table_is_shared() -> None:
@@ -120,11 +127,59 @@ def test_a_target_token_sees_nothing_behind_it_and_padding_of_the_source_changes
         assert (model(moved, mask, target) - scores).abs().max() > 1e-3, "the source must matter"
 
 
-def test_denoising_loss_counts_real_tokens_only() -> None:
-    scores = torch.zeros(1, 3, 4)
-    scores[0, 0, 2] = 50.0
-    assert denoising_loss(scores, torch.tensor([[2, 0, 0]]), pad_id=0).item() == pytest.approx(0.0, abs=1e-6)
-    assert denoising_loss(scores, torch.tensor([[2, 3, 0]]), pad_id=0).item() == pytest.approx(torch.log(torch.tensor(4.0)).item() / 2)
+@pytest.mark.parametrize("block_scores", [1, 3 * 200, 10**9])   # 1, 3 and all tokens at a time
+def test_the_blockwise_loss_and_its_gradients_are_those_of_plain_cross_entropy(block_scores: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    hidden, table = (torch.randn(*shape, generator=random).requires_grad_() for shape in ((11, 64), (200, 64)))
+    target = torch.randint(0, 200, (11,), generator=random)
+    ours, plain = token_loss(hidden, table, target, block_scores) / 7, F.cross_entropy(hidden @ table.T, target, reduction="sum") / 7
+    torch.testing.assert_close(ours, plain)
+    for mine, theirs in zip(torch.autograd.grad(ours, (hidden, table)), torch.autograd.grad(plain, (hidden, table)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_loss_worked_by_hand() -> None:
+    """Scores (2, 1, 0) for a token whose next is the first: ln(e^2 + e + 1) - 2 = 0.40760596."""
+    table = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert token_loss(torch.tensor([[1.0, 0.0]]), table, torch.tensor([0])).item() == pytest.approx(0.40760596, abs=1e-6)
+
+
+def test_a_frozen_table_gets_no_gradient_and_bfloat16_its_own() -> None:
+    hidden, table, target = torch.randn(5, 64, requires_grad=True), torch.randn(200, 64), torch.tensor([1, 2, 3, 4, 5])
+    token_loss(hidden, table, target).backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    assert table.grad is None
+    narrow, wide = hidden.detach().bfloat16().requires_grad_(), hidden.detach().bfloat16().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        token_loss(narrow, table, target).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(wide @ table.T, target, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    assert narrow.grad is not None
+    assert narrow.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.grad.float(), wide.grad, atol=1e-2, rtol=1e-2)   # one rounding to 8 bits
+    with torch.no_grad():
+        assert token_loss(hidden, table, target).requires_grad is False
+
+
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(ShapeError, match=r"hidden \(2, 4\)"):
+        token_loss(torch.ones(2, 4), torch.ones(9, 4), torch.tensor([1]))
+
+
+def test_gemmas_vocabulary_never_has_all_its_scores_in_memory() -> None:
+    """1,024 tokens x 262,144 scores are 1.07 GB, and plain cross-entropy holds three such; ours holds 256 tokens at a time, twice."""
+    script = """
+import resource, torch
+from egemma_core.nn.encoder_decoder import token_loss
+torch.set_num_threads(1)
+hidden, table = torch.randn(1024, 8, requires_grad=True), torch.randn(262144, 8, requires_grad=True)
+target = torch.arange(1024)
+token_loss(hidden[:1], table, target[:1]).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+token_loss(hidden, table, target).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout) * 1024   # Linux counts in KiB
+    assert grown < 0.7e9, f"{grown / 1e9:.2f} GB"
 
 
 def test_it_learns_to_copy_from_the_source() -> None:
@@ -138,7 +193,8 @@ def test_it_learns_to_copy_from_the_source() -> None:
     for _ in range(150):
         source = torch.randint(10, 30, (32, 4), generator=random)
         bos = torch.full((32, 1), CONFIG.bos_id)
-        loss = denoising_loss(model(source, torch.ones_like(source, dtype=torch.bool), torch.cat([bos, source[:, :-1]], 1)), source, CONFIG.pad_id)
+        hidden = model.hidden_states(source, torch.ones_like(source, dtype=torch.bool), torch.cat([bos, source[:, :-1]], 1))
+        loss = token_loss(hidden.flatten(0, 1), encoder.embed_tokens.weight, source.flatten()) / source.numel()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -9,14 +9,14 @@ after, no rotary positions, no window; queries and keys are normed, as Gemma 3 d
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from egemma_core.config import FULL, EncoderConfig
-from egemma_core.errors import ConfigError
+from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.errors import ConfigError, ShapeError
 from egemma_core.nn.encoder import MASKED, Attention, Encoder, FeedForward, RMSNorm, rotary_tables
 
 CrossInit = Literal["balanced", "fresh"]
@@ -76,6 +76,14 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
+    def hidden_states(self, ids: Tensor, table: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None) -> Tensor:
+        """(B, S, D) after the final norm; the arguments are those of `forward`."""
+        x, rotary, bias = causal_inputs(self.config, ids, table)
+        memory_bias = None if memory_mask is None else torch.where(memory_mask[:, None, None, :], 0.0, MASKED).to(x.dtype)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            x = layer(x, rotary[kind], bias[kind], memory, memory_bias)
+        return self.norm(x)  # type: ignore[no-any-return]
+
     def forward(self, ids: Tensor, table: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None) -> Tensor:
         """Scores of the next token after each.
 
@@ -88,16 +96,7 @@ class Decoder(nn.Module):
         Returns:
             (B, S, V) float32.
         """
-        S = ids.shape[1]
-        x = F.embedding(ids, table) * torch.tensor(self.config.width**0.5, dtype=table.dtype)             # (B, S, D)
-        full_bias, sliding_bias = causal_biases(S, 2 * self.config.window, x)                              # (1, 1, S, S)
-        full_rotary = rotary_tables(S, self.config.head_dim, self.config.rope_theta_full, x)
-        sliding_rotary = rotary_tables(S, self.config.head_dim, self.config.rope_theta_sliding, x)
-        memory_bias = None if memory_mask is None else torch.where(memory_mask[:, None, None, :], 0.0, MASKED).to(x.dtype)
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            rotary, bias = (full_rotary, full_bias) if kind == FULL else (sliding_rotary, sliding_bias)
-            x = layer(x, rotary, bias, memory, memory_bias)
-        return self.norm(x).float() @ table.float().T  # type: ignore[no-any-return]
+        return self.hidden_states(ids, table, memory, memory_mask).float() @ table.float().T
 
 
 class EncoderDecoder(nn.Module):
@@ -110,6 +109,10 @@ class EncoderDecoder(nn.Module):
     def forward(self, source: Tensor, source_mask: Tensor, target: Tensor) -> Tensor:
         """(B, T) ids and bool mask of the source, (B, S) ids of the target behind BOS -> (B, S, V) float32 scores of what comes next."""
         return self.decoder(target, self.encoder.embed_tokens.weight, self.encoder.hidden_states(source, source_mask), source_mask)  # type: ignore[no-any-return]
+
+    def hidden_states(self, source: Tensor, source_mask: Tensor, target: Tensor) -> Tensor:
+        """(B, S, D) what those scores are made of, for `token_loss`."""
+        return self.decoder.hidden_states(target, self.encoder.embed_tokens.weight, self.encoder.hidden_states(source, source_mask), source_mask)
 
     def cross_parameters(self) -> list[nn.Parameter]:
         """What was not in the decoder-only model: trained alone at first where it starts from nothing."""
@@ -143,6 +146,24 @@ def adapt(encoder: Encoder, cross: CrossInit = "balanced", seed: int = 0) -> Enc
     return EncoderDecoder(encoder, decoder)
 
 
+def causal_hidden_states(encoder: Encoder, ids: Tensor) -> Tensor:
+    """(B, S, D) of the decoder-only model that has the encoder's weights; padding may stand on the right only."""
+    x, rotary, bias = causal_inputs(encoder.config, ids, encoder.embed_tokens.weight)
+    for layer, kind in zip(encoder.layers, encoder.config.layer_types, strict=True):
+        x = layer(x, rotary[kind], bias[kind])
+    return encoder.norm(x)  # type: ignore[no-any-return]
+
+
+def causal_inputs(config: EncoderConfig, ids: Tensor, table: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """(B, S, D) token vectors of (B, S) ids; for each kind of layer its rotary tables and its (1, 1, S, S) causal bias."""
+    S = ids.shape[1]
+    x = F.embedding(ids, table) * torch.tensor(config.width**0.5, dtype=table.dtype)                      # (B, S, D)
+    full_bias, sliding_bias = causal_biases(S, 2 * config.window, x)
+    full_rotary = rotary_tables(S, config.head_dim, config.rope_theta_full, x)
+    sliding_rotary = rotary_tables(S, config.head_dim, config.rope_theta_sliding, x)
+    return x, {FULL: full_rotary, SLIDING: sliding_rotary}, {FULL: full_bias, SLIDING: sliding_bias}
+
+
 def causal_biases(tokens: int, window: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Two (1, 1, S, S): token i sees j <= i; in sliding layers only i - j < window, the whole width of the checkpoint's file (512)."""
     position = torch.arange(tokens, device=like.device)
@@ -152,11 +173,59 @@ def causal_biases(tokens: int, window: int, like: Tensor) -> tuple[Tensor, Tenso
     return full, sliding
 
 
-def denoising_loss(scores: Tensor, target: Tensor, pad_id: int) -> Tensor:
-    """Mean cross-entropy of the tokens to be written.
+# Scores that are in memory at a time, in elements of 4 bytes: 256 tokens of Gemma's vocabulary.
+BLOCK_SCORES = 2**26
+
+
+def token_loss(hidden: Tensor, table: Tensor, target: Tensor, block_scores: int = BLOCK_SCORES) -> Tensor:
+    """Cross-entropy of the tokens to be written, summed, without ever holding all (N, V) scores.
+
+    Block by block the scores are made, turned into the gradient in place, and dropped; so it is differentiated while it is computed.
+    All in float32, also under autocast.
 
     Args:
-        scores: (B, S, V) after each token of the target's input.
-        target: (B, S) what comes next; `pad_id` does not count.
+        hidden: (N, D) last hidden states of the real tokens.
+        table: (V, D) token vectors.
+        target: (N,) int64 what comes next.
+        block_scores: a block has as many tokens as keep N * V below this, and at least one.
+
+    Returns:
+        A float32 scalar, in nats.
+
+    Raises:
+        ShapeError: the three disagree.
     """
-    return F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=pad_id)
+    if hidden.ndim != 2 or target.shape != hidden.shape[:1] or table.shape[1:] != hidden.shape[1:]:
+        raise ShapeError(f"hidden {tuple(hidden.shape)}, table {tuple(table.shape)}, target {tuple(target.shape)}: want (N, D), (V, D), (N,).")
+    loss: Tensor = _TokenLoss.apply(hidden, table, target, max(1, block_scores // len(table)), torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, target: Tensor, block: int, differentiate: bool) -> Tensor:
+        by_hidden = torch.empty_like(hidden, dtype=torch.float32) if differentiate and ctx.needs_input_grad[0] else None
+        by_table = torch.zeros_like(table, dtype=torch.float32) if differentiate and ctx.needs_input_grad[1] else None
+        total = torch.zeros((), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, wide = hidden.float(), table.float()
+            for start in range(0, len(rows), block):
+                part, right = rows[start : start + block], target[start : start + block, None]            # (n, D), (n, 1)
+                scores = part @ wide.T                                                                     # (n, V)
+                norm = scores.logsumexp(1, keepdim=True)                                                   # (n, 1)
+                total += (norm - scores.gather(1, right)).sum()
+                if by_hidden is None and by_table is None:
+                    continue
+                slope = scores.sub_(norm).exp_().scatter_add_(1, right, torch.full_like(norm, -1.0))       # (n, V) probability - one hot
+                if by_hidden is not None:
+                    torch.mm(slope, wide, out=by_hidden[start : start + block])
+                if by_table is not None:
+                    by_table.addmm_(slope.T, part)
+        ctx.gradients = by_hidden, by_table
+        ctx.dtypes = hidden.dtype, table.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if gradient is None else (gradient * outer[0]).to(dtype) for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]
+        return (*scaled, None, None, None)
