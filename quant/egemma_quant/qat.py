@@ -1,4 +1,4 @@
-"""Quantization-aware training: the forward pass computes with exactly the weights that ship, gradients go to the float ones.
+"""Quantization-aware training: forward and backward compute with exactly the weights that ship, the optimizer moves float ones.
 
 Source: Jacob et al. 2018, arXiv:1712.05877 (straight-through fake quantization); arXiv:2509.20354, section 2.3 (during finetuning).
 """
@@ -7,30 +7,71 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from egemma_core.config import EncoderConfig
+from egemma_core.errors import ConfigError
 from egemma_core.nn.encoder import Encoder
-from egemma_quant.schemes import Scheme, WeightFormat, quantize
+from egemma_quant.schemes import Scheme, round_
 from egemma_quant.weights import role_of
 
+_ROUNDED: WeakSet[Encoder] = WeakSet()  # inside a `rounded` block now
 
-class _Rounded(torch.autograd.Function):
-    """Weight to dequantized weight; the gradient passes as if nothing had happened.
 
-    Not `weight + (rounded - weight).detach()`: that is two more roundings, which mostly cancel, but are not promised to.
+@contextmanager
+def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> Iterator[None]:
+    """Inside the block the encoder computes with the weights that ship; behind it, its float weights are back, to the last bit.
+
+    The straight-through gradient is what lies in `.grad` after a backward pass inside: that of the rounded weights, applied to
+    the float ones. Parameters stay the same objects, so an optimizer made before keeps its state. A backward pass
+    behind the block, through a graph made inside, is refused by torch (a weight was modified in place).
+
+    Args:
+        encoder: float32 master weights. A shard of FSDP2 (DTensor) must hold whole rows, as `fully_shard` cuts.
+        scheme: what each role is rounded to; the embedding table is one of them.
+        activations: also round what goes into every linear layer to 8 bits per token, as the XNNPACK targets do at run time.
+
+    Raises:
+        ConfigError: the encoder is rounded already, a weight is not float32 or not finite, or its rows do not divide into groups.
+
+    Example:
+        >>> with rounded(encoder, INT4):
+        ...     loss(encoder(ids, mask)).backward()
+        >>> optimizer.step()
     """
+    if encoder in _ROUNDED:
+        raise ConfigError("this encoder is rounded already: leave the outer `rounded` block first, its weights are not the float ones.")
+    masters: list[tuple[Tensor, Tensor]] = []
+    _ROUNDED.add(encoder)
+    try:
+        for name, parameter in encoder.named_parameters():
+            role = role_of(name)
+            if role is not None:
+                weight = _local(name, parameter)
+                masters.append((weight, weight.clone()))
+                round_(weight, scheme.format_of(role))
+        with rounded_activations(encoder, enabled=activations):
+            yield
+    finally:
+        for weight, master in masters:
+            weight.copy_(master)  # in place, not a swapped `.data`: torch notices a late backward pass, and FSDP2 gathers from this storage
+        _ROUNDED.discard(encoder)
 
-    @staticmethod
-    def forward(ctx: object, weight: Tensor, weight_format: WeightFormat) -> Tensor:
-        return quantize(weight, weight_format).dequantize().to(weight.dtype)
 
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+def _local(name: str, parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter, sharing its memory and not its graph."""
+    weight = parameter.detach()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return weight
+    from torch.distributed.tensor import DTensor  # a second of imports that a single process does not need
+
+    if not isinstance(weight, DTensor):
+        return weight
+    if any(placement.is_partial() or (placement.is_shard() and not placement.is_shard(0)) for placement in weight.placements):
+        raise ConfigError(f"{name} is distributed as {weight.placements}; groups lie along rows, so shard whole rows (Shard(0)).")
+    return weight.to_local()
 
 
 class _RoundedTokens(torch.autograd.Function):
@@ -41,18 +82,6 @@ class _RoundedTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         return gradient
-
-
-def fake_quantize(weight: Tensor, weight_format: WeightFormat) -> Tensor:
-    """A matrix as the exported file will hold it: codes times scales of `schemes.quantize`, with a straight-through gradient.
-
-    Args:
-        weight: (rows, columns) float32.
-
-    Returns:
-        The same shape and dtype, equal to the last bit to what is read back out of a .pte or .onnx of this weight.
-    """
-    return _Rounded.apply(weight, weight_format)  # type: ignore[no-untyped-call, no-any-return]
 
 
 @torch.no_grad()
@@ -74,34 +103,6 @@ def round_tokens(activations: Tensor) -> Tensor:
     zero = torch.where((-128 + from_lowest) + (127 + from_highest) > 0, -128 - from_lowest, 127 - from_highest).clamp(-128, 127).round()
     codes = (wide / scale + zero).round().clamp(-128, 127)
     return ((codes - zero) * scale).to(activations.dtype)
-
-
-class QatEncoder(nn.Module):
-    """An encoder that is trained as it will ship. It owns no weights of its own: `encoder` is what the optimizer moves.
-
-    Args:
-        encoder: float32 master weights.
-        scheme: what each role is rounded to; the embedding table is one of them.
-        activations: also round what goes into every linear layer to 8 bits per token, as the XNNPACK targets do at run time.
-    """
-
-    def __init__(self, encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> None:
-        super().__init__()
-        self.encoder, self.scheme, self.activations = encoder, scheme, activations
-
-    @property
-    def config(self) -> EncoderConfig:
-        return self.encoder.config
-
-    def weights(self) -> dict[str, Tensor]:
-        """What the forward pass computes with, by the encoder's own parameter names: rounded where the scheme says so."""
-        return {name: fake_quantize(weight, self.scheme.format_of(role)) if (role := role_of(name)) is not None else weight
-                for name, weight in self.encoder.named_parameters()}
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """As `Encoder.forward`: (B, T) ids and mask to (B, dim) float32 unit vectors."""
-        with rounded_activations(self.encoder, enabled=self.activations):
-            return functional_call(self.encoder, self.weights(), (ids, mask))  # type: ignore[no-any-return]
 
 
 @contextmanager

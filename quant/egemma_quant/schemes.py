@@ -5,6 +5,7 @@ Training (straight-through) and both exporters use these codes and scales, so wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ INT4_DIVISORS = (7.0, 7.25, 7.5, 7.75, 8.0, 8.5)
 
 
 # Weights that are rounded at once: their temporaries stay in the processor's cache, 25 times as fast as 16,384 rows of 768.
-PART_WEIGHTS = 2**18
+PART_WEIGHTS = 2**17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,44 +102,93 @@ def quantize(weight: Tensor, weight_format: WeightFormat) -> Quantized:
         ConfigError: columns do not divide into groups, or a weight is not finite.
     """
     rows, columns = weight.shape
-    size = weight_format.group_size or columns
-    if columns % size:
-        raise ConfigError(f"{columns} columns do not divide into groups of {size}; choose a per-channel scheme.")
+    size = group_size_of(weight, weight_format)
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
     scales = torch.empty(rows, columns // size, device=weight.device)
-    step = max(1, PART_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        part = weight[start:stop].float().view(stop - start, -1, size)       # (rows, G, g)
-        if not torch.isfinite(part).all():
-            raise ConfigError("a weight is NaN or infinite; the checkpoint is damaged.")
-        part_scales = _scales(part, weight_format.bits)                      # (rows, G)
-        codes[start:stop] = _codes(part, part_scales, weight_format.bits).view(stop - start, columns).to(torch.int8)
-        scales[start:stop] = part_scales
+    for part, part_codes, part_scales in _parts(weight, weight_format):
+        codes[part].view(-1, size).copy_(part_codes.t())
+        scales[part].view(-1).copy_(part_scales)
     return Quantized(codes=codes, scales=scales, format=weight_format)
 
 
-def _codes(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
+@torch.no_grad()
+def round_(weight: Tensor, weight_format: WeightFormat) -> None:
+    """In place: `quantize(weight, weight_format).dequantize()`, without the integers in between.
+
+    Args:
+        weight: (rows, columns) float32, contiguous, finite.
+
+    Raises:
+        ConfigError: as `quantize`, or another dtype, which could not hold every code times scale.
+    """
+    if weight.dtype != torch.float32:
+        raise ConfigError(f"weights of dtype {weight.dtype}: only float32 holds every code times scale. Train float32 master weights.")
+    size = group_size_of(weight, weight_format)
+    for part, codes, scales in _parts(weight, weight_format):
+        weight[part].view(-1, size).copy_(codes.mul_(scales).t())
+
+
+def group_size_of(weight: Tensor, weight_format: WeightFormat) -> int:
+    """Weights that share a scale in this matrix; ConfigError if its rows do not divide into such groups."""
+    columns = weight.shape[1]
+    size = weight_format.group_size or columns
+    if columns % size:
+        raise ConfigError(f"{columns} columns do not divide into groups of {size}; choose a per-channel scheme.")
+    return size
+
+
+def _parts(weight: Tensor, weight_format: WeightFormat) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of the matrix, their codes (g, groups) float32 and scales (groups,) float32; codes are overwritten by the next part.
+
+    A group is a column here, so that what it shares is one contiguous row: 1.5 times as fast as groups along rows.
+    """
+    rows, columns = weight.shape
+    size = group_size_of(weight, weight_format)
+    step = max(1, PART_WEIGHTS // columns)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        groups = weight[part].float().reshape(-1, size).t().contiguous()                # (g, groups)
+        amax = torch.maximum(groups.amax(0), -groups.amin(0))                           # (groups,)
+        if not torch.isfinite(amax).all():
+            raise ConfigError("a weight is NaN or infinite; the checkpoint is damaged.")
+        codes = torch.empty_like(groups)
+        scales = _as_scale(amax / 127) if weight_format.bits == 8 else _searched_scales(groups, amax, codes)
+        _into_codes(groups, scales, weight_format.bits, codes)
+        yield part, codes, scales
+
+
+def _into_codes(groups: Tensor, scales: Tensor, bits: int, codes: Tensor) -> None:
     lowest, highest = (-8, 7) if bits == 4 else (-127, 127)
-    return (groups / scales.unsqueeze(-1)).round().clamp(lowest, highest)
+    torch.div(groups, scales, out=codes).round_().clamp_(lowest, highest)
 
 
-def _scales(groups: Tensor, bits: int) -> Tensor:
-    amax = groups.abs().amax(-1)
-    if bits == 8:
-        return _as_scale(amax / 127)
-    best_scale = _as_scale(amax / INT4_DIVISORS[0])
-    best_error = _squared_error(groups, best_scale, bits)
-    for divisor in INT4_DIVISORS[1:]:
+def _searched_scales(groups: Tensor, amax: Tensor, scratch: Tensor) -> Tensor:
+    """The 4-bit scale of each group that has the smallest squared error, the first of INT4_DIVISORS among equals."""
+    best_scale = best_error = None
+    for divisor in INT4_DIVISORS:
         scale = _as_scale(amax / divisor)
-        error = _squared_error(groups, scale, bits)
-        best_scale = torch.where(error < best_error, scale, best_scale)
-        best_error = torch.minimum(error, best_error)
+        _into_codes(groups, scale, 4, scratch)
+        torch.addcmul(groups, scratch, scale, value=-1, out=scratch)                    # the product is exact
+        error = _sum_(scratch.square_())
+        if best_scale is None or best_error is None:
+            best_scale, best_error = scale, error
+        else:
+            best_scale = torch.where(error < best_error, scale, best_scale)
+            best_error = torch.minimum(error, best_error)
+    assert best_scale is not None
     return best_scale
 
 
-def _squared_error(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return (_codes(groups, scale, bits) * scale.unsqueeze(-1) - groups).square().sum(-1)
+def _sum_(values: Tensor) -> Tensor:
+    """(g, n) to (n,), in an order of our own: every device and thread count then picks the same scale. Overwrites `values`."""
+    count = values.shape[0]
+    while count > 1:
+        half = count // 2
+        values[:half] += values[half:2 * half]
+        if count % 2:
+            values[0] += values[count - 1]
+        count = half
+    return values[0].clone()
 
 
 def _as_scale(scale: Tensor) -> Tensor:

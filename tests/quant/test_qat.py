@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.errors import ConfigError
 from egemma_core.nn.encoder import Encoder
-from egemma_quant.qat import QatEncoder, round_tokens, rounded_activations
+from egemma_quant.qat import round_tokens, rounded, rounded_activations
 from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Scheme, quantize
 from egemma_quant.weights import quantize_encoder, with_weights
 
@@ -18,14 +21,18 @@ CONFIG = EncoderConfig(
 SCHEMES = [INT4, INT8, INT8_PER_CHANNEL, MIXED]
 
 
-@pytest.fixture
-def encoder() -> Encoder:
+def make_encoder() -> Encoder:
     torch.manual_seed(1)
     made = Encoder(CONFIG)
     with torch.no_grad():
         for weight in made.parameters():
             weight.normal_(0, 0.3 if weight.ndim == 1 else 0.1)
     return made
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    return make_encoder()
 
 
 def texts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,42 +42,105 @@ def texts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+def state(encoder: Encoder) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in encoder.named_parameters()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_the_forward_pass_is_that_of_the_dequantized_weights_to_the_last_bit(encoder: Encoder, scheme: Scheme) -> None:
-    qat = QatEncoder(encoder, scheme)
-    quantized = quantize_encoder(encoder, scheme)
-    weights = qat.weights()
-    assert weights.keys() == dict(encoder.named_parameters()).keys()
-    for name, weight in weights.items():
-        assert torch.equal(weight, quantized[name].dequantize() if name in quantized else encoder.get_parameter(name)), name
-    assert torch.equal(qat(*texts()), with_weights(encoder, quantized)(*texts()))
+def test_inside_the_block_the_weights_are_the_dequantized_ones_to_the_last_bit(encoder: Encoder, scheme: Scheme) -> None:
+    before, quantized = state(encoder), quantize_encoder(encoder, scheme)
+    objects = [id(weight) for weight in encoder.parameters()]
+    with rounded(encoder, scheme):
+        for name, weight in encoder.named_parameters():
+            assert torch.equal(weight, quantized[name].dequantize() if name in quantized else before[name]), name
+        vectors = encoder(*texts())
+    assert torch.equal(vectors, with_weights(encoder, quantized)(*texts()))
+    assert same(state(encoder), before)
+    assert [id(weight) for weight in encoder.parameters()] == objects
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 def test_the_gradient_is_that_of_the_rounded_weights_and_reaches_every_parameter(encoder: Encoder, scheme: Scheme) -> None:
     direction = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
-    (QatEncoder(encoder, scheme)(*texts()) * direction).sum().backward()  # type: ignore[no-untyped-call]
-    rounded = with_weights(encoder, quantize_encoder(encoder, scheme))
-    (rounded(*texts()) * direction).sum().backward()  # type: ignore[no-untyped-call]
+    with rounded(encoder, scheme):
+        (encoder(*texts()) * direction).sum().backward()
+    plain = with_weights(encoder, quantize_encoder(encoder, scheme))
+    (plain(*texts()) * direction).sum().backward()  # type: ignore[no-untyped-call]
     for name, weight in encoder.named_parameters():
         assert weight.grad is not None
         assert weight.grad.abs().sum() > 0, name
-        torch.testing.assert_close(weight.grad, rounded.get_parameter(name).grad, rtol=0, atol=0)
+        assert torch.equal(weight.grad, plain.get_parameter(name).grad), name
 
 
 def test_an_optimizer_step_moves_the_float_weights_and_then_the_rounded_ones(encoder: Encoder) -> None:
-    qat = QatEncoder(encoder, INT4)
-    assert {id(weight) for weight in qat.parameters()} == {id(weight) for weight in encoder.parameters()}
-    before, rounded_before = encoder.dense[0].weight.clone(), qat.weights()["dense.0.weight"]
-    optimizer = torch.optim.Adam(qat.parameters(), lr=1e-2)
+    before, optimizer = state(encoder), torch.optim.Adam(encoder.parameters(), lr=1e-2)
+    with rounded(encoder, INT4):
+        rounded_before = state(encoder)
     for _ in range(3):
         optimizer.zero_grad()
-        qat(*texts()).select(1, 0).sum().backward()  # type: ignore[no-untyped-call]
+        with rounded(encoder, INT4):
+            encoder(*texts()).select(1, 0).sum().backward()
         optimizer.step()
-    assert not torch.equal(encoder.dense[0].weight, before)
-    assert not torch.equal(qat.weights()["dense.0.weight"], rounded_before)
+    # Adam's first steps have length lr each, whatever the gradient: the float weights cannot have gone further than 3 of them.
+    moved = (encoder.dense[0].weight - before["dense.0.weight"]).abs()
+    assert 0 < moved.max() < 3.1e-2
+    with rounded(encoder, INT4):
+        assert not torch.equal(encoder.dense[0].weight, rounded_before["dense.0.weight"])
     off_grid = encoder.dense[0].weight - quantize(encoder.dense[0].weight, INT4.projection).dequantize()
     assert off_grid.abs().max() > 0, "the master weights must not snap to the grid, or small steps would be lost"
+
+
+def test_the_float_weights_come_back_after_an_error_too(encoder: Encoder) -> None:
+    before = state(encoder)
+    inside: list[dict[str, torch.Tensor]] = []
+
+    def fail() -> None:
+        with rounded(encoder, MIXED, activations=True):
+            inside.append(state(encoder))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not same(inside[0], before)
+    assert same(state(encoder), before)
+    with torch.no_grad():
+        encoder.dense[1].weight[3, 4] = torch.nan  # the last matrix: all others are rounded when it is found
+    with pytest.raises(ConfigError, match="NaN"), rounded(encoder, INT4):
+        pass
+    assert all(torch.equal(weight, before[name]) for name, weight in state(encoder).items() if name != "dense.1.weight")
+    with torch.no_grad():
+        encoder.dense[1].weight[3, 4] = before["dense.1.weight"][3, 4]
+    with rounded(encoder, INT4):
+        pass
+    assert same(state(encoder), before)
+
+
+def test_a_block_inside_a_block_is_refused_and_leaves_both_as_they_were(encoder: Encoder) -> None:
+    before = state(encoder)
+    with rounded(encoder, INT4):
+        inside = state(encoder)
+        with pytest.raises(ConfigError, match="rounded already"), rounded(encoder, MIXED):
+            pass
+        assert same(state(encoder), inside)
+        with rounded(Encoder(CONFIG), MIXED):
+            pass
+    assert same(state(encoder), before)
+
+
+def test_a_backward_pass_behind_the_block_is_refused(encoder: Encoder) -> None:
+    with rounded(encoder, INT4):
+        total = encoder(*texts()).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_half_precision_masters_are_refused(encoder: Encoder) -> None:
+    with pytest.raises(ConfigError, match="float32 master"), rounded(encoder.bfloat16(), INT4):
+        pass
 
 
 def test_tokens_are_rounded_as_torchs_own_dynamic_quantization_does() -> None:
@@ -90,14 +160,50 @@ def test_tokens_are_rounded_as_torchs_own_dynamic_quantization_does() -> None:
 
 
 def test_rounded_activations_change_linear_layers_inside_the_block_only(encoder: Encoder) -> None:
-    plain = QatEncoder(encoder, MIXED)(*texts())
-    rounded = QatEncoder(encoder, MIXED, activations=True)
-    vectors = rounded(*texts())
+    with rounded(encoder, MIXED):
+        plain = encoder(*texts())
+    with rounded(encoder, MIXED, activations=True):
+        vectors = encoder(*texts())
+        vectors.sum().backward()
     assert 1e-4 < (1 - (vectors * plain).sum(1)).max() < 0.05
-    assert torch.equal(QatEncoder(encoder, MIXED)(*texts()), plain)
-    vectors.sum().backward()  # type: ignore[no-untyped-call]
     assert all(weight.grad is not None and torch.isfinite(weight.grad).all() for weight in encoder.parameters())
     with pytest.raises(RuntimeError), rounded_activations(encoder):
         raise RuntimeError
-    assert torch.equal(QatEncoder(encoder, MIXED)(*texts()), plain)
+    with rounded(encoder, MIXED):
+        assert torch.equal(encoder(*texts()), plain)
 
+
+def test_shards_of_fsdp_round_to_the_same_weights_and_gradients(tmp_path: Path) -> None:
+    """Two processes hold half of the rows each; what they compute is what one process computes."""
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def _rank(rank: int, store: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    whole, sharded = make_encoder(), make_encoder()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    with rounded(whole, MIXED):
+        wanted = whole(*texts())
+        wanted.square().mul(torch.arange(64)).sum().backward()
+    with rounded(sharded, MIXED):
+        found = sharded(*texts())
+        found.square().mul(torch.arange(64)).sum().backward()
+    assert torch.equal(found, wanted)
+    for name, weight in sharded.named_parameters():
+        assert isinstance(weight, DTensor)
+        assert torch.equal(weight.full_tensor(), whole.get_parameter(name)), name
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad.full_tensor(), whole.get_parameter(name).grad, rtol=1e-5, atol=1e-7)
+    across = make_encoder()
+    across.dense[0].weight = torch.nn.Parameter(distribute_tensor(across.dense[0].weight.detach(), mesh, [Shard(1)]))
+    with pytest.raises(ConfigError, match="shard whole rows"), rounded(across, MIXED):
+        pass
+    torch.distributed.destroy_process_group()
