@@ -364,6 +364,26 @@ def test_two_processes_at_once_leave_one_good_cache(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*/*.tmp")) == []
 
 
+def test_thousands_of_calls_leave_files_that_one_process_can_open(tmp_path: Path) -> None:
+    """A mapped file holds a descriptor, and a process may have 1,024 of them, or fewer."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    texts = [f"text {i}" for i in range(300)]
+    descriptors = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors + 150, hard))
+    try:
+        writer, reader = HashTeacher(), HashTeacher()
+        cached = CachedTeacher(writer, tmp_path, rows_per_file=1)
+        cached.queries(texts)
+        again = CachedTeacher(reader, tmp_path).queries(texts[::-1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list(tmp_path.glob("*/*.keys.npy"))) == 300
+    np.testing.assert_array_equal(again, [reader.vector("query", text) for text in reversed(texts)])
+    assert reader.asked == []
+
+
 def test_what_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> None:
     late = HashTeacher()
     opened_before = CachedTeacher(late, tmp_path)

@@ -186,7 +186,7 @@ class VectorFileTeacher:
         self._vectors, self.dim = stored, stored.shape[1]
         self._rows: dict[tuple[str, str], int] = {}
         try:
-            with texts.open(encoding="utf-8", newline="\n") as lines:
+            with texts.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, start=1):
                     key = _role_and_text(line, f"{texts}, line {number}")
                     if key in self._rows:

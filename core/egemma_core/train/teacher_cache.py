@@ -19,7 +19,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from egemma_core.train.teacher import Embedded, Role, Teacher, Vectors
 
 ROWS_PER_FILE = 4096
 _STALE_S = 86_400   # scratch, or vectors without keys, that is older was left by a process that died
+_MAPPED_FILES = 64
 _DELETE = "Delete both files of that name; their texts are embedded again when they are needed."
 _KEY = np.dtype([("key", "u1", (32,)), ("truncated", "u1"), ("checksum", "<u4")])
 
@@ -51,8 +52,9 @@ class CachedTeacher:
         self._prefixes: dict[Role, bytes] = {"query": _prefix(teacher.identity("query")), "document": _prefix(teacher.identity("document"))}
         self.folder = folder / hashlib.sha256(b"".join(self._prefixes.values())).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._files: dict[str, tuple[NDArray[Any], Vectors]] = {}   # keys and mapped vectors, by name
-        self._places: dict[bytes, tuple[str, int]] = {}             # where the vector of a key is
+        self._keys: dict[str, NDArray[Any]] = {}         # of each file, by its name
+        self._places: dict[bytes, tuple[str, int]] = {}   # where the vector of a key is
+        self._mapped: dict[str, Vectors] = {}            # the files that were used last
         self._sweep()
         if not (self.folder / "teacher.json").exists():
             described = json.dumps(teacher.described(), indent=2, ensure_ascii=False)
@@ -79,13 +81,13 @@ class CachedTeacher:
         """
         self.fill(role, texts)
         vectors, truncated = np.empty((len(texts), self.dim), np.float32), np.empty(len(texts), np.bool_)
-        for index, text in enumerate(texts):
-            key = self._key(role, text)
-            name, row = self._places[key]
-            keys, stored = self._files[name]
-            if _checksum(key, keys["truncated"][row], stored[row]) != keys["checksum"][row]:
+        keys = [self._key(role, text) for text in texts]
+        for index in sorted(range(len(texts)), key=lambda index: self._places[keys[index]]):   # file by file
+            name, row = self._places[keys[index]]
+            vector, about = self._vectors(name)[row], self._keys[name][row]
+            if _checksum(keys[index], about["truncated"], vector) != about["checksum"]:
                 raise CheckpointError(f"{self.folder / name}.vectors.npy: row {row} is damaged. {_DELETE}")
-            vectors[index], truncated[index] = stored[row], keys["truncated"][row]
+            vectors[index], truncated[index] = vector, about["truncated"]
         return Embedded(vectors, truncated)
 
     def fill(self, role: Role, texts: Sequence[str]) -> int:
@@ -119,7 +121,7 @@ class CachedTeacher:
         name = uuid.uuid4().hex
         self._write(f"{name}.vectors.npy", lambda file: np.save(file, vectors))
         self._write(f"{name}.keys.npy", lambda file: np.save(file, rows))
-        self._map(name)
+        self._add(name)
 
     def _write(self, name: str, write: Callable[[Any], object]) -> None:
         scratch = self.folder / f"{uuid.uuid4().hex}.tmp"
@@ -141,24 +143,36 @@ class CachedTeacher:
     def _look(self) -> None:
         for path in sorted(self.folder.glob("*.keys.npy")):
             name = path.name.removesuffix(".keys.npy")
-            if name not in self._files:
-                self._map(name)
+            if name not in self._keys:
+                self._add(name)
 
-    def _map(self, name: str) -> None:
-        arrays = []
-        for path in (self.folder / f"{name}.keys.npy", self.folder / f"{name}.vectors.npy"):
-            try:
-                arrays.append(np.load(path, mmap_mode="r" if path.name.endswith(".vectors.npy") else None, allow_pickle=False))
-            except (OSError, ValueError, EOFError) as error:
-                raise CheckpointError(f"{path}: not readable ({error}). {_DELETE}") from error
-        keys, vectors = arrays
-        if keys.dtype != _KEY or keys.ndim != 1 or vectors.dtype != np.dtype("<f4") or vectors.shape != (len(keys), self.dim):
-            raise CheckpointError(f"{self.folder / name}.*.npy: keys {keys.dtype} {keys.shape}, vectors {vectors.dtype} {vectors.shape}; wanted {_KEY} (n,) "
-                                  f"and float32 (n, {self.dim}). {_DELETE}")
-        self._files[name] = keys, vectors
+    def _add(self, name: str) -> None:
+        keys = self._load(f"{name}.keys.npy", None)
+        if keys.dtype != _KEY or keys.ndim != 1:
+            raise CheckpointError(f"{self.folder / name}.keys.npy: {keys.dtype} {keys.shape}, wanted {_KEY} (n,). {_DELETE}")
+        self._keys[name] = keys
+        self._vectors(name)
         raw = keys["key"].tobytes()
         for row in range(len(keys)):
             self._places.setdefault(raw[32 * row : 32 * row + 32], (name, row))
+
+    def _vectors(self, name: str) -> Vectors:
+        """(n, dim), mapped. A mapped file takes a file descriptor, so only the last few stay."""
+        if name not in self._mapped:
+            vectors = self._load(f"{name}.vectors.npy", "r")
+            if vectors.dtype != np.dtype("<f4") or vectors.shape != (len(self._keys[name]), self.dim):
+                raise CheckpointError(f"{self.folder / name}.vectors.npy: {vectors.dtype} {vectors.shape}, wanted float32 {len(self._keys[name]), self.dim}. {_DELETE}")
+            while len(self._mapped) >= _MAPPED_FILES:
+                del self._mapped[next(iter(self._mapped))]
+            self._mapped[name] = vectors
+        return self._mapped[name]
+
+    def _load(self, name: str, mode: Literal["r"] | None) -> NDArray[Any]:
+        try:
+            loaded: NDArray[Any] = np.load(self.folder / name, mmap_mode=mode, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise CheckpointError(f"{self.folder / name}: not readable ({error}). {_DELETE}") from error
+        return loaded
 
     def _sweep(self) -> None:
         """Remove what a process that died left behind; nothing reads it."""
