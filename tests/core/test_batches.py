@@ -78,6 +78,7 @@ def test_an_epoch_sees_every_row_once_and_fills_its_last_batch_from_itself(batch
         assert len(set(rows[2]) - set(rows[0]) - set(rows[1])) == 4
         orders.append(rows)
     assert len({str(order) for order in orders}) == 4
+    assert made.at(0).query_texts == orders[0][0]                          # also when going back
     exact = batches(dataset(rows=16))
     assert len({*exact.at(0).query_texts, *exact.at(1).query_texts}) == 16
 
@@ -110,6 +111,17 @@ def test_after_any_number_of_steps_every_dataset_has_had_its_share(batches, seed
         assert all(abs(taken[name] - rate * (step + 1)) < 4 for name, rate in rates.items())
     assert "never" not in taken
     assert "nor this" not in taken
+
+
+def test_datasets_without_a_rate_are_not_drawn_even_where_the_others_sum_to_less_than_one_by_rounding(batches):
+    made = batches(*(dataset(f"{number}", rate=1.0) for number in range(6)), dataset("never", rate=0.0), sampling="rates")
+    assert sum([1 / 6] * 6) < 1
+    assert made._ends[-2:].tolist() == [1.0, 1.0]                          # "never" has no part of [0, 1)
+
+
+def test_seeds_differ_in_which_dataset_comes_when(batches):
+    turns = {tuple(batches(*four(), seed=seed)._turns(0, 20).tolist()) for seed in range(5)}
+    assert len(turns) == 5
 
 
 def test_the_prompt_of_its_role_stands_in_front_of_every_text(batches, tokenizer, tiny_spm):
@@ -234,6 +246,11 @@ def test_a_limit_that_leaves_no_room_beside_the_prompt_is_refused(batches, token
     with pytest.raises(ConfigError, match=f"max_document_tokens={needed - 1}: from {needed}"):
         batches(max_document_tokens=needed - 1)
     batches(max_document_tokens=needed)
+    brief = Prompts(by_name={**PROMPTS, "brief": "q: "})                   # the default prompt needs room only where it is used
+    tight = {"batch_size": 8, "max_query_tokens": tokenizer.encode(brief.query()).num_tokens, "max_document_tokens": 64}
+    Batches([dataset(task="brief")], tokenizer, brief, BatchConfig(**tight))
+    with pytest.raises(ConfigError, match=r"'task: search result \| query: ' and one token"):
+        Batches([dataset(task="brief")], tokenizer, brief, BatchConfig(**tight, default_task_share=0.1))
     with pytest.raises(ConfigError, match=f"max_query_tokens={MAX_TOKENS + 1}: .* the model's {MAX_TOKENS}"):
         batches(max_query_tokens=MAX_TOKENS + 1)
 
