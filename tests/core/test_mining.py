@@ -122,6 +122,14 @@ def test_rows_for_which_nothing_passes_get_nothing_and_all_of_them_is_an_error()
         mine([], TableTeacher(table), MiningConfig())
 
 
+def test_a_teacher_that_cannot_tell_texts_apart_is_named_as_the_cause() -> None:
+    table = dict.fromkeys(["q", "p", "r", "s"], at(0.5))
+    with pytest.raises(ConfigError, match=r"Positives score 1\.000 on average, examined candidates 1\.000: if these are alike"):
+        mine([Row("q", "p"), Row("r", "s")], TableTeacher(table), MiningConfig())
+    with pytest.raises(ConfigError, match="the 1 candidates are right answers to all queries"):
+        mine([Row("q", "p"), Row("r", "p")], TableTeacher(table), MiningConfig())
+
+
 def test_symmetric_sets_embed_both_sides_as_queries_and_cut_texts_are_counted() -> None:
     table = {"q": (1.0, 0.0), "p!": at(0.9), "r!": (0.0, 1.0), "s!": at(0.2)}
     rows = [Row("q", "p!"), Row("r!", "s!")]

@@ -188,7 +188,12 @@ def mine(rows: Sequence[Row], teacher: Teacher, config: MiningConfig, corpus: Se
     passed &= indices != NO_CANDIDATE
     chosen = [_picked(np.flatnonzero(passed[number]), plain, config) for plain, number in order.items()]
     if not any(len(ranks) for ranks in chosen):
-        raise ConfigError(f"no query got a negative: {int((indices != NO_CANDIDATE).sum()):,} candidates were examined, and removed {removed}. Loosen a filter.")
+        examined = scores[indices != NO_CANDIDATE]
+        if not len(examined):
+            raise ConfigError(f"no query got a negative: the {len(documents)} candidates are right answers to all queries. Give a corpus with more documents.")
+        raise ConfigError(f"no query got a negative: {len(examined):,} candidates were examined, and removed {removed}. Positives score {own_scores.mean():.3f} "
+                          f"on average, examined candidates {examined.mean():.3f}: if these are alike, the teacher cannot tell such texts apart, and another "
+                          "is needed; else loosen a filter.")
     negatives = [tuple(documents[indices[number, taken]] for taken in chosen[number]) for number in own[:, 0]]
     floor = np.where(indices[:, -1] == NO_CANDIDATE, -np.inf, scores[:, -1])[right[:, 0]]
     taken_scores = [scores[number, chosen[number]] for number in own[:, 0]]
