@@ -209,14 +209,18 @@ class _TokenLoss(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             rows, wide = hidden.float(), table.float()
+            memory = torch.empty(min(block, len(rows)), len(wide), device=rows.device)                     # (n, V), all that there is of scores
             for start in range(0, len(rows), block):
                 part, right = rows[start : start + block], target[start : start + block, None]            # (n, D), (n, 1)
-                scores = part @ wide.T                                                                     # (n, V)
-                norm = scores.logsumexp(1, keepdim=True)                                                   # (n, 1)
-                total += (norm - scores.gather(1, right)).sum()
+                scores = torch.mm(part, wide.T, out=memory[: len(part)])                                   # (n, V)
+                chosen = scores.gather(1, right)                                                           # (n, 1)
+                highest = scores.amax(1, keepdim=True)                                                     # (n, 1)
+                scores.sub_(highest).exp_()
+                mass = scores.sum(1, keepdim=True)                                                         # (n, 1)
+                total += (highest + mass.log() - chosen).sum()
                 if by_hidden is None and by_table is None:
                     continue
-                slope = scores.sub_(norm).exp_().scatter_add_(1, right, torch.full_like(norm, -1.0))       # (n, V) probability - one hot
+                slope = scores.div_(mass).scatter_add_(1, right, torch.full_like(mass, -1.0))              # (n, V) probability - one hot
                 if by_hidden is not None:
                     torch.mm(slope, wide, out=by_hidden[start : start + block])
                 if by_table is not None:
