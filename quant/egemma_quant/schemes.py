@@ -60,6 +60,8 @@ INT8 = _uniform("int8", INT8_BLOCK)
 INT8_PER_CHANNEL = _uniform("int8-per-channel", INT8_CHANNEL)
 MIXED = Scheme(name="mixed", embedding=INT4_CHANNEL, attention=INT8_CHANNEL, feed_forward=INT4_CHANNEL, projection=INT4_CHANNEL)
 
+SCHEMES = {scheme.name: scheme for scheme in (INT4, INT8, INT8_PER_CHANNEL, MIXED)}
+
 # Candidate scales of a 4-bit group, as amax / divisor. 7 never clips; 8 uses the code -8 and clips +amax to 7.
 # The smallest squared error wins, so a group is never worse than plain amax / 7.
 INT4_DIVISORS = (7.0, 7.25, 7.5, 7.75, 8.0, 8.5)

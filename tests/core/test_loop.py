@@ -25,15 +25,15 @@ CONFIG = LoopConfig(steps=12, learning_rate=0.1, warmup_steps=3, log_every=2, sa
 
 
 class Points:
-    """Fit a line to points that depend on the step. `norm` is a parameter that stays where it is in odd steps."""
+    """Fit a line to points that depend on the step. `norm` stays where it is in odd steps, `head` always."""
 
     def __init__(self, *, scores: dict[int, float] | None = None, broken_at: int | None = None, pause_s: float = 0) -> None:
         torch.manual_seed(0)
-        self.layer, self.norm = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+        self.layer, self.norm, self.head = nn.Linear(4, 4), nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
         self.scores, self.broken_at, self.pause_s, self.step = scores, broken_at, pause_s, 0
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {"layer.weight": self.layer.weight, "layer.bias": self.layer.bias, "norm.weight": self.norm}
+        return {"layer.weight": self.layer.weight, "layer.bias": self.layer.bias, "norm.weight": self.norm, "head.weight": self.head}
 
     def backward(self, step: int) -> Outcome:
         time.sleep(self.pause_s)

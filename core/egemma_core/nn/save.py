@@ -21,7 +21,8 @@ from egemma_core.errors import CheckpointError, ConfigError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.prompts import Prompts
 
-_POOLING_MODES = {"mean": "mean", "first": "cls", "last": "lasttoken"}
+# The published layout has no attention pooling: sentence-transformers and egemma-export refuse such a folder by its mode.
+_POOLING_MODES = {"mean": "mean", "first": "cls", "last": "lasttoken", "attention": "attention"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -35,14 +36,12 @@ def save_checkpoint(
         dtype: of the stored weights, float32 or bfloat16.
 
     Raises:
-        ConfigError: another dtype, or attention pooling, which the published layout has no name for.
+        ConfigError: another dtype.
         CheckpointError: `folder` exists, or a weight is not finite.
     """
     config = encoder.config
     if dtype not in _DTYPE_NAMES:
         raise ConfigError(f"dtype={dtype}: one of {[str(known) for known in _DTYPE_NAMES]}.")
-    if config.pooling not in _POOLING_MODES:
-        raise ConfigError(f"pooling={config.pooling!r} has no place in the published layout; one of {sorted(_POOLING_MODES)}.")
     if folder.exists():
         raise CheckpointError(f"{folder} exists. Remove it, or save to another folder.")
     weights = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in encoder.named_parameters()}

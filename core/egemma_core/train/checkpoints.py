@@ -42,11 +42,11 @@ def add_training_state(folder: Path, parameters: Mapping[str, nn.Parameter], opt
     place = folder / TRAINING
     place.mkdir()
     moments = {f"{kind}.{name}": value.detach().cpu().contiguous() for name, weight in parameters.items()
-               for kind, value in optimizer.state[weight].items() if isinstance(value, Tensor) and value.ndim}
+               for kind, value in optimizer.state.get(weight, {}).items() if isinstance(value, Tensor) and value.ndim}
     save_file(moments, place / "optimizer.safetensors")
     published = _published(folder)
     save_file({name: weight.detach().cpu().contiguous() for name, weight in parameters.items() if name not in published}, place / "extra.safetensors")
-    steps = {name: int(optimizer.state[weight]["step"]) for name, weight in parameters.items() if weight in optimizer.state}
+    steps = {name: int(optimizer.state[weight]["step"]) for name, weight in parameters.items() if weight in optimizer.state}   # one that was never moved has none
     (place / "state.json").write_text(json.dumps({**state, "moment_steps": steps}, indent=1) + "\n", encoding="utf-8")
 
 

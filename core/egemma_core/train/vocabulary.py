@@ -18,11 +18,14 @@ from egemma_core.nn.encoder import Encoder
 FILLER = 32
 
 
-def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path) -> None:
+def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path, spare: int = 0) -> None:
     """Write a SentencePiece BPE model with Gemma 3's settings and `num_pieces` pieces to `path`.
 
     Identity normalizer, no blank in front, byte fallback, single digits, runs of newlines and blanks as pieces;
     pad 0, eos 1, bos 2, unk 3, `<mask>` 4. Merges stop at blanks, unlike Gemma's: 8,000 pieces are too few for phrases.
+
+    Args:
+        spare: how many `<unusedN>` pieces it gets, which no text gives; UL2 denoising takes its task tokens and sentinels from these.
 
     Source: the trainer and normalizer specification inside Gemma 3's tokenizer.model.
     """
@@ -46,7 +49,7 @@ def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path) -> None:
         pad_piece="<pad>",
         eos_piece="<eos>",
         bos_piece="<bos>",
-        user_defined_symbols=["<mask>", *runs],
+        user_defined_symbols=["<mask>", *runs, *(f"<unused{number}>" for number in range(spare))],
         character_coverage=0.9995,
         max_sentence_length=4096,
         num_threads=2,
