@@ -23,6 +23,7 @@ from egemma_core.tokens import Tokenizer
 from egemma_core.train.dev_files import Judged, Retrieval, from_pairs, read_retrieval, read_similarity
 from egemma_core.train.encode import Ids, encode_rows
 from egemma_core.train.rows import Dataset, DatasetConfig, read_dataset
+from egemma_core.train.tables import read_table
 from egemma_core.vectors import shorten
 
 Kind = Literal["retrieval", "similarity", "pairs"]
@@ -56,6 +57,15 @@ class DevConfig:
             raise ConfigError(f"dev set {self.name!r}: max_queries={self.max_queries}, max_documents={self.max_documents}: at least 1, or leave them out.")
         if (self.languages is not None and self.kind == "retrieval") or (self.max_documents is not None and self.kind == "similarity"):
             raise ConfigError(f"dev set {self.name!r}: kind={self.kind!r} has no {'languages' if self.kind == 'retrieval' else 'max_documents'}. Leave it out.")
+
+    @classmethod
+    def of(cls, name: str, table: object) -> DevConfig:
+        """From a recipe's table [dev.NAME].
+
+        Raises:
+            ConfigError: a key is unknown, missing or of the wrong type, or a value cannot work.
+        """
+        return read_table(cls, table, f"[dev.{name}]", name=name)
 
 
 @dataclass(frozen=True)
@@ -226,7 +236,8 @@ def rank_products(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArr
     spreads = [float(rank.std()) for rank in ranks]
     if min(spreads) == 0:
         return np.zeros(len(one))
-    return (ranks[0] - ranks[0].mean()) / spreads[0] * (ranks[1] - ranks[1].mean()) / spreads[1]
+    products: NDArray[np.float64] = (ranks[0] - ranks[0].mean()) / spreads[0] * (ranks[1] - ranks[1].mean()) / spreads[1]
+    return products
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
