@@ -217,7 +217,7 @@ def recipe_of(tree: Mapping[str, Any], name: str, beside: Path, data: Path | Non
         if unknown:
             raise ConfigError(f"stage {stage.name!r}: no [data] table is named {sorted(unknown)}; there are {[dataset.name for dataset in datasets]}.")
     return Recipe(name=name, start=_start(start, {**head, **shape}), data=datasets, stages=stages,
-                  dev=tuple(DevConfig.of(key, table) for key, table in tree.get("dev", {}).items()),
+                  dev=tuple(read_table(DevConfig, table, f"[dev.{key}]", name=key) for key, table in tree.get("dev", {}).items()),
                   folder=data if data is not None else beside / tree.get("folder", "."))
 
 

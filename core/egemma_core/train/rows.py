@@ -11,20 +11,17 @@ teaches nothing (both sides equal, too low a score, another language) is left ou
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import functools
-import gzip
 import hashlib
-import json
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from egemma_core.errors import ConfigError, InputError
+from egemma_core.train.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
 
 SIMILARITY_TASK = "sentence similarity"
 MIN_SCORE, MAX_SCORE = 4.0, 5.0   # of a similarity row: below the first, two sentences differ in more than details
@@ -141,10 +138,6 @@ class Dataset:
         return self.config.is_symmetric
 
 
-class _BadRowError(Exception):
-    """What is wrong with one row; never leaves this module."""
-
-
 def read_dataset(config: DatasetConfig, data: Path) -> Dataset:
     """All rows of a dataset.
 
@@ -164,15 +157,15 @@ def read_dataset(config: DatasetConfig, data: Path) -> Dataset:
     languages: set[str] = set()
     num_faults = 0
     for path in _files(config, data):
-        for number, line in _lines(path):
+        for number, line in lines_of(path):
             try:
-                row = _row(_parse(line, number), config, languages)
+                row = _row(parse_row(line, number), config, languages)
                 if isinstance(row, str):
                     dropped[row] += 1
                 else:
                     rows.append(row)
                     where.append(f"{path}, line {number}")
-            except _BadRowError as bad:
+            except BadRowError as bad:
                 num_faults += 1
                 if len(faults) < SHOWN_FAULTS:
                     faults.append(f"{path}, line {number}: {bad}")
@@ -231,39 +224,6 @@ def _files(config: DatasetConfig, data: Path) -> list[Path]:
     return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: damaged after line {number} ({error}). Copy the file again.") from error
-    if number == 0:
-        raise InputError(f"{path}: an empty file. Leave it out of the dataset's path.")
-
-
-def _parse(line: bytes, number: int) -> dict[str, Any]:
-    if number == 1 and line.startswith(codecs.BOM_UTF8):
-        raise _BadRowError("starts with a byte order mark. Save the file as UTF-8 without one.")
-    try:
-        fields = json.loads(line.decode(), object_pairs_hook=_once)
-    except UnicodeDecodeError as error:
-        raise _BadRowError(f"byte {error.start} is {line[error.start]:#04x}, which is not UTF-8. Decode the source as what it is, and write UTF-8.") from error
-    except (ValueError, RecursionError) as error:
-        raise _BadRowError(f"not JSON ({error}): {_short(line.decode().strip())}. Write one object per line.") from error
-    if not isinstance(fields, dict):
-        raise _BadRowError(f"found {_short(fields)}: write one object per line.")
-    return fields
-
-
-def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(items)
-    if len(fields) < len(items):
-        raise _BadRowError(f"field {Counter(key for key, _ in items).most_common(1)[0][0]!r} is given twice.")
-    return fields
-
-
 def _row(fields: Mapping[str, Any], config: DatasetConfig, languages: set[str]) -> Row | str:
     """The row, its texts checked, or the reason why it is left out; adds its language to `languages` where these are filtered."""
     if config.languages is not None:
@@ -279,7 +239,7 @@ def _row(fields: Mapping[str, Any], config: DatasetConfig, languages: set[str]) 
     if config.kind == "similarity":
         score = fields.get("score")
         if not isinstance(score, int | float) or isinstance(score, bool) or not 0 <= score <= MAX_SCORE:  # NaN is in no range
-            raise _BadRowError(f"field 'score': found {_short(score)}, want a number from 0 to {MAX_SCORE:g}.")
+            raise BadRowError(f"field 'score': found {shortened(score)}, want a number from 0 to {MAX_SCORE:g}.")
         lowest = MIN_SCORE if config.min_score is None else config.min_score
         if score < lowest:
             return f"score below {lowest:g}"
@@ -289,32 +249,32 @@ def _row(fields: Mapping[str, Any], config: DatasetConfig, languages: set[str]) 
         positive = positive.replace("_", " ")
     if query == positive:
         if config.kind == "pairs" and not config.is_symmetric:
-            raise _BadRowError(f"query and positive are both {_short(query)}: such a row teaches nothing. Is a column given twice?")
+            raise BadRowError(f"query and positive are both {shortened(query)}: such a row teaches nothing. Is a column given twice?")
         return "both sides equal"
     return Row(query, positive, *_beside(fields, config, query, positive)) if config.kind == "pairs" else Row(query, positive)
 
 
 def _beside(fields: Mapping[str, Any], config: DatasetConfig, query: str, positive: str) -> tuple[tuple[str, ...], str | None, tuple[str | None, ...]]:
     """Negatives, title and the negatives' titles of a row of `pairs`."""
-    negatives = tuple(_checked(text, "negative") for text in _listed(fields.get("negative")))
+    negatives = tuple(checked_text(text, "negative") for text in _listed(fields.get("negative")))
     title = _title(fields.get("title"), "title")
     titles = tuple(_title(text, "negative_title") for text in _listed(fields.get("negative_title")))
     for right, name in ((positive, "positive"), (query, "query")):
         if right in negatives and (name == "positive" or config.is_symmetric):
-            raise _BadRowError(f"field 'negative': equals the {name}, {_short(right)}. Leave it out.")
+            raise BadRowError(f"field 'negative': equals the {name}, {shortened(right)}. Leave it out.")
     if titles and len(titles) != len(negatives):
-        raise _BadRowError(f"field 'negative_title': {len(titles)} titles for {len(negatives)} negatives.")
+        raise BadRowError(f"field 'negative_title': {len(titles)} titles for {len(negatives)} negatives.")
     if config.is_symmetric and (title or any(titles)):
-        raise _BadRowError("field 'title': both sides of a symmetric dataset are queries, which have none. Put it into the text.")
+        raise BadRowError("field 'title': both sides of a symmetric dataset are queries, which have none. Put it into the text.")
     if title and negatives and not titles:
-        raise _BadRowError("field 'negative_title': absent, but the positive has a title: the model would learn to look for titles. Add the negatives' titles too.")
+        raise BadRowError("field 'negative_title': absent, but the positive has a title: the model would learn to look for titles. Add the negatives' titles too.")
     return negatives, title, titles
 
 
 def _text(fields: Mapping[str, Any], field: str, kind: str) -> str:
     if field not in fields:
-        raise _BadRowError(f"no field {field!r}, only {list(fields)}; a row of kind {kind!r} has {list(_FIELDS[kind])}.")
-    return _checked(fields[field], field)
+        raise BadRowError(f"no field {field!r}, only {list(fields)}; a row of kind {kind!r} has {list(_FIELDS[kind])}.")
+    return checked_text(fields[field], field)
 
 
 def _listed(value: object) -> Sequence[object]:
@@ -322,17 +282,7 @@ def _listed(value: object) -> Sequence[object]:
 
 
 def _title(value: object, field: str) -> str | None:
-    return None if value is None or value == "" else _checked(value, field)
-
-
-def _checked(value: object, field: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise _BadRowError(f"field {field!r}: found {_short(value)}, want a text that is not blank.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _BadRowError(f"field {field!r}: a lone surrogate U+{ord(value[error.start]):04X} at character {error.start}, which is not Unicode text. Remove it.") from error
-    return value
+    return None if value is None or value == "" else checked_text(value, field)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -342,7 +292,7 @@ def _check_names(kind: str, names: tuple[str, ...]) -> None:
     for name in set(names) - set(known):
         near = difflib.get_close_matches(name.lower(), [field for field in _OPTIONAL.get(kind, ()) if field not in names], 1, 0.75)
         if near:
-            raise _BadRowError(f"field {name!r} is not read; is it {near[0]!r}? Rename it, or remove it.")
+            raise BadRowError(f"field {name!r} is not read; is it {near[0]!r}? Rename it, or remove it.")
 
 
 def _check_labels(rows: Sequence[Row], where: Sequence[str], config: DatasetConfig) -> None:
@@ -389,8 +339,3 @@ def _with_partners(config: DatasetConfig, rows: Sequence[Row], dropped: Counter[
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -17,10 +17,7 @@ from egemma_core.config import EncoderConfig
 from egemma_core.errors import ConfigError, InputError
 from egemma_core.tokens import Tokenizer
 from egemma_core.train.encode import Ids
-from egemma_core.train.rows import _BadRowError as BadRowError
-from egemma_core.train.rows import _checked as checked_text
-from egemma_core.train.rows import _lines as lines_of
-from egemma_core.train.rows import _parse as parse_row
+from egemma_core.train.json_lines import BadRowError, checked_text, lines_of, parse_row
 
 SHORTEST_WINDOW = 6   # tokens
 _MAYBE_SHORT = 256    # characters; a longer text has four tokens, in every vocabulary whose pieces are shorter than 86 characters
