@@ -13,6 +13,7 @@ Writes benchmarks/results/train_throughput.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -63,7 +64,7 @@ def ours(args: argparse.Namespace) -> list[tuple[float, float]]:
                              tokenizer_path=MODEL / "tokenizer.model", prompts=checkpoint.prompts)
         run(objective, LoopConfig(steps=args.steps, learning_rate=RATE, schedule="constant", log_every=1, save_every=args.steps), Path(folder, "run"),
             tell=lambda progress: stamps.append((time.perf_counter(), progress.outcome.losses["loss"])))
-    return [(now - before, loss) for (before, _), (now, loss) in zip(stamps, stamps[1:], strict=False)]
+    return [(now - before, loss) for (before, _), (now, loss) in itertools.pairwise(stamps)]
 
 
 def theirs(args: argparse.Namespace) -> list[tuple[float, float]]:
@@ -103,7 +104,7 @@ def theirs(args: argparse.Namespace) -> list[tuple[float, float]]:
             return self.first.compute_loss_from_embeddings(vectors, labels) + torch.stack(list(spread.values())).sum()
 
     inner: nn.Module = CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch, **options) if args.recompute else Both()
-    loss = MatryoshkaLoss(model, inner, list(batches.prompts and open_checkpoint(MODEL).config.dims))
+    loss = MatryoshkaLoss(model, inner, list(open_checkpoint(MODEL).config.dims))
     stamps = [time.perf_counter()]
     losses: list[float] = []
 

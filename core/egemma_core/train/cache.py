@@ -40,7 +40,7 @@ def backward_in_chunks(embed: Callable[[Chunk], Tensor], chunks: Sequence[Chunk]
     loss = loss_of(vectors)
     torch.autograd.backward(loss)
     assert vectors.grad is not None
-    gradients = vectors.grad.split([len(part) for part in parts])
+    gradients = torch.split(vectors.grad, [len(part) for part in parts])
     if not recompute:
         torch.autograd.backward(parts, list(gradients))
         return loss.detach()

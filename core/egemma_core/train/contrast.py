@@ -23,7 +23,17 @@ from egemma_core.train.batches import Batch, Batches, BatchesAhead
 from egemma_core.train.cache import backward_in_chunks
 from egemma_core.train.encode import Chunk, by_length, pad
 from egemma_core.train.loop import Outcome
-from egemma_core.train.losses import DISTANCES, HARDNESS, Distance, false_negatives, matching_loss, matryoshka, nce_loss, right_negatives, spread_out_loss
+from egemma_core.train.losses import (
+    DISTANCES,
+    HARDNESS,
+    Distance,
+    false_negatives,
+    matching_loss,
+    matryoshka,
+    nce_loss,
+    right_negatives,
+    spread_out_loss,
+)
 from egemma_core.train.ranks import ALONE, Ranks
 from egemma_core.train.teacher import Role, Teacher, TeacherSpace
 
@@ -133,7 +143,7 @@ class Contrast:
     def _losses(self, vectors: Tensor, batch: Batch, mine: slice, own_negatives: list[int]) -> dict[str, Tensor]:
         """The weighted parts of the loss: of the whole batch, though for `matching` of this process's rows only."""
         each = mine.stop - mine.start
-        queries, positives, negatives = vectors.split([each, each, len(own_negatives)])                # (b, D), (b, D), (n, D)
+        queries, positives, negatives = torch.split(vectors, [each, each, len(own_negatives)])         # (b, D), (b, D), (n, D)
         has = torch.tensor(batch.has_negative, device=vectors.device)                                   # (B,)
         blocks = [queries, positives]
         if batch.negatives:

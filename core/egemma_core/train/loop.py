@@ -124,13 +124,14 @@ Tell = Callable[[Progress], None]
 
 
 def run(objective: Objective, config: LoopConfig, folder: Path, described: Mapping[str, Any] | None = None, *, ranks: Ranks = ALONE,
-        tell: Tell = lambda progress: None) -> Finished:
+        tell: Tell = lambda progress: None, draw: Callable[[Path, Path], None] | None = None) -> Finished:
     """Train until `config.steps` or until the dev score stops rising. A run that was killed goes on from its last state in `folder`, to the
     same weights as one that was not (same machine, same thread count); a finished one is returned as it stands.
 
     Args:
         described: all that decides what is trained, as plain values; another run's folder is refused.
         ranks: all processes call this with the same arguments; the first one writes.
+        draw: makes the second file, a picture, of the first, the log, with every state; see egemma_core.train.curves.
 
     Raises:
         DivergedError: the loss is NaN or infinite; the last good state stays in `folder`.
@@ -186,6 +187,8 @@ def run(objective: Objective, config: LoopConfig, folder: Path, described: Mappi
                           tokens_per_second=(state["tokens"] - first_tokens) / max(1e-9, state["seconds"] - before)))
         if last or _hopeless(state, config) or state["step"] % config.save_every == 0 or (better and config.patience is not None):
             _save(objective, parameters, optimizer, config, states, log, state, ranks)
+            if draw is not None and ranks.first:
+                draw(log, folder / "curves.png")
     return _finish(folder, config, state, ranks)
 
 

@@ -29,12 +29,13 @@ from egemma_core.tokens import Tokenizer
 from egemma_core.train.batches import BatchConfig, Batches, BatchesAhead
 from egemma_core.train.checkpoints import publish
 from egemma_core.train.contrast import Contrast, ContrastConfig, Matching, Through
+from egemma_core.train.curves import draw
 from egemma_core.train.decoder import HeadConfig, random_encoder, read_decoder
 from egemma_core.train.denoise import DenoisingObjective, LanguageModelObjective
 from egemma_core.train.evaluate import DevConfig, DevSets
 from egemma_core.train.loop import Finished, LoopConfig, Objective, Tell, run
 from egemma_core.train.ranks import ALONE, Ranks
-from egemma_core.train.rates import RateSearch, Rates
+from egemma_core.train.rates import Rates, RateSearch
 from egemma_core.train.rows import Dataset, DatasetConfig, read_dataset
 from egemma_core.train.soup import soup
 from egemma_core.train.tables import check_keys, read_table
@@ -336,8 +337,8 @@ class Runner:
         if stage.kind == "contrast":
             objective: Objective = self._contrast(stage, encoder, tokenizer_path, prompts, rates)
             with cast(BatchesAhead, cast(Contrast, objective).batches):
-                return run(objective, stage.loop, folder, described, ranks=self.ranks, tell=self.tell)
-        return run(self._texts_objective(stage, encoder, tokenizer_path, prompts), stage.loop, folder, described, ranks=self.ranks, tell=self.tell)
+                return run(objective, stage.loop, folder, described, ranks=self.ranks, tell=self.tell, draw=draw)
+        return run(self._texts_objective(stage, encoder, tokenizer_path, prompts), stage.loop, folder, described, ranks=self.ranks, tell=self.tell, draw=draw)
 
     def _texts_objective(self, stage: Stage, encoder: Encoder, tokenizer_path: Path, prompts: Prompts) -> Objective:
         assert stage.texts is not None
