@@ -25,7 +25,7 @@ from onnx.external_data_helper import set_external_data
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import MASKED, Encoder, rotary_tables
-from egemma_quant.schemes import Quantized, Scheme, WeightFormat, quantize
+from egemma_quant.schemes import Format, Quantized, Scheme, quantize
 from egemma_quant.weights import role_of
 
 INPUT_IDS, ATTENTION_MASK, SENTENCE_EMBEDDING = "input_ids", "attention_mask", "sentence_embedding"
@@ -172,7 +172,7 @@ class _Graph:
             return self._matmul_per_channel(x, joined, name, rows)
         return self._matmul_nbits(x, joined, name)
 
-    def _format(self, parameter: str) -> WeightFormat:
+    def _format(self, parameter: str) -> Format:
         role = role_of(parameter)
         assert role is not None
         assert self.scheme is not None

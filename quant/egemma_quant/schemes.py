@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from egemma_core.errors import ConfigError
+from egemma_quant.published import GgmlFormat, into_codes
 
 ROLES = ("embedding", "attention", "feed_forward", "projection")
 
@@ -30,23 +31,26 @@ class WeightFormat:
             raise ConfigError(f"group_size={self.group_size}: the runtimes need a multiple of 32.")
 
 
+Format = WeightFormat | GgmlFormat
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """One format per role; `projection` is the dense head."""
 
     name: str
-    embedding: WeightFormat
-    attention: WeightFormat
-    feed_forward: WeightFormat
-    projection: WeightFormat
+    embedding: Format
+    attention: Format
+    feed_forward: Format
+    projection: Format
 
-    def format_of(self, role: str) -> WeightFormat:
+    def format_of(self, role: str) -> Format:
         if role not in ROLES:
             raise ConfigError(f"role={role!r}: one of {ROLES}.")
         return getattr(self, role)  # type: ignore[no-any-return]
 
 
-def _uniform(name: str, weight_format: WeightFormat) -> Scheme:
+def _uniform(name: str, weight_format: Format) -> Scheme:
     return Scheme(name=name, **dict.fromkeys(ROLES, weight_format))
 
 
@@ -60,7 +64,11 @@ INT8 = _uniform("int8", INT8_BLOCK)
 INT8_PER_CHANNEL = _uniform("int8-per-channel", INT8_CHANNEL)
 MIXED = Scheme(name="mixed", embedding=INT4_CHANNEL, attention=INT8_CHANNEL, feed_forward=INT4_CHANNEL, projection=INT4_CHANNEL)
 
-SCHEMES = {scheme.name: scheme for scheme in (INT4, INT8, INT8_PER_CHANNEL, MIXED)}
+# Google's published QAT checkpoints. In ggml-org's Q4_0 file the table is Q8_0; it has no dense head, which here is rounded as the other products.
+Q4_0 = Scheme(name="q4_0", embedding=GgmlFormat(bits=8), attention=GgmlFormat(bits=4), feed_forward=GgmlFormat(bits=4), projection=GgmlFormat(bits=4))
+Q8_0 = _uniform("q8_0", GgmlFormat(bits=8))
+
+SCHEMES = {scheme.name: scheme for scheme in (INT4, INT8, INT8_PER_CHANNEL, MIXED, Q4_0, Q8_0)}
 
 # Candidate scales of a 4-bit group, as amax / divisor. 7 never clips; 8 uses the code -8 and clips +amax to 7.
 # The smallest squared error wins, so a group is never worse than plain amax / 7.
@@ -76,8 +84,8 @@ class Quantized:
     """A matrix as integers. Codes never travel without their scales."""
 
     codes: Tensor   # (rows, columns) int8
-    scales: Tensor  # (rows, G) float32, each exactly a bfloat16 number and > 0
-    format: WeightFormat
+    scales: Tensor  # (rows, G) float32, each exactly a bfloat16 number and > 0; of a GgmlFormat a float16 number of any sign
+    format: Format
 
     def dequantize(self) -> Tensor:
         """(rows, columns) float32: code times scale, one rounding. Exact: 4 or 8 bits times 8 bits fit into 24."""
@@ -87,11 +95,11 @@ class Quantized:
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, weight_format: WeightFormat) -> Quantized:
+def quantize(weight: Tensor, weight_format: Format) -> Quantized:
     """Round a matrix to integers and scales.
 
     Scales are bfloat16 numbers, because XNNPACK's blockwise 4-bit kernel stores them so; every other kernel holds
-    the same values in wider types. Codes are round-half-to-even of weight / scale, clipped.
+    the same values in wider types. Codes are round-half-to-even of weight / scale, clipped. A GgmlFormat is rounded as ggml does it.
 
     Args:
         weight: (rows, columns), any float dtype, finite.
@@ -114,7 +122,7 @@ def quantize(weight: Tensor, weight_format: WeightFormat) -> Quantized:
 
 
 @torch.no_grad()
-def round_(weight: Tensor, weight_format: WeightFormat) -> None:
+def round_(weight: Tensor, weight_format: Format) -> None:
     """In place: `quantize(weight, weight_format).dequantize()`, without the integers in between.
 
     Args:
@@ -130,7 +138,7 @@ def round_(weight: Tensor, weight_format: WeightFormat) -> None:
         weight[part].view(-1, size).copy_(codes.mul_(scales).t())
 
 
-def group_size_of(weight: Tensor, weight_format: WeightFormat) -> int:
+def group_size_of(weight: Tensor, weight_format: Format) -> int:
     """Weights that share a scale in this matrix; ConfigError if its rows do not divide into such groups."""
     columns = weight.shape[1]
     size = weight_format.group_size or columns
@@ -139,7 +147,7 @@ def group_size_of(weight: Tensor, weight_format: WeightFormat) -> int:
     return size
 
 
-def _parts(weight: Tensor, weight_format: WeightFormat) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _parts(weight: Tensor, weight_format: Format) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of the matrix, their codes (g, groups) float32 and scales (groups,) float32; codes are overwritten by the next part.
 
     A group is a column here, so that what it shares is one contiguous row: 1.5 times as fast as groups along rows.
@@ -154,8 +162,11 @@ def _parts(weight: Tensor, weight_format: WeightFormat) -> Iterator[tuple[slice,
         if not torch.isfinite(amax).all():
             raise ConfigError("a weight is NaN or infinite; the checkpoint is damaged.")
         codes = torch.empty_like(groups)
-        scales = _as_scale(amax / 127) if weight_format.bits == 8 else _searched_scales(groups, amax, codes)
-        _into_codes(groups, scales, weight_format.bits, codes)
+        if isinstance(weight_format, GgmlFormat):
+            scales = into_codes(groups, weight_format.bits, codes)
+        else:
+            scales = _as_scale(amax / 127) if weight_format.bits == 8 else _searched_scales(groups, amax, codes)
+            _into_codes(groups, scales, weight_format.bits, codes)
         yield part, codes, scales
 
 
