@@ -87,7 +87,7 @@ def test_a_line_that_is_none_is_named(second: str, message: str, log: Path, tmp_
 
 
 def test_nothing_to_draw_and_no_matplotlib_are_said(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="absent.jsonl: not readable"):
+    with pytest.raises(InputError, match=r"absent\.jsonl: not readable"):
         draw(tmp_path / "absent.jsonl", tmp_path / "curves.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"egemma\[train\]"):

@@ -187,15 +187,16 @@ class DevSets:
 
     def _embed(self, encoder: Encoder, rows: list[Ids], dim: int | None) -> NDArray[np.float32]:
         """(rows, dim) float32 unit vectors."""
+        texts = {row: index for index, row in enumerate(dict.fromkeys(rows))}   # equal texts get equal vectors, to the last bit: ties stay ties
         was_training = encoder.training
         device = next(encoder.parameters()).device
         encoder.eval()
         try:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                vectors = encode_rows(encoder, rows, self.tokenizer.pad_id, self.chunk_tokens, device)
+                vectors = encode_rows(encoder, list(texts), self.tokenizer.pad_id, self.chunk_tokens, device)
         finally:
             encoder.train(was_training)
-        return shorten(vectors.float().cpu().numpy(), dim, encoder.config.dims)
+        return shorten(vectors.float().cpu().numpy(), dim, encoder.config.dims)[[texts[row] for row in rows]]
 
 
 def best_hits(scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
