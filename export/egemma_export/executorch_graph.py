@@ -19,6 +19,7 @@ from egemma_core.config import FULL, EncoderConfig
 from egemma_core.errors import ExportError
 from egemma_core.nn import encoder as float_encoder
 from egemma_core.nn.encoder import MASKED, Encoder
+from egemma_quant.published import GgmlFormat
 from egemma_quant.schemes import Quantized
 
 # gelu_tanh(x) = x * sigmoid(x * (A + B * x^2)). XNNPACK's own GELU is the erf one whatever `approximate` says: 4.7e-4 away.
@@ -72,6 +73,9 @@ class Linear(nn.Module):
         if not isinstance(weight, Quantized):
             self.register_buffer("weight", weight)
             return
+        if isinstance(weight.format, GgmlFormat):
+            raise ExportError(f"{weight.format}: XNNPACK's blockwise kernel stores bfloat16 scales and refuses negative ones, ggml's are float16 of "
+                              "either sign. Choose onnx, which holds them exactly, or an int4 or int8 target, which rounds the weights anew.")
         if weight.format.group_size is not None and weight.format.bits != 4:
             raise ExportError(f"{weight.format}: XNNPACK has blockwise kernels for 4 bits only; choose int8-per-channel.")
         per_row = weight.format.group_size is None

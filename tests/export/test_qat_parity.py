@@ -9,13 +9,14 @@ import torch
 
 pytest.importorskip("executorch.runtime")
 
+from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import Encoder
 from egemma_export.read_executorch import read_pte_weights
 from egemma_export.read_onnx import read_onnx_weights
 from egemma_export.to_executorch import write_pte
 from egemma_export.to_onnx import write_onnx
 from egemma_quant.qat import rounded
-from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Scheme
+from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Q4_0, Q8_0, Scheme, quantize
 from tests.export.test_executorch import ONE_KEY_HEAD, make_encoder
 
 
@@ -49,11 +50,32 @@ def test_the_trained_weights_are_those_in_the_pte(tmp_path: Path, scheme: Scheme
     check(weights, {name: read.dequantize() for name, read in read_pte_weights(tmp_path / "model.pte").items()})
 
 
-@pytest.mark.parametrize("scheme", [INT4, INT8, MIXED], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [INT4, INT8, MIXED, Q4_0, Q8_0], ids=lambda scheme: scheme.name)
 def test_the_trained_weights_are_those_in_the_onnx_file(tmp_path: Path, scheme: Scheme) -> None:
     encoder, weights = trained(scheme)
     write_onnx(encoder, scheme, tmp_path / "model.onnx")
     check(weights, {name: read.dequantize() for name, read in read_onnx_weights(tmp_path / "model.onnx").items()})
+
+
+def test_onnx_runtime_computes_with_ggmls_negative_scales(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    encoder, weights = trained(Q4_0)
+    assert all((quantize(weight, Q4_0.format_of("attention")).scales < 0).float().mean() > 0.3 for weight in weights.values())
+    write_onnx(encoder, Q4_0, tmp_path / "model.onnx")
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"))
+    ids = torch.randint(3, 200, (8, 16), generator=torch.Generator().manual_seed(1))
+    vectors = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})[0])
+    with torch.no_grad(), rounded(encoder, Q4_0):
+        wanted = encoder(ids, torch.ones_like(ids, dtype=torch.bool))
+    # What differs is that activations are rounded to 8 bits, as for int4: a scale taken as positive turns products around.
+    assert torch.cosine_similarity(vectors, wanted).min() > 0.998
+
+
+@pytest.mark.parametrize("scheme", [Q4_0, Q8_0], ids=lambda scheme: scheme.name)
+def test_executorch_refuses_ggmls_scales(tmp_path: Path, scheme: Scheme) -> None:
+    with pytest.raises(ExportError, match="refuses negative ones"):
+        write_pte(make_encoder(ONE_KEY_HEAD), scheme, tmp_path / "model.pte")
+    assert not list(tmp_path.iterdir())
 
 
 def check(weights: dict[str, torch.Tensor], shipped: dict[str, torch.Tensor]) -> None:

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from egemma_core.errors import ConfigError
+from egemma_quant.published import GgmlFormat
 from egemma_quant.schemes import (
     INT4_BLOCK,
     INT4_CHANNEL,
+    INT4_DIVISORS,
     INT8_BLOCK,
     INT8_CHANNEL,
     MIXED,
     PART_WEIGHTS,
     WeightFormat,
     quantize,
+    round_,
 )
 
 FORMATS = [INT4_BLOCK, INT4_CHANNEL, INT8_BLOCK, INT8_CHANNEL]
@@ -99,6 +102,28 @@ def test_rounding_in_parts_changes_nothing() -> None:
     whole, tail = quantize(table, INT4_BLOCK), quantize(table[5000:], INT4_BLOCK)
     assert torch.equal(whole.codes[5000:], tail.codes)
     assert torch.equal(whole.scales[5000:], tail.scales)
+
+
+@pytest.mark.parametrize("weight_format", [*FORMATS, GgmlFormat(bits=4), GgmlFormat(bits=8)])
+def test_rounding_in_place_gives_the_dequantized_weights(weight_format: WeightFormat | GgmlFormat) -> None:
+    weight = torch.randn(PART_WEIGHTS // 96 + 50, 96, generator=torch.Generator().manual_seed(4))
+    wanted = quantize(weight, weight_format).dequantize()
+    round_(weight, weight_format)
+    assert torch.equal(weight, wanted)
+    with pytest.raises(ConfigError, match="float32"):
+        round_(weight.bfloat16(), weight_format)
+
+
+@pytest.mark.parametrize("columns", [96, 35 * 32])
+def test_no_divisor_has_a_smaller_error_than_the_chosen_one(columns: int) -> None:
+    weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(5))
+    for weight_format in (INT4_BLOCK, INT4_CHANNEL):
+        groups = weight.double().view(-1, weight_format.group_size or columns)
+        error = (quantize(weight, weight_format).dequantize().double().view_as(groups) - groups).square().sum(-1)
+        for divisor in INT4_DIVISORS:
+            scale = (groups.float().abs().amax(-1, keepdim=True) / divisor).bfloat16().double()
+            other = ((groups / scale).round().clamp(-8, 7) * scale - groups).square().sum(-1)
+            assert (error <= other * (1 + 1e-5)).all(), divisor   # float32 sums tell errors closer than that not apart
 
 
 def test_bad_weights_are_refused() -> None:

@@ -1,0 +1,186 @@
+"""What quantization costs a model: of each matrix, each layer, each trained width, and on dev sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from egemma_core.errors import InputError
+from egemma_core.nn.encoder import Encoder
+from egemma_core.train.encode import Ids, encode_rows
+from egemma_quant.qat import rounded
+from egemma_quant.schemes import Format, Scheme, quantize
+from egemma_quant.weights import role_of
+
+ROWS_AT_ONCE = 2**14  # of the embedding table
+LAYER_TEXTS = 8       # texts whose hidden states of every layer are kept for comparison: 25 x T x 768 floats each
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixCost:
+    """One matrix. Errors are squared and relative: |W - rounded W|^2 / |W|^2."""
+
+    name: str
+    role: str
+    bits: int
+    group_size: int | None
+    error: float
+    worst_group: float   # the largest error of a group of weights that share a scale, to that group's own |W|^2
+    clipped: float       # share of weights more than half a step beyond the outermost code
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """Cosine of a layer's outputs, rounded to float, over all tokens of the texts."""
+
+    layer: str           # "embedding", "layer 0", ...
+    min_cosine: float
+    mean_cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthCost:
+    """Cosine of a text's vector, rounded to float, at one trained width."""
+
+    dim: int
+    min_cosine: float
+    median_cosine: float
+    min_cosine_activations: float      # with 8-bit activations too
+    median_cosine_activations: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    model: str
+    scheme: str
+    num_texts: int
+    matrices: tuple[MatrixCost, ...]
+    layers: tuple[LayerCost, ...]
+    widths: tuple[WidthCost, ...]
+    dev: dict[str, tuple[float, float]]   # score of the float model, of the rounded one; {} without dev sets
+    hint: str | None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def to_text(self) -> str:
+        """Tables of at most 120 columns."""
+        lines = [f"{self.model}, scheme {self.scheme}, {self.num_texts} texts"[:120]]
+        if self.hint:
+            lines.append(f"note: {self.hint}")
+        lines += ["", f"{'matrix':<44} {'role':<13} {'bits':>4} {'group':>5} {'error':>10} {'worst group':>12} {'clipped %':>10}"]
+        for matrix in self.matrices:
+            lines.append(f"{matrix.name:<44} {matrix.role:<13} {matrix.bits:>4} {matrix.group_size or 'row':>5} {matrix.error:>10.6f} {matrix.worst_group:>12.6f} "
+                         f"{100 * matrix.clipped:>10.4f}")
+        lines += ["", f"{'layer, rounded weights':<44} {'min cosine':>10} {'mean':>10}"]
+        lines += [f"{layer.layer:<44} {layer.min_cosine:>10.6f} {layer.mean_cosine:>10.6f}" for layer in self.layers]
+        lines += ["", f"{'vectors':<24} {'min cosine':>10} {'median':>10}   {'8-bit activations: min':>22} {'median':>10}"]
+        lines += [f"{f'{width.dim} wide':<24} {width.min_cosine:>10.6f} {width.median_cosine:>10.6f}   {width.min_cosine_activations:>22.6f} "
+                  f"{width.median_cosine_activations:>10.6f}" for width in self.widths]
+        if self.dev:
+            lines += ["", f"{'dev score':<44} {'float':>10} {'rounded':>10} {'change %':>10}"]
+            for name, (exact, after) in self.dev.items():
+                change = f"{100 * (after / exact - 1):>+10.2f}" if exact > 0 else f"{'-':>10}"
+                lines.append(f"{name:<44} {exact:>10.4f} {after:>10.4f} {change}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def measure(encoder: Encoder, scheme: Scheme, rows: Sequence[Ids], *, model: str, hint: str | None = None,
+            score: Callable[[Encoder], dict[str, float]] | None = None) -> QuantizationReport:
+    """Compare an encoder with itself, rounded. Its weights are the float ones again afterwards.
+
+    Args:
+        encoder: float32.
+        rows: token ids of texts with prompt, BOS and EOS.
+        model: what the report calls it.
+        score: dev scores of an encoder, such as `DevSets.score`; None for no dev sets.
+
+    Raises:
+        InputError: no text.
+        ConfigError: as `rounded`.
+    """
+    if not rows:
+        raise InputError("0 texts: a cosine needs at least one. Give a file with one text per line.")
+    pad_id = encoder.config.pad_id
+    vectors, hidden = encode_rows(encoder, rows, pad_id), list(_hidden(encoder, rows[:LAYER_TEXTS]))
+    exact_scores = score(encoder) if score else {}
+    with rounded(encoder, scheme):
+        after, cosines = encode_rows(encoder, rows, pad_id), _layer_cosines(hidden, _hidden(encoder, rows[:LAYER_TEXTS]))
+        rounded_scores = score(encoder) if score else {}
+    with rounded(encoder, scheme, activations=True):
+        both = encode_rows(encoder, rows, pad_id)
+    matrices = [_matrix_cost(name, role, weight, scheme.format_of(role))
+                for name, weight in encoder.named_parameters() if (role := role_of(name)) is not None]
+    layers = [LayerCost(layer=layer, min_cosine=float(found.min()), mean_cosine=float(found.mean())) for layer, found in cosines.items()]
+    return QuantizationReport(
+        model=model, scheme=scheme.name, num_texts=len(rows), matrices=tuple(matrices), layers=tuple(layers),
+        widths=tuple(_width_cost(dim, vectors, after, both) for dim in encoder.config.dims),
+        dev={name: (exact_scores[name], rounded_scores[name]) for name in exact_scores}, hint=hint)
+
+
+def _matrix_cost(name: str, role: str, weight: Tensor, weight_format: Format) -> MatrixCost:
+    lowest, highest = (-8, 7) if weight_format.bits == 4 else (-127, 127)
+    lost = whole = worst = 0.0
+    clipped = 0
+    for rows in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+        found = quantize(rows, weight_format)
+        groups = rows.view(*found.scales.shape, -1)                                      # (rows, G, g)
+        error = (found.dequantize().view_as(groups) - groups).double().square().sum(-1)  # (rows, G)
+        energy = groups.double().square().sum(-1)
+        steps = groups / found.scales.unsqueeze(-1)  # a group of zeros under scale 0 gives NaN, which is not clipped
+        clipped += int(((steps < lowest - 0.5) | (steps > highest + 0.5)).sum())
+        lost, whole = lost + float(error.sum()), whole + float(energy.sum())
+        if (energy > 0).any():
+            worst = max(worst, float((error / energy)[energy > 0].max()))
+    return MatrixCost(name=name, role=role, bits=weight_format.bits, group_size=weight_format.group_size, error=lost / whole if whole else 0.0,
+                      worst_group=worst, clipped=clipped / weight.numel())
+
+
+def _width_cost(dim: int, vectors: Tensor, after: Tensor, both: Tensor) -> WidthCost:
+    weights, activations = (torch.cosine_similarity(found[:, :dim], vectors[:, :dim], dim=-1) for found in (after, both))
+    return WidthCost(dim=dim, min_cosine=float(weights.min()), median_cosine=float(weights.quantile(0.5)),
+                     min_cosine_activations=float(activations.min()), median_cosine_activations=float(activations.quantile(0.5)))
+
+
+def _hidden(encoder: Encoder, rows: Sequence[Ids]) -> Iterator[dict[str, Tensor]]:
+    """Of each text the (T, D) outputs of the table and of each layer."""
+    named = [("embedding", encoder.embed_tokens), *((f"layer {number}", layer) for number, layer in enumerate(encoder.layers))]
+    for row in rows:
+        ids = torch.tensor([row], device=encoder.norm.weight.device)
+        with _kept(named) as outputs:
+            encoder(ids, torch.ones_like(ids, dtype=torch.bool))
+        yield outputs
+
+
+@contextmanager
+def _kept(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Tensor]]:
+    """What each module gives inside the block, of the first text of the batch."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            outputs[name] = output[0].clone()
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layer_cosines(before: Sequence[dict[str, Tensor]], after: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """By layer, the cosine of each token of each text."""
+    found: dict[str, list[Tensor]] = {}
+    for exact, other in zip(before, after, strict=True):
+        for layer in exact:
+            found.setdefault(layer, []).append(torch.cosine_similarity(exact[layer], other[layer], dim=-1))
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
