@@ -219,10 +219,13 @@ def test_held_out_pairs_search_all_positives(encoder: Encoder, make: Callable[..
 
 def test_the_encoders_mode_and_gradients_are_left_alone_and_the_width_counts(encoder: Encoder, make: Callable[..., DevSets], folder: Path) -> None:
     sets, narrow = make(RETRIEVAL), make(replace(RETRIEVAL, dim=8))
+    modes: set[bool] = set()
+    encoder.norm.register_forward_hook(lambda module, *_: modes.add(module.training))
     for mode in (True, False):
         encoder.train(mode)
         scores = sets.score(encoder)
         assert encoder.training is mode
+    assert modes == {False}
     assert all(weight.requires_grad and weight.grad is None for weight in encoder.parameters())
     with torch.no_grad():
         encoder.dense[1].weight[8:] *= 100   # what follows the eighth channel decides everything but the short vectors
