@@ -6,7 +6,6 @@ import difflib
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from egemma_core.errors import ConfigError
@@ -69,10 +68,7 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}={value!r} is {type(value).__name__}, not a table.")
         return {key: _converted(part, get_args(hint)[1], f"{where}.{key}") for key, part in value.items()}
-    if hint is Path:
-        hint = str
-        fits = isinstance(value, str)
-    elif hint is float:
+    if hint is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:
         fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
