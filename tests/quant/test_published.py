@@ -49,12 +49,12 @@ def test_codes_scales_and_values_are_those_of_gguf(bits: int) -> None:
 
 
 def test_the_largest_value_decides_the_sign_of_a_q4_0_scale() -> None:
-    # Largest magnitude +4 -> d = -1/2, and +4 is the code -8; -3.5 is the code 7; 0.25 / -0.5 + 8.5 = 8 -> 0.
+    # Largest magnitude +4 -> d = -1/2, and +4 is the code -8; -3.5 is the code 7; 0.25 / -0.5 + 8.5 = 8 -> 0; -0.25 gives 9 -> 1, not half to even.
     row = torch.zeros(1, 32)
-    row[0, :4] = torch.tensor([4.0, -3.5, 0.25, -4.0])
+    row[0, :5] = torch.tensor([4.0, -3.5, 0.25, -4.0, -0.25])
     found = quantize(row, GgmlFormat(bits=4))
     assert found.scales.tolist() == [[-0.5]]
-    assert found.codes[0, :4].tolist() == [-8, 7, 0, 7]        # -4 would be 8, which does not exist
+    assert found.codes[0, :5].tolist() == [-8, 7, 0, 7, 1]     # -4 would be 8, which does not exist
 
 
 @pytest.mark.parametrize("bits", [4, 8])
