@@ -207,6 +207,20 @@ def test_another_configuration_and_a_foreign_folder_are_refused(tmp_path: Path) 
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
 
 
+def test_a_kill_before_the_first_file_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.run.json").write_text('{"asked')
+    assert run(Points(), CONFIG, tmp_path / "run").step == 12
+
+
+def test_the_log_is_drawn_with_every_state_once_a_step_is_in_it(tmp_path: Path) -> None:
+    drawn: list[list[str]] = []
+    config = replace(CONFIG, save_every=1, log_every=4, evaluate_every=2)
+    run(Points(scores=dict.fromkeys(range(13), 0.5)), config, tmp_path / "run", draw=lambda log, picture: drawn.append(log.read_text().splitlines()))
+    assert len(drawn) == 9
+    assert all(any("learning_rate" in line for line in lines) for lines in drawn)
+
+
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.step == 9:

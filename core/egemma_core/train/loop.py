@@ -139,7 +139,7 @@ def run(objective: Objective, config: LoopConfig, folder: Path, described: Mappi
         CheckpointError: the newest state cannot be read.
     """
     described = {**(described or {}), "loop": asdict(config)}
-    finished = ranks.agree(_open(folder, described, objective) if ranks.first else None)
+    finished = ranks.of_first(lambda: _open(folder, described, objective))
     if finished is not None:
         return Finished(**{**finished, "model": folder / "model"})
     states = folder / "checkpoints"
@@ -187,7 +187,7 @@ def run(objective: Objective, config: LoopConfig, folder: Path, described: Mappi
                           tokens_per_second=(state["tokens"] - first_tokens) / max(1e-9, state["seconds"] - before)))
         if last or _hopeless(state, config) or state["step"] % config.save_every == 0 or (better and config.patience is not None):
             _save(objective, parameters, optimizer, config, states, log, state, ranks)
-            if draw is not None and ranks.first:
+            if draw is not None and ranks.first and (last or state["step"] >= config.log_every):   # from then on there is a line of a step
                 draw(log, folder / "curves.png")
     return _finish(folder, config, state, ranks)
 
@@ -224,9 +224,9 @@ def _open(folder: Path, described: Mapping[str, Any], objective: Objective) -> d
         result = folder / "result.json"
         checkpoints.clean(folder / "checkpoints")
         return json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(found.name != f".{path.name}" for found in folder.iterdir()):   # that one is what a kill left of run.json
         raise ConfigError(f"{folder} is not empty and holds no run. Give another folder.")
-    (folder / "checkpoints").mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: weight.numel() for name, weight in objective.parameters().items()}
     facts = {"asked": described, "parameters": sum(sizes.values()), "torch": torch.__version__, "threads": torch.get_num_threads()}
     _write(path, facts)
@@ -242,6 +242,7 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
 def _save(objective: Objective, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, config: LoopConfig, states: Path,
           log: Path, state: dict[str, Any], ranks: Ranks) -> None:
     if ranks.first:
+        states.mkdir(exist_ok=True)
         folder = checkpoints.step_folder(states, state["step"])
         scratch = folder.with_name(f".new-{folder.name}")
         objective.save(scratch)

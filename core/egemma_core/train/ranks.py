@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from egemma_core.errors import ConfigError
+from egemma_core.errors import ConfigError, EgemmaError
 
 T = TypeVar("T")
 
@@ -79,6 +79,21 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def of_first(self, work: Callable[[], T]) -> T:
+        """What the first process's `work` gives, on all of them; the others do not call it. Its error is raised on all: none waits for it."""
+        if self.count == 1:
+            return work()
+        found: tuple[T | None, EgemmaError | None] = (None, None)
+        if self.first:
+            try:
+                found = (work(), None)
+            except EgemmaError as error:
+                found = (None, error)
+        value, failed = self.agree(found)
+        if failed is not None:
+            raise failed
+        return cast(T, value)
 
 
 ALONE = Ranks()
