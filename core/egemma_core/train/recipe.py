@@ -35,7 +35,7 @@ from egemma_core.train.denoise import DenoisingObjective, LanguageModelObjective
 from egemma_core.train.evaluate import DevConfig, DevSets
 from egemma_core.train.loop import Finished, LoopConfig, Objective, Tell, run
 from egemma_core.train.ranks import ALONE, Ranks
-from egemma_core.train.rates import Rates, RateSearch
+from egemma_core.train.rates import TOLERANCE, Rates, RateSearch, distance
 from egemma_core.train.rows import Dataset, DatasetConfig, read_dataset
 from egemma_core.train.soup import soup
 from egemma_core.train.tables import check_keys, read_table
@@ -179,6 +179,7 @@ class StageResult:
     seconds: float
     tokens: int
     mixtures: list[dict[str, Any]] = field(default_factory=list)   # rates and score of each run
+    dev: dict[str, dict[str, int]] = field(default_factory=dict)   # how many queries and documents of each dev set were used, of how many
 
 
 def read_recipe(path: Path, data: Path | None = None) -> Recipe:
@@ -255,6 +256,7 @@ class Runner:
             raise ConfigError(f"stage {wanting[0]!r} is quantization-aware: run the recipe with egemma-train, which brings egemma_quant.")
         self.recipe, self.out, self.ranks, self.through_of, self.tell, self.say = recipe, out, ranks, through_of, tell, say
         self._read: dict[str, Dataset] = {}
+        self._dev: dict[str, dict[str, int]] = {}
 
     def run(self) -> list[StageResult]:
         """Every stage's result. The last model lies in OUT/model.
@@ -297,7 +299,9 @@ class Runner:
         self.ranks.agree(None)
 
     def _once(self, stage: Stage, folder: Path, before: Path | None) -> StageResult:
-        return _result(stage, self._train(stage, folder, before, None))
+        finished = self._train(stage, folder, before, None)
+        return StageResult(stage=stage.name, model=str(finished.model), scores=finished.scores, step=finished.step, stopped=finished.stopped, seconds=finished.seconds,
+                           tokens=finished.tokens, dev=self._dev if stage.kind == "contrast" else {})
 
     def _mixtures(self, stage: Stage, folder: Path, before: Path | None) -> StageResult:
         """One run per mixture, the best ones averaged, and the average scored beside them."""
@@ -320,7 +324,8 @@ class Runner:
                 search.tell(rates, finished.scores["score"])
             self.ranks.agree(None)
             runs.append((rates, finished))
-        best = sorted(range(len(runs)), key=lambda index: -runs[index][1].scores["score"])[: stage.mixtures.best]
+        chosen = [scored.rates for scored in search.best(stage.mixtures.best)]   # each unlike those before it
+        best = [next(index for index, (rates, _) in enumerate(runs) if distance(rates, one) <= TOLERANCE) for one in chosen]
         if self.ranks.first and not (folder / "model").exists():
             soup([runs[index][1].model for index in best], folder / "model")
         self.ranks.agree(None)
@@ -328,7 +333,7 @@ class Runner:
         scores = self.ranks.agree(self._contrast(stage, encoder, tokenizer_path, prompts, None).evaluate())
         mixtures = [{"rates": rates, "scores": finished.scores, "in_soup": index in best, "model": str(finished.model)} for index, (rates, finished) in enumerate(runs)]
         return StageResult(stage=stage.name, model=str(folder / "model"), scores=scores, step=stage.loop.steps, mixtures=mixtures,
-                           stopped=f"the average of {len(best)} of {len(runs)} runs", seconds=sum(run.seconds for _, run in runs), tokens=sum(run.tokens for _, run in runs))
+                           stopped=f"the average of {len(best)} of {len(runs)} runs", seconds=sum(run.seconds for _, run in runs), tokens=sum(run.tokens for _, run in runs), dev=self._dev)
 
     def _train(self, stage: Stage, folder: Path, before: Path | None, rates: Rates | None) -> Finished:
         encoder, tokenizer_path, prompts = self._load(before)
@@ -358,7 +363,8 @@ class Runner:
             datasets = [replace(dataset, config=replace(dataset.config, rate=rates[dataset.name])) for dataset in datasets]
             config = replace(config, sampling="rates")
         tokenizer = tokenizer_of(tokenizer_path, encoder.config)
-        dev = DevSets(self.recipe.dev, self.recipe.folder, tokenizer, prompts) if self.recipe.dev else None
+        dev = DevSets(self.recipe.dev, self.recipe.folder, tokenizer, prompts, precision=stage.loss.precision) if self.recipe.dev else None
+        self._dev = dev.described() if dev is not None else {}
         options: dict[str, Any] = {} if stage.scheme is None or self.through_of is None else {"through": self.through_of(stage.scheme, stage.activations)}
         return Contrast(encoder, BatchesAhead(Batches(datasets, tokenizer, prompts, config)), stage.loss, tokenizer_path=tokenizer_path, prompts=prompts, dev=dev,
                         matching=self._matching(stage.teacher, encoder, datasets), ranks=self.ranks, **options)
@@ -443,11 +449,6 @@ def pieces_in(path: Path) -> int:
 
 def _titled(title: str | None, text: str) -> str:
     return f"{title}\n{text}" if title else text
-
-
-def _result(stage: Stage, finished: Finished) -> StageResult:
-    return StageResult(stage=stage.name, model=str(finished.model), scores=finished.scores, step=finished.step, stopped=finished.stopped, seconds=finished.seconds,
-                       tokens=finished.tokens)
 
 
 def _write(path: Path, content: Any) -> None:

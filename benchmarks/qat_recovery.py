@@ -1,0 +1,142 @@
+"""How much of a float model's score does int4 keep, with quantization-aware finetuning and with plain rounding?
+
+    python benchmarks/qat_recovery.py --data ../shared/data --seed 0      # one seed; stopped, the same command goes on
+    python benchmarks/qat_recovery.py --report                            # all finished seeds into benchmarks/results/qat_recovery.json
+
+A small model is trained in float; from there, with the same batches and rates, it is finetuned in float (the control), and quantization-aware for each
+scheme. Scored are the control, the control rounded afterwards (post-training), and the quantization-aware one rounded, which is what ships: nDCG@10, mean
+of seven retrieval sets, none of which was trained on. Losses are relative to the control of the same seed, so the extra steps are no advantage. The interval of a
+difference is a bootstrap over queries, paired; that of the means is Student's t over seeds. Not answered: how large models lose; EmbeddingGemma's own weights are not here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import small
+from benchmarks.latency import commit, machine
+from egemma_core.checkpoint import open_checkpoint
+from egemma_core.nn.load import load_encoder
+from egemma_core.train.batches import BatchConfig, Batches
+from egemma_core.train.contrast import Contrast, ContrastConfig, Through
+from egemma_core.train.evaluate import DevSets, paired_difference, t_interval
+from egemma_core.train.loop import LoopConfig, Progress, run
+from egemma_quant.qat import rounded
+from egemma_quant.schemes import SCHEMES, Scheme
+
+RESULTS = small.ROOT / "benchmarks/results/qat_recovery.json"
+BATCHES = BatchConfig(batch_size=96, max_query_tokens=48, max_document_tokens=64, hard_negatives=True, default_task_share=0.5, lower_case_share=0.25)
+LOSS = ContrastConfig(share_negatives=True, hardness=0.0)
+TRAINED = ("int4", "mixed")   # schemes that are finetuned for
+
+
+def through(scheme: Scheme) -> Through:
+    return lambda encoder: rounded(encoder, scheme)
+
+
+def one_seed(args: argparse.Namespace) -> None:
+    """Everything of one seed, into work/seed-N/result.json."""
+    work: Path = args.work / f"seed-{args.seed}"
+    sets = small.datasets(args.data)
+    path, tokenizer, prompts = small.tokenizer_and_prompts()
+    config = small.shape(args.width, args.layers, args.ffn_width, (args.width, args.width // 2, args.width // 4), args.head_dim)
+    dims = config.dims
+    dev = {dim: DevSets(small.dev_sets(args.queries, 96, dim=dim), args.data, tokenizer, prompts) for dim in dims[:1]}
+
+    def tell(progress: Progress) -> None:
+        if progress.step % 50 == 0:
+            print(f"step {progress.step} of {progress.steps}, loss {progress.outcome.losses['loss']:.3f}, {progress.seconds_left / 60:.0f} min left", flush=True)
+
+    def train(name: str, start: Path | None, steps: int, rate: float, seed: int, context: Through) -> Path:
+        encoder = small.started(config, sets, args.work, args.seed) if start is None else load_encoder(open_checkpoint(start)).requires_grad_()
+        objective = Contrast(encoder, Batches(sets, tokenizer, prompts, replace(BATCHES, seed=seed)), LOSS, tokenizer_path=path, prompts=prompts, through=context)
+        print(name, flush=True)
+        return run(objective, LoopConfig(steps=steps, learning_rate=rate, warmup_steps=max(5, steps // 10), save_every=50), work / name, {"seed": seed}, tell=tell).model
+
+    start = train("float", None, args.steps, args.learning_rate, 1000 + args.seed, lambda encoder: nullcontext())
+    control = train("control", start, args.extra_steps, args.extra_rate, 2000 + args.seed, lambda encoder: nullcontext())
+    models: dict[str, tuple[Path, Scheme | None]] = {"before": (start, None), "control": (control, None)}
+    for name, scheme in SCHEMES.items():
+        models[f"{name}, rounded afterwards"] = (control, scheme)
+    for name in TRAINED:
+        trained = train(name, start, args.extra_steps, args.extra_rate, 2000 + args.seed, through(SCHEMES[name]))
+        models[f"{name}, trained"] = (trained, SCHEMES[name])
+    values: dict[str, dict[int, dict[str, np.ndarray[Any, Any]]]] = {}
+    for name, (model, scheme) in models.items():
+        encoder = load_encoder(open_checkpoint(model))
+        with rounded(encoder, scheme) if scheme is not None else nullcontext():
+            values[name] = {dim: dev[dim].per_query(encoder) for dim in dev}
+        print(name, {dim: round(mean(found), 4) for dim, found in values[name].items()}, flush=True)
+    result: dict[str, Any] = {"seed": args.seed, "scores": {name: {dim: mean(found) for dim, found in by_dim.items()} for name, by_dim in values.items()}, "differences": {}}
+    for name in values:
+        if name not in ("before", "control"):
+            sets_of = values[name][dims[0]]
+            parts = [paired_difference(sets_of[key], values["control"][dims[0]][key], seed=args.seed) for key in sets_of]
+            result["differences"][name] = {key: list(part) for key, part in zip(sets_of, parts, strict=True)}
+    result["asked"] = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in ("report", "work", "data", "seed")}
+    result |= {"machine": machine(), "commit": commit(), "parameters": sum(weight.numel() for weight in load_encoder(open_checkpoint(start)).parameters())}
+    (work / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def mean(found: dict[str, Any]) -> float:
+    return float(np.mean([value.mean() for value in found.values()]))
+
+
+def report(work: Path) -> dict[str, Any]:
+    """Means over seeds, and the relative loss to each seed's control, with Student's t interval."""
+    seeds = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(work.glob("seed-*/result.json"))]
+    table: dict[str, Any] = {}
+    for name in seeds[0]["scores"]:
+        table[name] = {}
+        for dim in seeds[0]["scores"][name]:
+            scores = [seed["scores"][name][dim] for seed in seeds]
+            losses = [100 * (1 - seed["scores"][name][dim] / seed["scores"]["control"][dim]) for seed in seeds]
+            table[name][dim] = {"scores": [round(score, 4) for score in scores], "loss_percent": [round(loss, 2) for loss in losses],
+                                "mean_loss_percent": [round(value, 2) for value in t_interval(losses)] if len(seeds) > 1 and name != "control" else None}
+    return {"machine": seeds[0]["machine"], "commit": seeds[0]["commit"], "asked": seeds[0]["asked"], "parameters": seeds[0]["parameters"],
+            "seeds": [seed["seed"] for seed in seeds], "table": table, "differences": {seed["seed"]: seed["differences"] for seed in seeds}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=small.DATA)
+    parser.add_argument("--work", type=Path, default=small.ROOT / "build/qat-recovery")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--ffn-width", type=int, default=256)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--extra-steps", type=int, default=200)
+    parser.add_argument("--extra-rate", type=float, default=5e-4)
+    parser.add_argument("--queries", type=int, default=1000, help="at most so many per set")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.report:
+        found = report(args.work)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for name, by_dim in found["table"].items():
+            print(f"{name:<40}", {dim: (value["scores"], value["mean_loss_percent"]) for dim, value in by_dim.items()})
+    else:
+        one_seed(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
