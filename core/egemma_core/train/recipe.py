@@ -206,6 +206,13 @@ def recipe_of(tree: Mapping[str, Any], name: str, beside: Path, data: Path | Non
     for key, kind in (("start", dict), ("data", dict), ("stages", list)):
         if not isinstance(tree.get(key), kind) or not tree[key]:
             raise ConfigError(f"it needs {'tables [[stages]]' if key == 'stages' else f'a table [{key}]'}.")
+    for kind in ("data", "dev"):
+        tables = tree.get(kind, {})
+        wrong = [f"{kind}.{key}" for key, table in tables.items() if not isinstance(table, dict)] if isinstance(tables, dict) else [kind]
+        if wrong:
+            raise ConfigError(f"[{wrong[0]}]: not a table.")
+    if not isinstance(tree.get("folder", ""), str):
+        raise ConfigError(f"folder={tree['folder']!r} is {type(tree['folder']).__name__}, not the path of a folder.")
     start = dict(tree["start"])
     head = {"head": read_table(HeadConfig, start.pop("head"), "[start.head]")} if "head" in start else {}
     shape = {"shape": read_table(Shape, start.pop("shape"), "[start.shape]")} if "shape" in start else {}
