@@ -206,9 +206,9 @@ def recipe_of(tree: Mapping[str, Any], name: str, beside: Path, data: Path | Non
     for key, kind in (("start", dict), ("data", dict), ("stages", list)):
         if not isinstance(tree.get(key), kind) or not tree[key]:
             raise ConfigError(f"it needs {'tables [[stages]]' if key == 'stages' else f'a table [{key}]'}.")
-    for kind in ("data", "dev"):
-        tables = tree.get(kind, {})
-        wrong = [f"{kind}.{key}" for key, table in tables.items() if not isinstance(table, dict)] if isinstance(tables, dict) else [kind]
+    for key in ("data", "dev"):
+        tables = tree.get(key, {})
+        wrong = [f"{key}.{name}" for name, table in tables.items() if not isinstance(table, dict)] if isinstance(tables, dict) else [key]
         if wrong:
             raise ConfigError(f"[{wrong[0]}]: not a table.")
     if not isinstance(tree.get("folder", ""), str):
