@@ -75,9 +75,12 @@ def matching() -> Matching:
     return Matching(Oracle(), TeacherSpace(32, 24, "linear"))  # type: ignore[arg-type]
 
 
-def objective(tokenizer_path: Path, config: ContrastConfig = LOSS, *datasets: Dataset, hard_negatives: bool = True, **options: Any) -> Contrast:
+def objective(tokenizer_path: Path, config: ContrastConfig = LOSS, *datasets: Dataset, hard_negatives: bool = True, shard: bool = False, **options: Any) -> Contrast:
     given: dict[str, Any] = {"matching": matching() if config.matching else None, **options}
-    return Contrast(random_encoder(CONFIG, 1).requires_grad_(), batches(tokenizer_path, *datasets, hard_negatives=hard_negatives), config,
+    encoder = random_encoder(CONFIG, 1).requires_grad_()
+    if shard:
+        given["ranks"].shard(encoder)
+    return Contrast(encoder, batches(tokenizer_path, *datasets, hard_negatives=hard_negatives), config,
                     tokenizer_path=tokenizer_path, prompts=EMBEDDING_GEMMA, **given)
 
 
@@ -248,6 +251,14 @@ def test_a_teacher_and_its_weight_come_together_and_widths_are_the_models(tiny_s
         objective(tiny_spm, replace(LOSS, dims=(32, 8)))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 RUN = LoopConfig(steps=6, learning_rate=1e-2, warmup_steps=1, save_every=2, log_every=1, keep=3)
 TRAINED = replace(LOSS, matching=1.0)
 
@@ -284,12 +295,7 @@ def script(tokenizer_path: Path, folder: Path, kill_at: int | None = None) -> li
 
 def test_a_run_that_was_killed_ends_with_the_same_bits_and_opens_elsewhere(tiny_spm: Path, tmp_path: Path) -> None:
     whole = objective(tiny_spm, TRAINED, *two_sets())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        finished = run(whole, RUN, tmp_path / "whole")
-    finally:
-        torch.set_num_threads(threads)
+    finished = run(whole, RUN, tmp_path / "whole")
     before = random_encoder(CONFIG, 1)
     assert all(not torch.equal(weight, old) for weight, old in zip(whole.encoder.parameters(), before.parameters(), strict=True))
     sources = script(tiny_spm, tmp_path / "killed", kill_at=5)

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from egemma_core.errors import ConfigError
 from egemma_core.train import checkpoints
 from egemma_core.train.contrast import Contrast
 from egemma_core.train.denoise import DenoisingObjective, LanguageModelObjective
+from egemma_core.train.encode import by_length
 from egemma_core.train.loop import LoopConfig, Objective, run
-from egemma_core.train.ranks import ALONE, Ranks, join
+from egemma_core.train.ranks import ALONE, Ranks, is_shard, join, whole
+from egemma_quant.train import through_of
 from tests.core.test_contrast import LOSS, ROWS, dataset, objective, two_sets
 from tests.core.test_denoise import denoising, language_model
 
 ROOT = Path(__file__).parents[2]
 ONE_NEGATIVE = [replace(row, negatives=row.negatives if number == 0 else ()) for number, row in enumerate(ROWS)]   # so one process has none
 TEACHER = replace(LOSS, matching=2.0, spread_out=0.5)
-STEPS = (0, 1, 2)   # each in another order of rows
+STEPS = (0, 1)   # each in another order of rows
 RUN = LoopConfig(steps=5, learning_rate=2e-4, warmup_steps=1, save_every=2, log_every=1, evaluate_every=2)
 OBJECTIVES: dict[str, Callable[[Path, Ranks], Any]] = {
     "pairs": lambda spm, ranks: objective(spm, LOSS, hard_negatives=False, ranks=ranks),
@@ -41,38 +43,54 @@ OBJECTIVES: dict[str, Callable[[Path, Ranks], Any]] = {
     "teacher, two sets": lambda spm, ranks: objective(spm, replace(TEACHER, recompute=True), *two_sets(), ranks=ranks),
     "denoising": lambda spm, ranks: denoising(spm, ranks=ranks),
     "language model": lambda spm, ranks: language_model(spm, ranks=ranks)}
-RUNS = ("teacher, two sets", "denoising")
+SHARDED: dict[str, Callable[[Path, Ranks], Any]] = {
+    "shards": lambda spm, ranks: objective(spm, replace(TEACHER, chunk_tokens=60), *two_sets(), ranks=ranks, shard=True),
+    "shards, recomputed": lambda spm, ranks: objective(spm, replace(TEACHER, chunk_tokens=60, recompute=True), *two_sets(), ranks=ranks, shard=True),
+    "shards, rounded": lambda spm, ranks: objective(spm, replace(TEACHER, chunk_tokens=60, recompute=True), *two_sets(), ranks=ranks, shard=True, through=through_of("int4", False))}
+OBJECTIVES |= SHARDED
+RUNS = ("teacher, two sets", "denoising", "shards", "shards, rounded")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Scored:
     """An objective whose dev score is another one on each process: what counts is the first one's."""
 
     def __init__(self, of: Contrast | DenoisingObjective | LanguageModelObjective, rank: int) -> None:
-        self.parameters, self.backward, self.save, self.rank = of.parameters, of.backward, of.save, rank
+        self.parameters, self.backward, self.save, self.encoder, self.rank = of.parameters, of.backward, of.save, of.encoder, rank
 
+    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        return {"score": float(self.rank)}
+        return {"score": self.rank + self.encoder(torch.tensor([[2, 5, 6, 7, 1]]), torch.ones(1, 5, dtype=torch.bool))[0, 0].item()}
 
 
 def computed(made: Any, step: int) -> tuple[dict[str, float], int, str, dict[str, Tensor]]:
     for weight in made.parameters().values():
         weight.grad = None
     outcome = made.backward(step)
-    return outcome.losses, outcome.tokens, outcome.source, {name: weight.grad.clone() for name, weight in made.parameters().items() if weight.grad is not None}
+    return outcome.losses, outcome.tokens, outcome.source, {name: whole(weight.grad).clone() for name, weight in made.parameters().items() if weight.grad is not None}
 
 
 def trained(made: Any, folder: Path, ranks: Ranks) -> tuple[dict[str, Tensor], Any]:
     scored: Objective = Scored(made, ranks.rank)
     finished = run(scored, RUN, folder, ranks=ranks)
-    return {name: weight.detach().clone() for name, weight in made.parameters().items()}, finished
+    return {name: whole(weight.detach()).clone() for name, weight in made.parameters().items()}, finished
 
 
 def worker(spm: Path, folder: Path) -> None:
     """What each of two processes does; the results lie in files by rank."""
     torch.set_num_threads(1)
     with join("cpu") as ranks:
+        made = {name: make(spm, ranks) for name, make in OBJECTIVES.items()}
         results: dict[str, Any] = {
-            "gradients": {name: [computed(make(spm, ranks), step) for step in STEPS] for name, make in OBJECTIVES.items()},
+            "gradients": {name: [computed(made[name], step) for step in STEPS] for name in OBJECTIVES},
+            "is shard": {name: all(map(is_shard, made[name].encoder.parameters())) for name in OBJECTIVES},
             "sum": ranks.sum(torch.tensor([1.0 + ranks.rank])), "gather": ranks.gather(torch.tensor([1.0 + ranks.rank])), "agree": ranks.agree(f"from {ranks.rank}")}
         for refuse in (lambda: ranks.share(7), lambda: ranks.of_first(lambda: Ranks(count=2).share(3))):
             try:
@@ -128,6 +146,20 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one(tiny_spm: Path, pai
                 torch.testing.assert_close(theirs[weight], gradient, rtol=1e-5, atol=2e-6 * largest, msg=lambda text, where=f"step {step}, {weight}": f"{where}: {text}")
 
 
+def test_shards_are_shards_and_their_processes_have_unlike_numbers_of_chunks(tiny_spm: Path, pair: tuple[Path, list[dict[str, Any]]]) -> None:
+    for results in pair[1]:
+        assert results["is shard"] == {name: name in SHARDED for name in OBJECTIVES}
+    numbers = []
+    for rank in range(2):
+        made = objective(tiny_spm, replace(TEACHER, chunk_tokens=60), *two_sets())
+        batch = made.batches.at(0)
+        rows = slice(4 * rank, 4 * rank + 4)
+        before = sum(batch.has_negative[: rows.start])
+        negatives = batch.negatives[before : before + sum(batch.has_negative[rows])]
+        numbers.append(len(by_length([*batch.queries[rows], *batch.positives[rows], *negatives], 60)))
+    assert numbers[0] != numbers[1]
+
+
 def test_processes_tell_each_other_what_they_have(pair: tuple[Path, list[dict[str, Any]]]) -> None:
     for results in pair[1]:
         assert results["sum"].tolist() == [3.0]
@@ -147,7 +179,8 @@ def test_a_run_of_two_processes_is_that_of_one_and_the_first_writes(tiny_spm: Pa
     for result in results:
         for key in (name, f"{name} again"):
             theirs, their_finished = result[key]
-            assert (their_finished.step, their_finished.tokens, their_finished.scores) == (5, finished.tokens, {"score": 0.0})
+            assert (their_finished.step, their_finished.tokens) == (5, finished.tokens)
+            assert their_finished.scores == pytest.approx(finished.scores, abs=1e-5)
             for weight, value in weights.items():
                 # Adam divides a gradient by its own size, so where that is near 0 its rounding shows: up to a twentieth of one step, in one number of thousands.
                 torch.testing.assert_close(theirs[weight], value, rtol=0, atol=1e-5, msg=lambda text, weight=weight: f"{weight}: {text}")

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from egemma_core.errors import CheckpointError
+from egemma_core.train.ranks import cut_like, whole
 
 TRAINING = "training"
 _STEP = re.compile(r"step-(\d{8})")
@@ -37,13 +38,18 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def add_training_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def moments_of(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's moments, whole, by kind and parameter; of shards only if every process asks."""
+    return {f"{kind}.{name}": whole(value.detach()).cpu().contiguous() for name, weight in parameters.items()
+            for kind, value in optimizer.state.get(weight, {}).items() if isinstance(value, Tensor) and value.ndim}
+
+
+def add_training_state(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor],
+                       state: Mapping[str, Any]) -> None:
     """Write `training/` into a checkpoint folder: moments, parameters that the published layout has no place for, and `state`."""
     place = folder / TRAINING
     place.mkdir()
-    moments = {f"{kind}.{name}": value.detach().cpu().contiguous() for name, weight in parameters.items()
-               for kind, value in optimizer.state.get(weight, {}).items() if isinstance(value, Tensor) and value.ndim}
-    save_file(moments, place / "optimizer.safetensors")
+    save_file(dict(moments), place / "optimizer.safetensors")
     published = _published(folder)
     save_file({name: weight.detach().cpu().contiguous() for name, weight in parameters.items() if name not in published}, place / "extra.safetensors")
     steps = {name: int(optimizer.state[weight]["step"]) for name, weight in parameters.items() if weight in optimizer.state}   # one that was never moved has none
@@ -74,10 +80,10 @@ def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: tor
     for name, weight in parameters.items():
         if weights[name].shape != weight.shape or weights[name].dtype != weight.dtype:
             raise CheckpointError(f"{folder}: {name} is {tuple(weights[name].shape)} {weights[name].dtype}, this run's is {tuple(weight.shape)} {weight.dtype}.")
-        weight.copy_(weights[name])
+        weight.copy_(cut_like(weights[name], weight))
         if name in steps:
             counter = torch.tensor(float(steps[name]), device=weight.device)   # fused AdamW keeps it beside the weight
-            optimizer.state[weight] = {"step": counter, **{kind: moment.to(weight.device) for kind, moment in by_name[name].items()}}
+            optimizer.state[weight] = {"step": counter, **{kind: cut_like(moment, weight) for kind, moment in by_name[name].items()}}
     return state
 
 

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", type=Path, help="TOML file")
     run.add_argument("--out", type=Path, required=True, help="folder of the run; the last model will lie in OUT/model")
     run.add_argument("--data", type=Path, help="folder of the data (default: what the recipe says)")
+    run.add_argument("--shard", action="store_true", help="divide the encoder among torchrun's processes in contrast stages, instead of a whole one in each")
     _machine(run)
 
     toy = verbs.add_parser("toy", help="write a toy recipe with its data into a folder and run all its stages (about two minutes on 2 cores)")
@@ -108,7 +109,7 @@ def _run(args: argparse.Namespace, through_of: ThroughOf | None) -> int:
     _threads(args.threads)
     recipe = read_recipe(args.recipe, args.data)
     with join(args.device) as ranks, _progress(ranks.first) as (tell, say):
-        results = Runner(recipe, args.out, ranks=ranks, through_of=through_of, tell=tell, say=say).run()
+        results = Runner(recipe, args.out, ranks=ranks, shard=args.shard, through_of=through_of, tell=tell, say=say).run()
     if ranks.first:
         print(summary(results))
         print(f"model: {args.out / 'model'}")
@@ -118,7 +119,7 @@ def _run(args: argparse.Namespace, through_of: ThroughOf | None) -> int:
 def _toy(args: argparse.Namespace, through_of: ThroughOf | None) -> int:
     from egemma_core.train.presets.toy import write_toy
 
-    args.recipe, args.data = write_toy(args.out), None
+    args.recipe, args.data, args.shard = write_toy(args.out), None, False
     args.out = args.out / "run"
     return _run(args, through_of)
 

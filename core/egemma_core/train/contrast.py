@@ -34,7 +34,7 @@ from egemma_core.train.losses import (
     right_negatives,
     spread_out_loss,
 )
-from egemma_core.train.ranks import ALONE, Ranks
+from egemma_core.train.ranks import ALONE, Ranks, gathered, is_shard
 from egemma_core.train.teacher import Role, Teacher, TeacherSpace
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class Contrast:
         order = by_length(rows, self.config.chunk_tokens)
         device = self.ranks.device
         chunks = [pad([rows[index] for index in chunk], self.encoder.config.pad_id, device) for chunk in order]
+        if any(map(is_shard, self.encoder.parameters())):   # all processes gather a layer's weights together: those with fewer chunks repeat one, whose vectors nobody reads
+            chunks += chunks[:1] * (self.ranks.most(len(chunks)) - len(chunks))
         position = torch.tensor([index for chunk in order for index in chunk]).argsort().to(device)
         parts: dict[str, Tensor] = {}
 
@@ -185,4 +187,6 @@ class Contrast:
             return self.dev.score(self.encoder)
 
     def save(self, folder: Path) -> None:
-        save_checkpoint(self.encoder, self.tokenizer_path, self.prompts, folder)
+        with gathered(self.encoder):
+            if self.ranks.first:
+                save_checkpoint(self.encoder, self.tokenizer_path, self.prompts, folder)

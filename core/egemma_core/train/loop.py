@@ -25,7 +25,7 @@ from torch import nn
 
 from egemma_core.errors import ConfigError, EgemmaError
 from egemma_core.train import checkpoints
-from egemma_core.train.ranks import ALONE, Ranks
+from egemma_core.train.ranks import ALONE, Ranks, is_shard
 
 Schedule = Literal["cosine", "linear", "constant"]
 FINAL_SHARE = 0.01   # of the peak learning rate, at the end of a cosine or linear schedule
@@ -59,7 +59,7 @@ class Objective(Protocol):
         """Dev scores, higher is better, "score" among them; empty without a dev set."""
 
     def save(self, folder: Path) -> None:
-        """A checkpoint in the published layout; `folder` does not exist yet."""
+        """A checkpoint in the published layout; `folder` does not exist yet. The first process calls it; of shards all do, and the first writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def run(objective: Objective, config: LoopConfig, folder: Path, described: Mappi
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         outcome = objective.backward(step)
-        norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_gradient_norm))
+        norm = ranks.clip(parameters.values(), config.max_gradient_norm)
         if not (math.isfinite(outcome.losses["loss"]) and math.isfinite(norm)):
             good = f"the state of step {max(checkpoints.steps_in(states), default=0)} in {states} is intact" if checkpoints.steps_in(states) else "no state was saved yet"
             raise DivergedError(f"step {step} ({outcome.source}): loss={outcome.losses['loss']}, gradient norm={norm}; {good}. "
@@ -198,10 +198,11 @@ def _hopeless(state: Mapping[str, Any], config: LoopConfig) -> bool:
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: LoopConfig) -> torch.optim.AdamW:
     """AdamW; only matrices that multiply are decayed."""
-    decayed = {name: weight for name, weight in parameters.items() if weight.ndim == 2 and "embed_tokens" not in name}
-    kept = [weight for name, weight in parameters.items() if name not in decayed]
-    groups = [{"params": list(decayed.values()), "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}   # the fused kernel takes no shards together with whole ones
+    for name, weight in parameters.items():
+        decay = config.weight_decay if weight.ndim == 2 and "embed_tokens" not in name else 0.0
+        groups.setdefault((decay, is_shard(weight)), []).append(weight)
+    return torch.optim.AdamW([{"params": group, "weight_decay": decay} for (decay, _), group in groups.items()], lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
@@ -241,13 +242,17 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 def _save(objective: Objective, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, config: LoopConfig, states: Path,
           log: Path, state: dict[str, Any], ranks: Ranks) -> None:
+    sharded = any(map(is_shard, parameters.values()))
+    folder = checkpoints.step_folder(states, state["step"])
+    scratch = folder.with_name(f".new-{folder.name}")
     if ranks.first:
         states.mkdir(exist_ok=True)
-        folder = checkpoints.step_folder(states, state["step"])
-        scratch = folder.with_name(f".new-{folder.name}")
+    if ranks.first or sharded:
         objective.save(scratch)
+        moments = checkpoints.moments_of(parameters, optimizer)
+    if ranks.first:
         state["log_bytes"] = log.stat().st_size if log.exists() else 0
-        checkpoints.add_training_state(scratch, parameters, optimizer, state)
+        checkpoints.add_training_state(scratch, parameters, optimizer, moments, state)
         checkpoints.publish(scratch, folder)
         kept = {*checkpoints.steps_in(states)[-config.keep :], state["best"]["step"] if state["best"] and config.patience is not None else state["step"]}
         for step in set(checkpoints.steps_in(states)) - kept:

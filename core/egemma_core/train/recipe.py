@@ -157,6 +157,9 @@ class Stage:
                 raise ConfigError(f"a {self.kind} stage has texts, and no {wrong or 'more'}.")
         if self.activations and self.scheme is None:
             raise ConfigError("activations=true without a scheme.")
+        if self.scheme is not None and self.loss.precision != "float32":
+            raise ConfigError(f"scheme={self.scheme!r} with precision={self.loss.precision!r}: bfloat16 would round the weights once more, and what is trained would not be "
+                              "what ships. Leave precision at float32 in this stage.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,16 +255,19 @@ class Runner:
 
     Args:
         through_of: makes quantization-aware contexts of a scheme's name; `egemma_quant` brings it. None refuses such stages.
+        shard: divide encoder, gradient and moments among the processes in contrast stages; in the others each has all of them.
         tell: hears of every step.
         say: hears of every stage, once.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, *, ranks: Ranks = ALONE, through_of: ThroughOf | None = None, tell: Tell = lambda progress: None,
-                 say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, recipe: Recipe, out: Path, *, ranks: Ranks = ALONE, shard: bool = False, through_of: ThroughOf | None = None,
+                 tell: Tell = lambda progress: None, say: Callable[[str], None] = lambda line: None) -> None:
+        if shard and ranks.count == 1:
+            raise ConfigError("--shard divides a model among processes, and there is one. Start several with torchrun --nproc-per-node N, or leave it out.")
         wanting = [stage.name for stage in recipe.stages if stage.scheme is not None]
         if wanting and through_of is None:
             raise ConfigError(f"stage {wanting[0]!r} is quantization-aware: run the recipe with egemma-train, which brings egemma_quant.")
-        self.recipe, self.out, self.ranks, self.through_of, self.tell, self.say = recipe, out, ranks, through_of, tell, say
+        self.recipe, self.out, self.ranks, self.shard, self.through_of, self.tell, self.say = recipe, out, ranks, shard, through_of, tell, say
         self._read: dict[str, Dataset] = {}
         self._dev: dict[str, dict[str, int]] = {}
 
@@ -277,7 +283,7 @@ class Runner:
         model: Path | None = None
         for number, stage in enumerate(self.recipe.stages, start=1):
             folder = self.out / f"{number}-{stage.name}"
-            self.say(f"{number} of {len(self.recipe.stages)}: {stage.name}")
+            self.say(f"{number} of {len(self.recipe.stages)}: {stage.name}{', whole in each process' if self.shard and stage.kind != 'contrast' else ''}")
             before = None if stage.init == "start" else model
             result = self._mixtures(stage, folder, before) if stage.mixtures else self._once(stage, folder, before)
             model = Path(result.model)
@@ -369,6 +375,8 @@ class Runner:
         if rates is not None:
             datasets = [replace(dataset, config=replace(dataset.config, rate=rates[dataset.name])) for dataset in datasets]
             config = replace(config, sampling="rates")
+        if self.shard:
+            self.ranks.shard(encoder)
         tokenizer = tokenizer_of(tokenizer_path, encoder.config)
         dev = DevSets(self.recipe.dev, self.recipe.folder, tokenizer, prompts, precision=stage.loss.precision) if self.recipe.dev else None
         self._dev = dev.described() if dev is not None else {}
