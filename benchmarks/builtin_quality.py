@@ -12,65 +12,45 @@ Writes benchmarks/results/builtin_quality.json and prints Markdown tables.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import random
 import re
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.small import BUILTIN, DEV
 from egemma_core.checkpoint import Checkpoint, open_checkpoint
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
-from egemma_core.train.data import tokenize
-from egemma_core.train.loop import encode_rows
+from egemma_core.train.dev_files import Retrieval, read_retrieval
+from egemma_core.train.encode import encode_rows
+from egemma_core.train.evaluate import best_hits, judge
 from egemma_core.vectors import shorten
 from egemma_quant.schemes import INT4
 from egemma_quant.weights import quantize_encoder, with_weights
 
-RESULTS = Path(__file__).parent / "results" / "builtin_quality.json"
 HERE = Path(__file__).parent
-QUESTION, SEARCH, CODE = "question answering", "search result", "code retrieval"
-SETS = {  # folder and the task its queries are given
-    "retrieval/squad-dev": QUESTION,
-    "retrieval/medquad-test": QUESTION,
-    "retrieval/cranfield": SEARCH,
-    "code/nl2bash-test": CODE,
-    "code/tldr-test": CODE,
-    "code/pycode-test": CODE,
-    "code/mbxp-test/python": CODE,
-}
+RESULTS = HERE / "results" / "builtin_quality.json"
 WORD = re.compile(r"[^\W_]+")
-CUT = 10  # hits that count
 
 
-@dataclass(frozen=True)
-class RetrievalSet:
-    queries: dict[str, str]
-    documents: dict[str, tuple[str | None, str]]  # id to title and text
-    relevant: dict[str, dict[str, float]]  # query id to document id to degree
-
-
-def read_set(folder: Path, max_queries: int) -> RetrievalSet:
-    def rows(name: str) -> list[dict[str, str]]:
-        with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-
-    relevant: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in rows("qrels"):
-        relevant[row["q"]][row["d"]] = float(row["rel"])
-    queries = {row["id"]: row["text"] for row in rows("queries") if row["id"] in relevant}
-    chosen = sorted(random.Random(0).sample(sorted(queries), min(max_queries, len(queries))))
-    documents = {row["id"]: (row.get("title"), row["text"]) for row in rows("corpus")}
-    return RetrievalSet({query: queries[query] for query in chosen}, documents, dict(relevant))
+def read_set(folder: Path, max_queries: int) -> Retrieval:
+    """A set with at most that many of its queries, drawn with a fixed seed."""
+    found = read_retrieval(folder)
+    chosen = sorted(random.Random(0).sample(sorted(found.relevant), min(max_queries, len(found.relevant))))
+    return replace(found, queries={query: found.queries[query] for query in chosen})
 
 
 def bm25(queries: Sequence[str], documents: Sequence[str], k1: float = 1.2, b: float = 0.75) -> NDArray[np.float32]:
@@ -91,35 +71,23 @@ def bm25(queries: Sequence[str], documents: Sequence[str], k1: float = 1.2, b: f
     return scores
 
 
-def measure(scores: NDArray[np.float32], found: RetrievalSet) -> dict[str, float]:
-    """nDCG@10, recall@10 and recall@1 (share of queries whose first hit is right), averaged over the queries."""
-    ids = list(found.documents)
-    ndcg, recall, first = [], [], []
-    for query, row in zip(found.queries, scores, strict=True):
-        degrees = found.relevant[query]
-        hits = [degrees.get(ids[index], 0.0) for index in np.argsort(-row, kind="stable")[:CUT]]
-        gain = sum(degree / math.log2(rank + 2) for rank, degree in enumerate(hits))
-        best = sum(degree / math.log2(rank + 2) for rank, degree in enumerate(sorted(degrees.values(), reverse=True)[:CUT]))
-        ndcg.append(gain / best)
-        recall.append(sum(degree > 0 for degree in hits) / min(CUT, len(degrees)))
-        first.append(float(hits[0] > 0))
-    return {
-        "ndcg@10": round(float(np.mean(ndcg)), 4),
-        "recall@10": round(float(np.mean(recall)), 4),
-        "first_hit_right": round(float(np.mean(first)), 4),
-    }
+def measure(scores: NDArray[np.float32], found: Retrieval) -> dict[str, float]:
+    """nDCG@10, recall@10 and accuracy@1 (share of queries whose first hit is right), averaged over the queries."""
+    place = {document: index for index, document in enumerate(found.documents)}
+    degrees = [{place[document]: degree for document, degree in found.relevant[query].items()} for query in found.queries]
+    return {metric: round(float(values.mean()), 4) for metric, values in judge(best_hits(scores), degrees).items()}
 
 
 @torch.no_grad()
 def embed(encoder: Encoder, checkpoint: Checkpoint, prompted: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
     """(texts, dim) vectors of (prompt, text) pairs."""
     tokenizer = checkpoint.tokenizer()
-    rows = [row for prompt, text in prompted for row in tokenize(tokenizer, prompt, [text], checkpoint.config.max_tokens)]
-    return encode_rows(encoder, rows, checkpoint.config.pad_id, texts_per_chunk=16).numpy()
+    rows = [tokenizer.encode(prompt + text, overflow="truncate").ids for prompt, text in prompted]
+    return encode_rows(encoder, rows, tokenizer.pad_id).numpy()
 
 
 def embed_set(
-    encoder: Encoder, checkpoint: Checkpoint, found: RetrievalSet, task: str
+    encoder: Encoder, checkpoint: Checkpoint, found: Retrieval, task: str
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Vectors of the queries and of the documents."""
     prompts = checkpoint.prompts
@@ -150,7 +118,7 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, float]]], metric: str)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--model", type=Path, default=Path("models/egemma-small"))
+    parser.add_argument("--model", type=Path, default=BUILTIN)
     parser.add_argument("--queries", type=int, default=500, help="at most so many per set")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -161,7 +129,7 @@ def main() -> int:
     int4 = with_weights(encoder, quantize_encoder(encoder, INT4)).eval()
     results: dict[str, dict[str, dict[str, float]]] = {}
     sizes: dict[str, dict[str, int]] = {}
-    for name, task in SETS.items():
+    for name, task in DEV.items():
         found = read_set(args.data / name, args.queries)
         sizes[name] = {"queries": len(found.queries), "documents": len(found.documents)}
         of = {
@@ -189,7 +157,7 @@ def main() -> int:
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(results, "ndcg@10"), table(results, "recall@10"), table(results, "first_hit_right"), sep="\n\n")
+    print(table(results, "ndcg@10"), table(results, "recall@10"), table(results, "accuracy@1"), sep="\n\n")
     print(json.dumps(report["demo"], indent=1))
     return 0
 

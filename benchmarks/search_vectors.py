@@ -30,31 +30,16 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.train_builtin import CONFIG, PROMPTS, make_token_vectors, make_vocabulary, read_sets
+from benchmarks.train_builtin import CONFIG, SEED, batch_config, make_model
 from egemma_core.config import FULL, SLIDING
 from egemma_core.errors import EgemmaError
-from egemma_core.nn.encoder import Encoder
-from egemma_core.nn.save import save_checkpoint
-from egemma_core.train.data import Batches
-from egemma_core.train.loop import TrainConfig, train
-from egemma_core.train.vocabulary import initialize
+from egemma_core.train.loop import LoopConfig
 
-SEED = 20261123
 WIDE = replace(CONFIG, width=768, ffn_width=512, num_layers=2, layer_types=(SLIDING, FULL), dense=((768, 768), (768, 768)),
                dims=(768, 512, 256, 128))
 PASSAGE_CHARS = 400
 NUM_QUERIES = 2000
 BLOCK = 8192   # texts between two saves
-
-
-def make_model(data: Path, work: Path, steps: int) -> None:
-    sets, dev = read_sets(data)
-    tokenizer = make_vocabulary(sets, work / "tokenizer.model")
-    encoder = Encoder(WIDE)
-    initialize(encoder, make_token_vectors(sets, tokenizer, work / "token_vectors.pt", WIDE.width), SEED)
-    batches = Batches(sets, tokenizer, PROMPTS, batch_size=128, max_tokens=64, hard_negatives=32, seed=SEED)
-    train(encoder, batches, TrainConfig(steps=steps, learning_rate=1e-3, warmup_steps=30, log_every=10, save_every=50), work, dev[::3])
-    save_checkpoint(encoder, work / "tokenizer.model", PROMPTS, work / "model", dtype=torch.bfloat16)
 
 
 def passages_of(text: str) -> Iterator[str]:
@@ -126,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(2)
     try:
         if args.step == "train":
-            make_model(args.data, args.work, args.steps)
+            loop = LoopConfig(steps=args.steps, learning_rate=1e-3, warmup_steps=30, save_every=50)
+            make_model(args.data, WIDE, batch_config(128, 64), loop, args.work, args.work / "model")
         else:
             embed(args.data, args.work, args.bundle or args.work / "bundle", args.limit)
     except EgemmaError as error:

@@ -6,10 +6,10 @@ English and code only: 8,000 pieces hold no second language well. Left out are t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.config import FULL, SLIDING, EncoderConfig
@@ -58,14 +58,22 @@ def tokenizer_and_prompts() -> tuple[Path, Tokenizer, Prompts]:
     return checkpoint.tokenizer_path, checkpoint.tokenizer(), checkpoint.prompts
 
 
-def started(config: EncoderConfig, sets: Sequence[Dataset], work: Path, seed: int) -> Encoder:
-    """An encoder whose token vectors come from how often tokens stand near each other in the training texts; they are kept in `work`."""
-    path = work / f"token-vectors-{config.width}.pt"
+def start_vectors(sets: Sequence[Dataset], tokenizer: Tokenizer, config: EncoderConfig, path: Path, seed: int = 0) -> Tensor:
+    """(V, D) token vectors from how often tokens stand near each other in the training texts; made once and kept at `path`."""
     if not path.exists():
-        _, tokenizer, _ = tokenizer_and_prompts()
         texts = sorted({f"{row.query}\n{row.positive}" for dataset in sets for row in dataset.rows})
+        made = token_vectors([tokenizer.encode(text, overflow="truncate").ids for text in texts], config.vocab_size, config.width, seed=seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(token_vectors([tokenizer.encode(text, overflow="truncate").ids for text in texts], config.vocab_size, config.width), path)
-    encoder = Encoder(replace(config))
-    initialize(encoder, torch.load(path, weights_only=True), seed)
+        scratch = path.with_name(f".{path.name}")
+        torch.save(made, scratch)
+        scratch.replace(path)
+    return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+
+
+def started(config: EncoderConfig, sets: Sequence[Dataset], work: Path, seed: int) -> Encoder:
+    """An encoder with the built-in model's vocabulary, whose token vectors are `start_vectors`, kept in `work`."""
+    _, tokenizer, _ = tokenizer_and_prompts()
+    vectors = start_vectors(sets, tokenizer, config, work / f"token-vectors-{config.width}.pt")
+    encoder = Encoder(config)
+    initialize(encoder, vectors, seed)
     return encoder

@@ -2,131 +2,102 @@
 
     python benchmarks/train_builtin.py --data ../shared/data --out models/egemma-small
 
-Run the same command again after it was stopped: what is already in --work is not made again. Seeds are fixed; bfloat16
-sums depend on the number of threads, so another machine gets another model of the same quality.
+Run the same command again after it was stopped: what is already in --work is not made again, and the run goes on from its last state.
+Seeds are fixed; bfloat16 sums depend on the number of threads, so another machine gets another model of the same quality.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
-from egemma_core.errors import EgemmaError
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import small
+from egemma_core.checkpoint import open_checkpoint
+from egemma_core.config import EncoderConfig
+from egemma_core.errors import ConfigError, EgemmaError
 from egemma_core.nn.encoder import Encoder
+from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint
-from egemma_core.prompts import Prompts
-from egemma_core.tokens import Tokenizer
-from egemma_core.train.data import Batches, Pair, PairSet, hold_out, read_pairs
-from egemma_core.train.loop import TrainConfig, train
-from egemma_core.train.vocabulary import initialize, token_vectors, train_vocabulary
+from egemma_core.prompts import EMBEDDING_GEMMA
+from egemma_core.train.batches import BatchConfig, Batches, BatchesAhead
+from egemma_core.train.contrast import Contrast, ContrastConfig
+from egemma_core.train.evaluate import DevSets
+from egemma_core.train.loop import LoopConfig, Progress, run
+from egemma_core.train.recipe import tokenizer_of
+from egemma_core.train.rows import Dataset, DatasetConfig, hold_out, read_dataset
+from egemma_core.train.vocabulary import initialize, train_vocabulary
 
 SEED = 20261123
-# English and code only: 8,000 pieces hold no second language well. Left out as well are the sets under C-UDA.
-SETS = ("squad-sentences", "afriqa", "medquad", "cpp-docs", "scitldr", "tldr-commands", "tldr-pages", "nl2bash", "pycode", "mbxp")
-INTENTS = ("clinc150", "banking77")  # an utterance and the name of its intent
-LANGUAGES = (
-    "en",
-    "en-python",
-    "en-java",
-    "en-javascript",
-    "en-typescript",
-    "en-cpp",
-    "en-php",
-    "en-go",
-    "en-ruby",
-    "en-csharp",
-    "en-kotlin",
-)
-HELD_OUT_ONE_IN = 100
-
-CONFIG = EncoderConfig(
-    vocab_size=8000,
-    width=256,
-    ffn_width=256,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=1,
-    head_dim=64,
-    query_scale=64**-0.5,
-    norm_eps=1e-6,
-    layer_types=(SLIDING, SLIDING, FULL, SLIDING),
-    window=64,
-    rope_theta_full=1e6,
-    rope_theta_sliding=1e4,
-    max_tokens=512,
-    bos_id=2,
-    eos_id=1,
-    pad_id=0,
-    pooling="mean",
-    dense=((256, 512), (512, 256)),
-    dims=(256, 128, 64),
-)
-# config_sentence_transformers.json of google/embeddinggemma-300m.
-SEARCH, DOCUMENT = "task: search result | query: ", "title: none | text: "
-CLASSIFICATION, SIMILARITY = "task: classification | query: ", "task: sentence similarity | query: "
-PROMPTS = Prompts(
-    by_name={
-        "query": SEARCH,
-        "document": DOCUMENT,
-        "BitextMining": SEARCH,
-        "Clustering": "task: clustering | query: ",
-        "Classification": CLASSIFICATION,
-        "InstructionRetrieval": "task: code retrieval | query: ",
-        "MultilabelClassification": CLASSIFICATION,
-        "PairClassification": SIMILARITY,
-        "Reranking": SEARCH,
-        "Retrieval": SEARCH,
-        "Retrieval-query": SEARCH,
-        "Retrieval-document": DOCUMENT,
-        "STS": SIMILARITY,
-        "Summarization": "task: summarization | query: ",
-    }
-)
+DATASETS = (*small.DATASETS, DatasetConfig(name="afriqa", path=("pairs/afriqa.train.jsonl.gz",), kind="pairs", task=small.QUESTION, languages=("en",)))
+MOST_ROWS = 20_000       # of a set that count for how often it is drawn
+HELD_OUT_ONE_IN = 100    # positives; of the intents nothing is held out
+CONFIG = small.shape(256, 4, 256, (256, 128, 64))
+# A small batch has few wrong answers: every hard negative is one to all of its queries, with weight 1. No spread-out loss.
+LOSS = ContrastConfig(temperature=0.05, hardness=0.0, share_negatives=True, spread_out=0.0, precision="bfloat16", chunk_tokens=4096)
 
 
-def read_sets(data: Path) -> tuple[list[PairSet], list[Pair]]:
-    """Training sets and held-out pairs."""
-    sets = [pair_set for name in SETS for pair_set in read_pairs(data / f"pairs/{name}.train.jsonl.gz", LANGUAGES)]
-    split = [hold_out(pair_set, HELD_OUT_ONE_IN) for pair_set in sets]
-    return [*(kept for kept, _ in split), *(read_intents(data, name) for name in INTENTS)], [
-        pair for _, out in split for pair in out
-    ]
+def read_sets(data: Path) -> tuple[list[Dataset], list[Dataset]]:
+    """Training sets, each with the rate at which it is drawn, and the rows that were held out of them."""
+    kept, held = [], []
+    for config in DATASETS:
+        dataset = read_dataset(config, data)
+        if config.kind == "pairs":
+            dataset, out = hold_out(dataset, HELD_OUT_ONE_IN)
+            held.append(out)
+        kept.append(replace(dataset, config=replace(config, rate=math.sqrt(min(len(dataset.rows), MOST_ROWS)))))
+    return kept, held
 
 
-def read_intents(data: Path, name: str) -> PairSet:
-    """Utterances as queries; the intent's name, in words, is the document."""
-    with gzip.open(data / f"classification/{name}.train.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return PairSet(name, "classification", tuple(Pair(row["text"], row["label"].replace("_", " ")) for row in rows))
-
-
-def make_vocabulary(sets: Sequence[PairSet], path: Path) -> Tokenizer:
+def make_vocabulary(sets: Sequence[Dataset], pieces: int, path: Path) -> None:
     if not path.exists():
-        texts = sorted({text for s in sets for pair in s.pairs for text in (pair.query, pair.positive)})
-        train_vocabulary(texts, CONFIG.vocab_size, path)
-    return Tokenizer(
-        path,
-        bos_id=CONFIG.bos_id,
-        eos_id=CONFIG.eos_id,
-        pad_id=CONFIG.pad_id,
-        vocab_size=CONFIG.vocab_size,
-        max_tokens=CONFIG.max_tokens,
-    )
+        scratch = path.with_name(f".{path.name}")
+        train_vocabulary(sorted({text for dataset in sets for row in dataset.rows for text in (row.query, row.positive)}), pieces, scratch)
+        scratch.replace(path)
 
 
-def make_token_vectors(sets: Sequence[PairSet], tokenizer: Tokenizer, path: Path, width: int) -> torch.Tensor:
-    if not path.exists():
-        texts = sorted({f"{pair.query}\n{pair.positive}" for s in sets for pair in s.pairs})
-        rows = [tokenizer.encode(text, overflow="truncate").ids for text in texts]
-        torch.save(token_vectors(rows, CONFIG.vocab_size, width, seed=SEED), path)
-    return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+def batch_config(batch_size: int, max_tokens: int) -> BatchConfig:
+    """Documents are cut to `max_tokens`, queries to half."""
+    return BatchConfig(batch_size=batch_size, max_query_tokens=max_tokens // 2, max_document_tokens=max_tokens, hard_negatives=True, sampling="rates",
+                       default_task_share=0.5, lower_case_share=0.25, seed=SEED)
+
+
+def make_model(data: Path, config: EncoderConfig, batches: BatchConfig, loop: LoopConfig, work: Path, out: Path) -> None:
+    """Vocabulary, start and run in `work`, where what is there is not made again; then the checkpoint folder `out`, in bfloat16.
+
+    Raises:
+        ConfigError: `out` exists, or `work` holds a run with other settings.
+        InputError: a file of the data is absent or damaged.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists. Remove it, or give another folder.")
+    sets, held = read_sets(data)
+    tokenizer_path = work / "tokenizer.model"
+    make_vocabulary(sets, config.vocab_size, tokenizer_path)
+    tokenizer = tokenizer_of(tokenizer_path, config)
+    encoder = Encoder(config)
+    initialize(encoder, small.start_vectors(sets, tokenizer, config, work / "token_vectors.pt", SEED), SEED)
+    dev = DevSets((), data, tokenizer, EMBEDDING_GEMMA, held_out=held, max_tokens=batches.max_document_tokens)
+    described = {"model": asdict(config), "start_seed": SEED, "data": [asdict(dataset.config) for dataset in sets], "batches": asdict(batches), "loss": asdict(LOSS)}
+    with BatchesAhead(Batches(sets, tokenizer, EMBEDDING_GEMMA, batches)) as ahead:
+        objective = Contrast(encoder, ahead, LOSS, tokenizer_path=tokenizer_path, prompts=EMBEDDING_GEMMA, dev=dev)
+        finished = run(objective, loop, work / "run", described, tell=_say)
+    save_checkpoint(load_encoder(open_checkpoint(finished.model)), tokenizer_path, EMBEDDING_GEMMA, out, dtype=torch.bfloat16)
+
+
+def _say(progress: Progress) -> None:
+    if progress.scores is not None:
+        print(f"step {progress.step} of {progress.steps}: held-out nDCG@10 {progress.scores['score']:.3f}", flush=True)
+    elif progress.step % 10 == 0:
+        print(f"step {progress.step} of {progress.steps}: loss {progress.outcome.losses['loss']:.3f}, {progress.seconds_left / 60:.0f} min left", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,37 +106,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("build/egemma-small"), help="vocabulary, states and log of the run")
     parser.add_argument("--out", type=Path, default=Path("models/egemma-small"))
     parser.add_argument("--steps", type=int, default=420)
+    parser.add_argument("--warmup-steps", type=int, default=30)
+    parser.add_argument("--save-every", type=int, default=50, help="steps between states on disk")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--max-tokens", type=int, default=64, help="documents are cut to this in training")
-    parser.add_argument("--hard-negatives", type=int, default=32, help="at most so many per batch")
+    parser.add_argument("--max-tokens", type=int, default=64, help="documents are cut to this in training, queries to half")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
-    if args.out.exists():
-        parser.error(f"{args.out} exists; remove it, or give another --out.")
     torch.set_num_threads(args.threads)
     try:
-        sets, dev = read_sets(args.data)
-        tokenizer = make_vocabulary(sets, args.work / "tokenizer.model")
-        encoder = Encoder(CONFIG)
-        initialize(encoder, make_token_vectors(sets, tokenizer, args.work / "token_vectors.pt", CONFIG.width), SEED)
-        batches = Batches(
-            sets,
-            tokenizer,
-            PROMPTS,
-            batch_size=args.batch_size,
-            max_tokens=args.max_tokens,
-            hard_negatives=args.hard_negatives,
-            seed=SEED,
-        )
-        train(
-            encoder,
-            batches,
-            TrainConfig(steps=args.steps, learning_rate=args.learning_rate, warmup_steps=30, log_every=10, save_every=100),
-            args.work,
-            dev[::3],
-        )
-        save_checkpoint(encoder, args.work / "tokenizer.model", PROMPTS, args.out, dtype=torch.bfloat16)
+        loop = LoopConfig(steps=args.steps, learning_rate=args.learning_rate, warmup_steps=args.warmup_steps, save_every=args.save_every, evaluate_every=100)
+        make_model(args.data, CONFIG, batch_config(args.batch_size, args.max_tokens), loop, args.work, args.out)
     except EgemmaError as error:
         print(f"train_builtin: {error}", file=sys.stderr)
         return 1
