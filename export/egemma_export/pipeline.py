@@ -34,6 +34,7 @@ from egemma_export.golden import golden_file, golden_texts, reference_vectors
 from egemma_export.layers import LayerLoss, compare_layers, outputs_by_layer, round_in_place
 from egemma_export.mistakes import mistaken_vectors
 from egemma_export.targets import TARGETS, Bounds, Target
+from egemma_quant.published import hint
 from egemma_quant.schemes import ROLES, Scheme
 from egemma_quant.weights import quantize_encoder
 
@@ -77,6 +78,7 @@ class ExportReport:
     runtime: str
     scheme: str
     instead: str
+    note: str                         # on a model that was trained for another rounding than the target's; empty when there is nothing to say
     bundle_bytes: int
     model_bytes: int
     num_cases: int
@@ -100,6 +102,7 @@ class ExportReport:
             ("bundle", self.out),
             ("target", f"{self.target} ({self.runtime}, {self.scheme})"),
             ("instead", self.instead),
+            ("note", self.note),
             ("size", f"{self.bundle_bytes / 1e6:.1f} MB, model file {self.model_bytes / 1e6:.1f} MB"),
             ("cosine to float", f"{self.worst_cosine_float:.5f} worst of {self.num_cases} golden texts at every width"),
             ("cosine to rounded", f"{self.worst_cosine_quantized:.5f} worst, float arithmetic on the same rounded weights"),
@@ -171,7 +174,7 @@ def export(config: ExportConfig, progress: Callable[[str, str], None] = lambda s
             sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     return ExportReport(
         out=str(config.out), target=target.name, runtime=target.runtime, scheme=target.scheme.name if target.scheme else "float32",
-        instead=target.instead, bundle_bytes=sum(sizes.values()), model_bytes=sum(size for name, size in sizes.items() if name.startswith(RUNTIMES[target.runtime])), num_cases=len(texts),
+        instead=target.instead, note=(hint(checkpoint, target.scheme.name) or "") if target.scheme else "", bundle_bytes=sum(sizes.values()), model_bytes=sum(size for name, size in sizes.items() if name.startswith(RUNTIMES[target.runtime])), num_cases=len(texts),
         worst_cosine_float=verification["worst_cosine_float"], worst_cosine_quantized=verification["worst_cosine_quantized"],
         graph=graph, layers=layers, latency_ms={str(row["tokens"]): row["median_ms"] for row in latency["latency"]},
         latency_threads=latency["threads"], seconds=clock.seconds,

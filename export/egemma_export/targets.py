@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Scheme
+from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Q4_0, Q8_0, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,9 @@ TARGETS = {
         Target(name="onnx-int4", runtime="onnxruntime", scheme=INT4, activations=_PER_BLOCK, bounds=_INT4),
         Target(name="onnx-mixed", runtime="onnxruntime", scheme=MIXED, activations=_PER_TOKEN, bounds=_MIXED),
         Target(name="onnx-int8", runtime="onnxruntime", scheme=INT8, activations=_PER_BLOCK, bounds=_INT8),
+        # The grids of Google's published quantization-aware checkpoints; XNNPACK has no kernel for their scales (docs/decisions/0001).
+        Target(name="onnx-q4_0", runtime="onnxruntime", scheme=Q4_0, activations=_PER_BLOCK, bounds=_INT4),
+        Target(name="onnx-q8_0", runtime="onnxruntime", scheme=Q8_0, activations=_PER_BLOCK, bounds=_INT8),
         Target(name="onnx-fp32", runtime="onnxruntime", scheme=None, activations="float32", bounds=_EXACT),
     )
 }
