@@ -108,6 +108,9 @@ def test_the_training_script_goes_on_where_it_was_stopped(little_data: Path, tmp
     capsys.readouterr()
     assert made("stopped") == 1
     assert "model exists. Remove it" in capsys.readouterr().err
+    (tmp_path / "early/model").mkdir(parents=True)
+    assert made("early") == 1
+    assert not (tmp_path / "early/run").exists(), "said before the run, not after it"
     shutil.rmtree(tmp_path / "stopped/model")
     assert made("stopped", "--learning-rate", "1.0") == 1
     assert "learning_rate was 0.0015 and is 1.0" in capsys.readouterr().err
