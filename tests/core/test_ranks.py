@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from egemma_core.checkpoint import open_checkpoint
 from egemma_core.errors import ConfigError
+from egemma_core.nn.load import load_encoder
 from egemma_core.train import checkpoints
 from egemma_core.train.contrast import Contrast
 from egemma_core.train.denoise import DenoisingObjective, LanguageModelObjective
@@ -64,10 +67,12 @@ class Scored:
 
     def __init__(self, of: Contrast | DenoisingObjective | LanguageModelObjective, rank: int) -> None:
         self.parameters, self.backward, self.save, self.encoder, self.rank = of.parameters, of.backward, of.save, of.encoder, rank
+        self.through = of.through if isinstance(of, Contrast) else nullcontext
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        return {"score": self.rank + self.encoder(torch.tensor([[2, 5, 6, 7, 1]]), torch.ones(1, 5, dtype=torch.bool))[0, 0].item()}
+        with self.through(self.encoder):   # a save comes next: it must not find what this left
+            return {"score": self.rank + self.encoder(torch.tensor([[2, 5, 6, 7, 1]]), torch.ones(1, 5, dtype=torch.bool))[0, 0].item()}
 
 
 def computed(made: Any, step: int) -> tuple[dict[str, float], int, str, dict[str, Tensor]]:
@@ -90,6 +95,8 @@ def worker(spm: Path, folder: Path) -> None:
         made = {name: make(spm, ranks) for name, make in OBJECTIVES.items()}
         results: dict[str, Any] = {
             "gradients": {name: [computed(made[name], step) for step in STEPS] for name in OBJECTIVES},
+            "norms": {name: ranks.clip(made[name].parameters().values(), 0.5) for name in OBJECTIVES},
+            "clipped": {name: ranks.clip(made[name].parameters().values(), 9.0) for name in OBJECTIVES},
             "is shard": {name: all(map(is_shard, made[name].encoder.parameters())) for name in OBJECTIVES},
             "sum": ranks.sum(torch.tensor([1.0 + ranks.rank])), "gather": ranks.gather(torch.tensor([1.0 + ranks.rank])), "agree": ranks.agree(f"from {ranks.rank}")}
         for refuse in (lambda: ranks.share(7), lambda: ranks.of_first(lambda: Ranks(count=2).share(3))):
@@ -144,6 +151,8 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one(tiny_spm: Path, pai
             assert theirs.keys() == gradients.keys()
             for weight, gradient in gradients.items():
                 torch.testing.assert_close(theirs[weight], gradient, rtol=1e-5, atol=2e-6 * largest, msg=lambda text, where=f"step {step}, {weight}": f"{where}: {text}")
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    assert [results["norms"][name] for results in pair[1]] == pytest.approx([norm, norm], rel=1e-5)
 
 
 def test_shards_are_shards_and_their_processes_have_unlike_numbers_of_chunks(tiny_spm: Path, pair: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -162,6 +171,7 @@ def test_shards_are_shards_and_their_processes_have_unlike_numbers_of_chunks(tin
 
 def test_processes_tell_each_other_what_they_have(pair: tuple[Path, list[dict[str, Any]]]) -> None:
     for results in pair[1]:
+        assert results["clipped"] == pytest.approx(dict.fromkeys(OBJECTIVES, 0.5), rel=1e-4)
         assert results["sum"].tolist() == [3.0]
         assert results["gather"].tolist() == [[1.0], [2.0]]
         assert results["agree"] == "from 0"
@@ -186,6 +196,9 @@ def test_a_run_of_two_processes_is_that_of_one_and_the_first_writes(tiny_spm: Pa
                 torch.testing.assert_close(theirs[weight], value, rtol=0, atol=1e-5, msg=lambda text, weight=weight: f"{weight}: {text}")
                 assert (theirs[weight] - value).norm() <= 2e-3 * (value - start[weight]).norm(), weight
                 assert torch.equal(theirs[weight], results[0][name][0][weight]), f"{key}: {weight}"   # on each process, and gone on from step 4
+    if name != "denoising":
+        opened = load_encoder(open_checkpoint(str(folder / name / "run/model")))
+        assert all(torch.equal(weight, results[0][name][0][parameter]) for parameter, weight in opened.named_parameters())
     assert (folder / name / "again/model/model.safetensors").read_bytes() == (folder / name / "run/model/model.safetensors").read_bytes()
 
 

@@ -252,6 +252,7 @@ def test_a_model_without_rounding_is_refused_before_anything_is_written(done: tu
     ('name = "adaptation"', "", r"\[\[stages\]\] 2 \(without a name\): name is missing"),
     ('name = "int4"', 'name = "int4"\ndatasets = ["cod"]', r"stage 'int4': no \[data\] table is named \['cod'\]; there are \['questions'"),
     ('scheme = "int4"', 'shceme = "int4"', r"\[\[stages\]\] 5 \(int4\): 'shceme' is not known; did you mean 'scheme'\?"),
+    ('scheme = "int4"', 'scheme = "int4"\nloss = { precision = "bfloat16" }', r"\[\[stages\]\] 5 \(int4\): scheme='int4' with precision='bfloat16'"),
     ('scheme = "int4"', "activations = true", r"\[\[stages\]\] 5 \(int4\): activations=true without a scheme"),
     ("hard_negatives = true }\nloop = { steps = 60, learning_rate = 5e-4", "hard_negative = true }\nloop = { steps = 60, learning_rate = 5e-4",
      r"\[\[stages\]\] 5 \(int4\) batches: 'hard_negative' is not known; did you mean 'hard_negatives'\?"),
@@ -294,8 +295,8 @@ def test_the_whole_toy_learns(tmp_path: Path) -> None:
     stages = report(tmp_path / "toy/run")
     assert [stage["stage"] for stage in stages] == STAGES
     assert stages[0]["scores"]["score"] > -2, "nats per token of a language model of toy sentences"
-    assert stages[2]["scores"]["score"] > 0.3
-    assert stages[3]["scores"]["score"] > stages[2]["scores"]["score"]
-    assert stages[4]["scores"]["score"] > stages[2]["scores"]["score"]
+    adapted = score(tmp_path / "toy/recipe.toml", Path(stages[1]["model"]))["score"]
+    assert adapted < 0.7, "nothing is left to learn from pairs"
+    assert min(stage["scores"]["score"] for stage in stages[2:]) > 0.9
     assert run(["toy", "--out", str(tmp_path / "toy")]) == 0
     assert report(tmp_path / "toy/run") == stages
