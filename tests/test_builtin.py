@@ -21,6 +21,7 @@ from egemma_core.checkpoint import open_checkpoint, sha256_of
 from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.train import loop
+from egemma_core.train.contrast import Contrast
 from egemma_export.read_onnx import read_onnx_weights
 from egemma_quant.schemes import INT4
 from egemma_quant.weights import quantize_encoder
@@ -84,18 +85,23 @@ def test_the_training_script_goes_on_where_it_was_stopped(little_data: Path, tmp
         return train_builtin.main(["--data", str(little_data), "--work", str(work), "--out", str(work / "model"), "--batch-size", "8", "--steps", "4",
                                    "--warmup-steps", "1", "--save-every", "2", "--threads", "1", *changes])
 
-    starts = []
-    monkeypatch.setattr(small, "token_vectors", lambda rows, V, D, seed: starts.append(len(rows)) or torch.randn(V, D, generator=torch.Generator().manual_seed(seed)))
-    assert made("whole") == 0
-    backward = train_builtin.Contrast.backward
+    starts: list[int] = []
 
-    def stop_at_the_fourth(self: train_builtin.Contrast, step: int) -> loop.Outcome:
+    def token_vectors(rows: list[tuple[int, ...]], vocab_size: int, width: int, seed: int) -> torch.Tensor:   # the real ones take half a minute
+        starts.append(len(rows))
+        return torch.randn(vocab_size, width, generator=torch.Generator().manual_seed(seed))
+
+    monkeypatch.setattr(small, "token_vectors", token_vectors)
+    assert made("whole") == 0
+    backward = Contrast.backward
+
+    def stop_at_the_fourth(self: Contrast, step: int) -> loop.Outcome:
         if step == 3:
             raise KeyboardInterrupt
         return backward(self, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_builtin.Contrast, "backward", stop_at_the_fourth)
+        patched.setattr(Contrast, "backward", stop_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
             made("stopped")
     assert not (tmp_path / "stopped/model").exists()
