@@ -27,8 +27,8 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import small
 from benchmarks.latency import commit, machine
 from egemma_core.checkpoint import open_checkpoint
-from egemma_core.nn.load import load_encoder
 from egemma_core.nn.encoder import Encoder
+from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.train.batches import BatchConfig, Batches
 from egemma_core.train.contrast import Contrast, ContrastConfig
@@ -49,7 +49,7 @@ LOSS = ContrastConfig(share_negatives=True, hardness=0.0)
 MIXTURES = 3
 
 
-def one_seed(args: argparse.Namespace) -> None:
+def one_seed(args: argparse.Namespace) -> None:  # noqa: PLR0915  # one experiment, read top to bottom
     work: Path = args.work / f"seed-{args.seed}"
     sets = small.datasets(args.data)
     texts = read_texts([args.data / path for dataset in sets for path in dataset.config.path if dataset.config.kind == "pairs"], ("query", "positive"))

@@ -78,7 +78,7 @@ def test_the_loop_is_torch_adamw_with_clipping_and_a_warm_cosine(tmp_path: Path)
     assert not (finished.model / "training").exists()
 
 
-@pytest.mark.parametrize("schedule, at", [("cosine", {0: 0.5, 1: 1.0, 2: 1.0, 6: 0.01 + 0.99 * 0.5}), ("linear", {2: 1.0, 6: 0.01 + 0.99 * 0.5}), ("constant", {2: 1.0, 9: 1.0})])
+@pytest.mark.parametrize(("schedule", "at"), [("cosine", {0: 0.5, 1: 1.0, 2: 1.0, 6: 0.01 + 0.99 * 0.5}), ("linear", {2: 1.0, 6: 0.01 + 0.99 * 0.5}), ("constant", {2: 1.0, 9: 1.0})])
 def test_learning_rates_by_hand(schedule: str, at: dict[int, float]) -> None:
     config = LoopConfig(steps=10, learning_rate=1.0, warmup_steps=2, schedule=schedule)  # type: ignore[arg-type]
     for step, rate in at.items():
@@ -91,7 +91,7 @@ def test_embeddings_and_norms_are_not_decayed() -> None:
     assert [decays[id(weight)] for weight in named.values()] == [0.0, 0.0, 0.01]
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -102,9 +102,9 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bits(tmp_path: Path, stop_
 
     def stop(progress: Progress) -> None:
         if progress.step == stop_at:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(Points(scores=dict.fromkeys(range(13), 0.5)), CONFIG, tmp_path / "broken", tell=stop)
     resumed = Points(scores=dict.fromkeys(range(13), 0.5))
     steps: list[int] = []
@@ -150,9 +150,9 @@ def test_kill_9_again_and_again_changes_nothing(tmp_path: Path) -> None:
 def test_what_a_kill_left_half_written_is_removed_and_never_read(tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.step == 5:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(Points(), CONFIG, tmp_path / "run", tell=stop)
     half = tmp_path / "run/checkpoints/.new-step-00000008"
     half.mkdir()
@@ -224,9 +224,9 @@ def test_the_log_is_drawn_with_every_state_once_a_step_is_in_it(tmp_path: Path) 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.step == 9:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(Points(), CONFIG, tmp_path / "run", tell=stop)
     moments = tmp_path / "run/checkpoints/step-00000008/training/optimizer.safetensors"
     moments.write_bytes(moments.read_bytes()[:-9])
@@ -234,7 +234,7 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
         run(Points(), CONFIG, tmp_path / "run")
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"steps": 0}, "steps=0"), ({"learning_rate": -1.0}, "learning_rate"), ({"warmup_steps": 12}, "warmup_steps=12"), ({"schedule": "step"}, "cosine"),
     ({"patience": 2, "evaluate_every": None}, "evaluate_every"), ({"betas": (0.9, 1.0)}, "betas"), ({"keep": 0}, "keep=0"), ({"save_every": 0}, "save_every=0")])
 def test_settings_that_cannot_work_are_refused(changes: dict[str, object], message: str) -> None:

@@ -102,8 +102,7 @@ def test_the_best_mixtures_are_apart_from_each_other(tmp_path: Path) -> None:
     assert [scored.rates["a"] for scored in search.best(3)] == [0.52, 0.60, 0.90]
     assert [scored.rates["a"] for scored in search.best(3, apart=0.0)] == [0.52, 0.60, 0.90]
     assert [scored.score for scored in search.best(2, apart=0.3)] == [0.9, 0.8]
-    with pytest.raises(ConfigError, match=r"has 4 mixtures that are 0\.05 apart, 5 were asked for"):
-        search.best(5)
+    assert len(search.best(5)) == 4
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     mine.add_argument("--per-query", type=int, default=1, metavar="N")
     mine.add_argument("--depth", type=int, default=100, help="ranks that are looked at")
     mine.add_argument("--skip", type=int, default=0, help="first ranks that are not taken")
-    mine.add_argument("--max-share-of-positive", type=float, default=0.95, metavar="S", help="leave out what scores above this share of the positive; 0 switches it off")
+    mine.add_argument("--max-share-of-positive", type=float, default=0.95, metavar="S", help="leave out what scores above this share of the positive; 0 leaves nothing out")
     mine.add_argument("--margin", type=float, help="by which a score must lie below the positive's")
     mine.add_argument("--max-score", type=float, help="leave out what scores above this cosine")
     mine.add_argument("--pick", choices=("top", "random"), default="top")
@@ -86,19 +88,20 @@ def main(argv: Sequence[str] | None = None, through_of: ThroughOf | None = None)
         through_of: makes quantization-aware training contexts; see egemma_core.train.recipe.
     """
     args = parser().parse_args(argv)
+    said = sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()   # of the processes of one run, the first speaks
     try:
         return _VERBS[args.verb](args, through_of)
     except EgemmaError as error:
-        print(f"egemma-train: {error}", file=sys.stderr)
+        print(f"egemma-train: {error}", file=said)
         return 1
     except ImportError as error:
-        print(f"egemma-train: {error.name} is not installed: pip install 'egemma[train]'.", file=sys.stderr)
+        print(f"egemma-train: {error.name} is not installed: pip install 'egemma[train]'.", file=said)
         return 1
     except OSError as error:
-        print(f"egemma-train: {error.strerror or error} ({error.filename or args.verb}).", file=sys.stderr)
+        print(f"egemma-train: {error.strerror or error} ({error.filename or args.verb}).", file=said)
         return 1
     except KeyboardInterrupt:
-        print("egemma-train: stopped. The same command goes on from the last saved state.", file=sys.stderr)
+        print("egemma-train: stopped. The same command goes on from the last saved state.", file=said)
         return 130
 
 

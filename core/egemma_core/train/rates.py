@@ -121,17 +121,11 @@ class RateSearch:
             os.fsync(file.fileno())
 
     def best(self, count: int, apart: float = 0.05) -> list[Scored]:
-        """The best mixtures, best first, each at least `apart` in total variation from those before it: runs to make a soup of.
-
-        Raises:
-            ConfigError: there are fewer.
-        """
+        """The best mixtures, best first, each at least `apart` in total variation from those before it: runs to make a soup of. At most `count`."""
         chosen: list[Scored] = []
         for scored in sorted(self.history(), key=lambda scored: -scored.score):
             if len(chosen) < count and all(distance(scored.rates, other.rates) >= apart for other in chosen):
                 chosen.append(scored)
-        if len(chosen) < count:
-            raise ConfigError(f"{self.path} has {len(chosen)} mixtures that are {apart} apart, {count} were asked for. Score more, or ask for fewer.")
         return chosen
 
     def _improve(self, done: Sequence[Scored]) -> Rates:

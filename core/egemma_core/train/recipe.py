@@ -26,7 +26,7 @@ from egemma_core.nn.encoder_decoder import CrossInit
 from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA, Prompts
 from egemma_core.tokens import Tokenizer
-from egemma_core.train.batches import BatchConfig, Batches, BatchesAhead
+from egemma_core.train.batches import BatchConfig, Batches, BatchesAhead, rates_of
 from egemma_core.train.checkpoints import publish
 from egemma_core.train.contrast import Contrast, ContrastConfig, Matching, Through
 from egemma_core.train.curves import draw
@@ -278,7 +278,7 @@ class Runner:
             EgemmaError: what a stage raises; earlier stages stay as they are.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        self._keep_recipe()
+        self.ranks.of_first(self._keep_recipe)
         results: list[StageResult] = []
         model: Path | None = None
         for number, stage in enumerate(self.recipe.stages, start=1):
@@ -300,16 +300,14 @@ class Runner:
         return results
 
     def _keep_recipe(self) -> None:
-        if self.ranks.first:
-            path, asked = self.out / "recipe.json", json.loads(json.dumps(asdict(self.recipe), default=str))
-            if path.exists():
-                if json.loads(path.read_text(encoding="utf-8")) != asked:
-                    raise ConfigError(f"{self.out} holds a run of another recipe, or of this one before it was changed. Give another --out, or remove that folder.")
-            elif any(self.out.iterdir()):
-                raise ConfigError(f"{self.out} is not empty and holds no run. Give another --out.")
-            else:
-                _write(path, asked)
-        self.ranks.agree(None)
+        path, asked = self.out / "recipe.json", json.loads(json.dumps(asdict(self.recipe), default=str))
+        if path.exists():
+            if json.loads(path.read_text(encoding="utf-8")) != asked:
+                raise ConfigError(f"{self.out} holds a run of another recipe, or of this one before it was changed. Give another --out, or remove that folder.")
+        elif any(not found.name.startswith(".") for found in self.out.iterdir()):
+            raise ConfigError(f"{self.out} is not empty and holds no run. Give another --out.")
+        else:
+            _write(path, asked)
 
     def _once(self, stage: Stage, folder: Path, before: Path | None) -> StageResult:
         finished = self._train(stage, folder, before, None)
@@ -321,8 +319,7 @@ class Runner:
         assert stage.mixtures is not None
         datasets = self._datasets(stage)
         names = [dataset.name for dataset in datasets]
-        own = [{name: rate / sum(given.values()) for name, rate in given.items()}] if all(
-            given := {dataset.name: dataset.config.rate or 0.0 for dataset in datasets}) and all(given.values()) else []
+        own = [rates_of(datasets, "rates")] if all(dataset.config.rate is not None for dataset in datasets) else []
         search = RateSearch(names, folder / "mixtures.jsonl", seed=stage.batches.seed if stage.batches else 0, first=stage.mixtures.seeds or own,
                             random=stage.mixtures.random, concentration=stage.mixtures.concentration)
         runs: list[tuple[Rates, Finished]] = []
@@ -337,16 +334,18 @@ class Runner:
                 search.tell(rates, finished.scores["score"])
             self.ranks.agree(None)
             runs.append((rates, finished))
-        chosen = [scored.rates for scored in search.best(stage.mixtures.best)]   # each unlike those before it
-        best = [next(index for index, (rates, _) in enumerate(runs) if distance(rates, one) <= TOLERANCE) for one in chosen]
-        if self.ranks.first and not (folder / "model").exists():
-            soup([runs[index][1].model for index in best], folder / "model")
-        self.ranks.agree(None)
+        best: list[int] = []
+        for scored in search.best(stage.mixtures.best):   # each mixture unlike those before it
+            index = next(index for index, (rates, _) in enumerate(runs) if distance(rates, scored.rates) <= TOLERANCE)
+            if all(_weights(runs[index][1].model) != _weights(runs[other][1].model) for other in best):   # a dataset with a rate near 0 may never have been drawn
+                best.append(index)
+        if not (folder / "model").exists():
+            self.ranks.of_first(lambda: soup([runs[index][1].model for index in best], folder / "model"))
         encoder, tokenizer_path, prompts = self._load(folder / "model")
         scores = self.ranks.agree(self._contrast(stage, encoder, tokenizer_path, prompts, None).evaluate())
         mixtures = [{"rates": rates, "scores": finished.scores, "in_soup": index in best, "model": str(finished.model)} for index, (rates, finished) in enumerate(runs)]
         return StageResult(stage=stage.name, model=str(folder / "model"), scores=scores, step=stage.loop.steps, mixtures=mixtures,
-                           stopped=f"the average of {len(best)} of {len(runs)} runs", seconds=sum(run.seconds for _, run in runs), tokens=sum(run.tokens for _, run in runs), dev=self._dev)
+                           stopped=f"the average of {len(best)} of {len(runs)} runs{'' if len(best) == stage.mixtures.best else ', no more were unlike each other'}", seconds=sum(run.seconds for _, run in runs), tokens=sum(run.tokens for _, run in runs), dev=self._dev)
 
     def _train(self, stage: Stage, folder: Path, before: Path | None, rates: Rates | None) -> Finished:
         encoder, tokenizer_path, prompts = self._load(before)
@@ -447,6 +446,10 @@ class Runner:
         if not paths:
             raise ConfigError(f"no file matches {[pattern for config in wanted for pattern in config.path]} in {self.recipe.folder}.")
         return read_texts(paths, TEXT_FIELDS)
+
+
+def _weights(model: Path) -> dict[str, str]:
+    return dict(open_checkpoint(model).weight_hashes())
 
 
 def tokenizer_of(path: Path, config: EncoderConfig) -> Tokenizer:
