@@ -79,14 +79,14 @@ def _report(args: argparse.Namespace) -> str:
     if args.data is not None and args.dev is None:
         raise ConfigError(f"--data {args.data} is the folder of dev sets, and --dev is absent. Give --dev RECIPE, or leave --data out.")
     scheme, checkpoint = _scheme(args.scheme), open_checkpoint(args.model)
-    rows = _rows(checkpoint, read_texts(args.texts) if args.texts else TEXTS)
+    rows, truncated = _rows(checkpoint, read_texts(args.texts) if args.texts else TEXTS)
     score = None
     if args.dev is not None:
         recipe = read_recipe(args.dev, args.data)
         if not recipe.dev:
             raise ConfigError(f"{args.dev} has no table [dev.NAME]: there is nothing to score on.")
         score = DevSets(recipe.dev, recipe.folder, checkpoint.tokenizer(), checkpoint.prompts).score
-    report = measure(load_encoder(checkpoint), scheme, rows, model=checkpoint.source, hint=hint(checkpoint, scheme.name), score=score)
+    report = measure(load_encoder(checkpoint), scheme, rows, truncated=truncated, model=checkpoint.source, hint=hint(checkpoint, scheme.name), score=score)
     return report.to_json() if args.json else report.to_text()
 
 
@@ -131,9 +131,11 @@ def read_texts(path: Path) -> tuple[str, ...]:
     return lines
 
 
-def _rows(checkpoint: Checkpoint, texts: Sequence[str]) -> list[Ids]:
+def _rows(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[list[Ids], int]:
+    """Token rows, and how many texts are longer than the model reads: of these the beginning is compared, which says as much."""
     tokenizer, prompt = checkpoint.tokenizer(), checkpoint.prompts.document()
-    return [tokenizer.encode(prompt + text).ids for text in texts]
+    tokens = [tokenizer.encode(prompt + text, overflow="truncate") for text in texts]
+    return [found.ids for found in tokens], sum(found.truncated for found in tokens)
 
 
 if __name__ == "__main__":

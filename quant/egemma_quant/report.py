@@ -59,6 +59,7 @@ class QuantizationReport:
     model: str
     scheme: str
     num_texts: int
+    truncated: int                        # texts of these that were cut at the model's limit
     matrices: tuple[MatrixCost, ...]
     layers: tuple[LayerCost, ...]
     widths: tuple[WidthCost, ...]
@@ -70,7 +71,7 @@ class QuantizationReport:
 
     def to_text(self) -> str:
         """Tables of at most 120 columns."""
-        lines = [f"{self.model}, scheme {self.scheme}, {self.num_texts} texts"[:120]]
+        lines = [f"{self.model}, scheme {self.scheme}, {self.num_texts} texts{f', {self.truncated} of them cut at the limit' if self.truncated else ''}"[:120]]
         if self.hint:
             lines.append(f"note: {self.hint}")
         lines += ["", f"{'matrix':<44} {'role':<13} {'bits':>4} {'group':>5} {'error':>10} {'worst group':>12} {'clipped %':>10}"]
@@ -91,7 +92,7 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def measure(encoder: Encoder, scheme: Scheme, rows: Sequence[Ids], *, model: str, hint: str | None = None,
+def measure(encoder: Encoder, scheme: Scheme, rows: Sequence[Ids], *, model: str, truncated: int = 0, hint: str | None = None,
             score: Callable[[Encoder], dict[str, float]] | None = None) -> QuantizationReport:
     """Compare an encoder with itself, rounded. Its weights are the float ones again afterwards.
 
@@ -99,6 +100,7 @@ def measure(encoder: Encoder, scheme: Scheme, rows: Sequence[Ids], *, model: str
         encoder: float32.
         rows: token ids of texts with prompt, BOS and EOS.
         model: what the report calls it.
+        truncated: how many of the texts were cut, for the report.
         score: dev scores of an encoder, such as `DevSets.score`; None for no dev sets.
 
     Raises:
@@ -119,7 +121,7 @@ def measure(encoder: Encoder, scheme: Scheme, rows: Sequence[Ids], *, model: str
                 for name, weight in encoder.named_parameters() if (role := role_of(name)) is not None]
     layers = [LayerCost(layer=layer, min_cosine=float(found.min()), mean_cosine=float(found.mean())) for layer, found in cosines.items()]
     return QuantizationReport(
-        model=model, scheme=scheme.name, num_texts=len(rows), matrices=tuple(matrices), layers=tuple(layers),
+        model=model, scheme=scheme.name, num_texts=len(rows), truncated=truncated, matrices=tuple(matrices), layers=tuple(layers),
         widths=tuple(_width_cost(dim, vectors, after, both) for dim in encoder.config.dims),
         dev={name: (exact_scores[name], rounded_scores[name]) for name in exact_scores}, hint=hint)
 

@@ -102,7 +102,10 @@ def test_the_command_reports_and_fails_in_one_line(tmp_path: Path, capsys: pytes
     texts.write_text("one text\nanother text\n", encoding="utf-8")
     assert main(["report", "--model", str(MODEL), "--scheme", "mixed", "--texts", str(texts), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["scheme"], found["num_texts"], found["hint"], found["dev"]) == ("mixed", 2, None, {})
+    assert (found["scheme"], found["num_texts"], found["truncated"], found["hint"], found["dev"]) == ("mixed", 2, 0, None, {})
+    texts.write_text("one text\n" + "word " * 600 + "\n", encoding="utf-8")
+    assert main(["report", "--model", str(MODEL), "--scheme", "int4", "--texts", str(texts)]) == 0
+    assert "2 texts, 1 of them cut at the limit" in capsys.readouterr().out
 
     texts.write_text("one\n\ntwo\n", encoding="utf-8")
     absent, out = tmp_path / "absent", tmp_path / "out"
