@@ -52,9 +52,14 @@ class Attention(nn.Module):
         key = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.channels)).transpose(1, 2)   # (B, K, T, C)
         value = self.v_proj(x).view(B, T, self.kv_heads, self.channels).transpose(1, 2)              # (B, K, T, C)
         shared = self.heads // self.kv_heads
+        query = rotate(query, rotary)
         key = rotate(key, rotary).repeat_interleave(shared, dim=1)                                   # (B, H, T, C)
         value = value.repeat_interleave(shared, dim=1)                                               # (B, H, T, C)
-        mixed = F.scaled_dot_product_attention(rotate(query, rotary), key, value, attn_mask=bias, scale=self.scale)
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):  # backward, the CPU's bfloat16 attention takes almost three times as long as its float32 one
+                mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=bias.float(), scale=self.scale)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))                           # (B, T, D)
         return out
 

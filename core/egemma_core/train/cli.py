@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--shard", action="store_true", help="divide the encoder among torchrun's processes in contrast stages, instead of a whole one in each")
     _machine(run)
 
-    toy = verbs.add_parser("toy", help="write a toy recipe with its data into a folder and run all its stages (about two minutes on 2 cores)")
+    toy = verbs.add_parser("toy", help="write a toy recipe with its data into a folder and run all its stages (about a minute on 2 quiet cores)")
     toy.add_argument("--out", type=Path, required=True, help="folder for recipe, data and runs")
     _machine(toy)
 
