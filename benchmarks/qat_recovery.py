@@ -106,7 +106,11 @@ def report(work: Path) -> dict[str, Any]:
             losses = [100 * (1 - seed["scores"][name][dim] / seed["scores"]["control"][dim]) for seed in seeds]
             table[name][dim] = {"scores": [round(score, 4) for score in scores], "loss_percent": [round(loss, 2) for loss in losses],
                                 "mean_loss_percent": [round(value, 2) for value in t_interval(losses)] if len(seeds) > 1 and name != "control" else None}
-    return {"machine": seeds[0]["machine"], "commit": seeds[0]["commit"], "asked": seeds[0]["asked"], "parameters": seeds[0]["parameters"],
+    width = next(iter(table["control"]))
+    gains = {name: [round(value, 2) for value in t_interval([after - trained for after, trained in zip(table[f"{name}, rounded afterwards"][width]["loss_percent"],
+                                                                                                      table[f"{name}, trained"][width]["loss_percent"], strict=True)])]
+             for name in TRAINED if len(seeds) > 1}
+    return {"gain_percent": gains, "machine": seeds[0]["machine"], "commit": seeds[0]["commit"], "asked": seeds[0]["asked"], "parameters": seeds[0]["parameters"],
             "seeds": [seed["seed"] for seed in seeds], "table": table, "differences": {seed["seed"]: seed["differences"] for seed in seeds}}
 
 

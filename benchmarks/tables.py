@@ -55,7 +55,7 @@ def numbers() -> str:
         f"model {footprint['first_vector_s']:.2f} s after process start, {footprint['beside_onnxruntime_and_numpy_mb']:.0f} MB beside ONNX Runtime and NumPy, no torch.",
         "",
     ]
-    return "\n".join([*lines, *search_lines(result("search"))])
+    return "\n".join([*lines, *search_lines(result("search")), *training_lines()])
 
 
 def search_lines(search: dict[str, Any]) -> list[str]:
@@ -79,6 +79,55 @@ def search_lines(search: dict[str, Any]) -> list[str]:
             cells += [f"{found['p50_ms']:.1f}", f"{found['recall']:.3f}"] if found else ["", ""]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def training_lines() -> list[str]:
+    """Training in short; docs/training-measured.md has all of it."""
+    speed, recovery = result("train_throughput")["results"], result("qat_recovery")
+    width, names = next(iter(recovery["table"]["control"])), {"int4": "int4, a scale per block of 32", "mixed": "mixed, a scale per row"}
+    lines = ["Training, [all of it](docs/training-measured.md): a step takes as many pairs a second as sentence-transformers' trainer times "
+             + " and ".join(f"{found['ratio']:.2f} ({precision})" for precision, found in speed.items())
+             + f", same model, rows, batches and losses. What a small model trained here loses of its float score (mean nDCG@10 of seven sets, {len(recovery['seeds'])} seeds):", "",
+             "| | rounded afterwards | trained for it | difference, paired by seed |", "|---|---:|---:|---:|"]
+    for name, title in names.items():
+        cells = [interval(recovery["table"][f"{name}, {how}"][width]["mean_loss_percent"]) for how in ("rounded afterwards", "trained")] + [interval(recovery["gain_percent"][name])]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def interval(found: list[float]) -> str:
+    """A loss in percent and its 95 % interval over seeds."""
+    mean, low, high = found
+    return f"{mean:.2f} % ({low:.2f} to {high:.2f})"
+
+
+def training_page() -> str:
+    """The generated part of docs/training-measured.md."""
+    speed, recovery, ablations = (result(name) for name in ("train_throughput", "qat_recovery", "ablations"))
+    lines = ["### Speed beside sentence-transformers", "",
+             f"{speed['machine']}, {speed['threads']} threads, commit {speed['commit']}; batches of {speed['batch_size']} rows of query, positive and negative, {speed['rounds']} rounds by turns, "
+             f"{speed['steps']} steps each; medians.", "", "| matrix products | ours, rows/s | theirs, rows/s | ratio | ratio per round |", "|---|---:|---:|---:|---|"]
+    for precision, found in speed["results"].items():
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in found["ratio_per_round"])
+        lines.append(f"| {precision} | {found['pairs_per_s']['ours']} | {found['pairs_per_s']['theirs']} | {found['ratio']:.2f} | {rounds} |")
+    width = next(iter(recovery["table"]["control"]))
+    lines += ["", "### What rounding costs, and what training for it gets back", "",
+              f"A model of {recovery['parameters']:,} parameters, trained in float, then {recovery['asked']['extra_steps']} steps more: in float (the control), or through the rounding. "
+              f"nDCG@10, mean of seven retrieval sets, at most {recovery['asked']['queries']} queries each, {width} channels; seeds {recovery['seeds']}; loss is relative to the control of "
+              f"the same seed, with Student's 95 % interval. Commit {recovery['commit']}.", "",
+              "| | score by seed | loss by seed, % | mean loss |", "|---|---|---|---:|"]
+    for name, by_width in recovery["table"].items():
+        found = by_width[width]
+        loss = interval(found["mean_loss_percent"]) if found["mean_loss_percent"] else ""
+        lines.append(f"| {name} | {', '.join(f'{score:.4f}' for score in found['scores'])} | {', '.join(f'{value:.2f}' for value in found['loss_percent'])} | {loss} |")
+    lines += ["", *(f"What training gets back of {name}, paired by seed: {interval(found)}." for name, found in recovery["gain_percent"].items())]
+    lines += ["", "### The report's ablations in miniature", "",
+              f"nDCG@10, mean of four retrieval sets, at most {ablations['asked']['queries']} queries each; seeds {ablations['seeds']}; differences to the first row of each group, paired by seed, "
+              f"with Student's 95 % interval. Commit {ablations['commit']}.", "", "| | score by seed | mean | difference |", "|---|---|---:|---:|"]
+    for name, found in ablations["table"].items():
+        difference = "" if found["difference"] is None else "{:+.4f} ({:+.4f} to {:+.4f})".format(*found["difference"])
+        lines.append(f"| {name} | {', '.join(f'{score:.4f}' for score in found['scores'])} | {found['mean']:.4f} | {difference} |")
+    return "\n".join(lines) + "\n"
 
 
 def search_page() -> str:
@@ -105,7 +154,7 @@ def main() -> int:
     return 0
 
 
-PAGES: dict[str, Callable[[], str]] = {"README.md": numbers, "docs/search-benchmark.md": search_page}
+PAGES: dict[str, Callable[[], str]] = {"README.md": numbers, "docs/search-benchmark.md": search_page, "docs/training-measured.md": training_page}
 
 
 if __name__ == "__main__":
