@@ -30,6 +30,7 @@ from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA
+from egemma_core.tokens import tokenizer_of
 from egemma_core.train.batches import BatchConfig, Batches
 from egemma_core.train.contrast import Contrast, ContrastConfig
 from egemma_core.train.decoder import HeadConfig, random_encoder, read_decoder
@@ -63,8 +64,6 @@ def one_seed(args: argparse.Namespace) -> None:  # noqa: PLR0915  # one experime
         scratch.rename(vocabulary)
     config = replace(small.shape(WIDTH, LAYERS, FFN, DIMS, HEAD_DIM, max_tokens=256), dense=((WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)))
     head = HeadConfig(dims=DIMS, max_tokens=256, seed=args.seed)
-    from egemma_core.train.recipe import tokenizer_of
-
     tokenizer = tokenizer_of(vocabulary, config)
     dev = DevSets(small.dev_sets(args.queries, 64, DEV), args.data, tokenizer, EMBEDDING_GEMMA)
     text_config = replace(TEXTS, seed=args.seed)

@@ -25,7 +25,7 @@ from typing import Any
 from egemma_core.config import EncoderConfig, read_transformer
 from egemma_core.errors import CheckpointError
 from egemma_core.prompts import Prompts, read_prompts
-from egemma_core.tokens import Tokenizer
+from egemma_core.tokens import Tokenizer, tokenizer_of
 from egemma_core.vectors import MATRYOSHKA_DIMS
 
 WEIGHTS = "model.safetensors"
@@ -50,9 +50,7 @@ class Checkpoint:
         return self.folder / TOKENIZER
 
     def tokenizer(self) -> Tokenizer:
-        config = self.config
-        return Tokenizer(self.tokenizer_path, bos_id=config.bos_id, eos_id=config.eos_id, pad_id=config.pad_id,
-                         vocab_size=config.vocab_size, max_tokens=config.max_tokens)
+        return tokenizer_of(self.tokenizer_path, self.config)
 
     def weight_files(self) -> tuple[Path, ...]:
         return (self.folder / WEIGHTS, *(folder / WEIGHTS for folder in self.dense_folders))

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import sentencepiece
 
+from egemma_core.config import EncoderConfig
 from egemma_core.errors import BundleError, CheckpointError, ConfigError, InputError, TokenLimitError
 
 Overflow = Literal["error", "truncate"]
@@ -106,3 +107,8 @@ class Tokenizer:
         if not isinstance(max_tokens, int) or not 3 <= max_tokens <= self.max_tokens:
             raise ConfigError(f"max_tokens={max_tokens!r}: a whole number from 3 to the model's own {self.max_tokens}.")
         return max_tokens
+
+
+def tokenizer_of(path: Path, config: EncoderConfig) -> Tokenizer:
+    """The tokenizer of a model; see `Tokenizer` for what is refused."""
+    return Tokenizer(path, bos_id=config.bos_id, eos_id=config.eos_id, pad_id=config.pad_id, vocab_size=config.vocab_size, max_tokens=config.max_tokens)

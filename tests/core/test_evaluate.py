@@ -292,19 +292,19 @@ def test_a_recipes_table_is_read() -> None:
 
 @pytest.mark.parametrize(("file", "row", "message"), [
     ("queries", "{", "queries.jsonl, line 3: not JSON"),
-    ("queries", '"text"', "queries.jsonl, line 3: str 'text'. Write one object"),
+    ("queries", '"text"', "queries.jsonl, line 3: found str 'text': write one object"),
     ("queries", '{"id": "q9"}', r"queries.jsonl, line 3: field 'text': found only \['id'\]"),
     ("queries", '{"id": 9, "text": "x"}', "queries.jsonl, line 3: field 'id': found int 9"),
     ("queries", '{"id": "q9", "text": " "}', "line 3: field 'text': found str ' '"),
     ("queries", '{"id": "q1", "text": "x"}', "line 3: field 'id': 'q1' was given before"),
-    ("corpus", '{"id": "d9", "text": "\\ud800"}', "corpus.jsonl, line 3: field 'text': a lone surrogate at character 0"),
+    ("corpus", '{"id": "d9", "text": "\\ud800"}', "corpus.jsonl, line 3: field 'text': a lone surrogate U\\+D800 at character 0"),
     ("corpus", '{"id": "d9", "text": "x", "title": 7}', "corpus.jsonl, line 3: field 'title': found int 7"),
     ("qrels", '{"q": "q9", "d": "d0", "rel": 1}', "qrels.jsonl, line 3: no query has the id 'q9'"),
     ("qrels", '{"q": "q0", "d": "d9", "rel": 1}', "qrels.jsonl, line 3: no document has the id 'd9'"),
     ("qrels", '{"q": "q0", "d": "d0", "rel": 1}', "line 3: 'q0' and 'd0' were judged before"),
     ("qrels", '{"q": "q0", "d": "d1", "rel": -1}', "line 3: rel=-1.0"),
-    ("qrels", '{"q": "q0", "d": "d1", "rel": "1"}', "line 3: field 'rel': found '1', want a number"),
-    ("qrels", '{"q": "q0", "d": "d1", "rel": NaN}', "line 3: field 'rel': found nan"),
+    ("qrels", '{"q": "q0", "d": "d1", "rel": "1"}', "line 3: field 'rel': found str '1', want a number"),
+    ("qrels", '{"q": "q0", "d": "d1", "rel": NaN}', "line 3: field 'rel': found float nan"),
 ])
 def test_a_bad_row_is_named_with_file_line_and_field(file: str, row: str, message: str, tmp_path: Path) -> None:
     whole = {"queries": [{"id": f"q{n}", "text": "x"} for n in range(2)], "corpus": [{"id": f"d{n}", "text": "x"} for n in range(2)],

@@ -21,7 +21,8 @@ from egemma_core.nn.load import load_encoder
 from egemma_core.train import loop
 from egemma_core.train.evaluate import DevSets
 from egemma_core.train.presets.toy import write_toy
-from egemma_core.train.recipe import Runner, read_recipe
+from egemma_core.train.recipe import read_recipe
+from egemma_core.train.runner import Runner
 from egemma_quant.qat import rounded
 from egemma_quant.schemes import INT4
 from egemma_quant.train import run, through_of

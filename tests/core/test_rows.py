@@ -162,13 +162,13 @@ def test_a_damaged_archive_says_after_which_line(tmp_path):
     (tmp_path / "toy.jsonl.gz").write_bytes(packed)
     assert len(read_dataset(config(path="toy.jsonl.gz"), tmp_path).rows) == 2000
     (tmp_path / "toy.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(InputError, match=r"damaged after line [1-9]\d+ \("):
+    with pytest.raises(InputError, match=r"not readable after line [1-9]\d+ \("):
         read_dataset(config(path="toy.jsonl.gz"), tmp_path)
     (tmp_path / "toy.jsonl.gz").write_bytes(packed[:200] + b"\0\0\0\0" + packed[204:])
-    with pytest.raises(InputError, match="damaged after line"):
+    with pytest.raises(InputError, match="not readable after line"):
         read_dataset(config(path="toy.jsonl.gz"), tmp_path)
     (tmp_path / "toy.jsonl.gz").write_bytes(json.dumps(PAIR).encode())
-    with pytest.raises(InputError, match="damaged after line 0"):
+    with pytest.raises(InputError, match="not readable after line 0"):
         read_dataset(config(path="toy.jsonl.gz"), tmp_path)
 
 

@@ -17,7 +17,8 @@ from egemma_core.errors import ConfigError, EgemmaError
 
 if TYPE_CHECKING:  # at run time it would import torch for --help
     from egemma_core.train.loop import Progress
-    from egemma_core.train.recipe import StageResult, ThroughOf
+    from egemma_core.train.recipe import ThroughOf
+    from egemma_core.train.runner import StageResult
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,7 +108,8 @@ def main(argv: Sequence[str] | None = None, through_of: ThroughOf | None = None)
 
 def _run(args: argparse.Namespace, through_of: ThroughOf | None) -> int:
     from egemma_core.train.ranks import join
-    from egemma_core.train.recipe import Runner, read_recipe
+    from egemma_core.train.recipe import read_recipe
+    from egemma_core.train.runner import Runner
 
     _threads(args.threads)
     recipe = read_recipe(args.recipe, args.data)

@@ -29,7 +29,7 @@ from egemma_core.nn.load import _read as read_tensors
 from egemma_core.nn.save import _transformer as transformer_json
 from egemma_core.nn.save import tokenizer_json
 from egemma_core.prompts import EMBEDDING_GEMMA, Prompts
-from egemma_core.tokens import Tokenizer
+from egemma_core.tokens import tokenizer_of
 
 INDEX = "model.safetensors.index.json"
 PREFIX, TABLE, OUTPUT = "model.", "model.embed_tokens.weight", "lm_head.weight"
@@ -176,7 +176,7 @@ def _checked_tokenizer(folder: Path, config: EncoderConfig) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {TOKENIZER} (SentencePiece). Copy it from the published checkpoint; tokenizer.json is not read.")
     try:
-        Tokenizer(path, bos_id=config.bos_id, eos_id=config.eos_id, pad_id=config.pad_id, vocab_size=config.vocab_size, max_tokens=config.max_tokens)
+        tokenizer_of(path, config)
     except BundleError as error:
         raise CheckpointError(str(error)) from error
     return path

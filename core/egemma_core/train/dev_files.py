@@ -12,16 +12,14 @@ Each may be gzipped (.jsonl.gz).
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from egemma_core.errors import InputError
+from egemma_core.train.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
 from egemma_core.train.rows import Dataset
 
 
@@ -114,21 +112,11 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line.decode())
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{path}, line {number}: not JSON ({error}). Write one object per line, in UTF-8.") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}, line {number}: {type(row).__name__} {_short(row)}. Write one object per line.")
-                yield number, row
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not readable after line {number} ({error}). Is the path right, and the file whole?") from error
-    if number == 0:
-        raise InputError(f"{path}: an empty file.")
+    for number, line in lines_of(path):
+        try:
+            yield number, parse_row(line, number)
+        except BadRowError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
 
 
 def _new(row: Mapping[str, Any], field: str, known: Mapping[str, object], path: Path, number: int) -> str:
@@ -139,24 +127,16 @@ def _new(row: Mapping[str, Any], field: str, known: Mapping[str, object], path: 
 
 
 def _text(row: Mapping[str, Any], field: str, path: Path, number: int) -> str:
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        found = f"{type(value).__name__} {_short(value)}" if field in row else f"only {sorted(row)}"
-        raise InputError(f"{path}, line {number}: field {field!r}: found {found}, want a text that is not blank.")
+    if field not in row:
+        raise InputError(f"{path}, line {number}: field {field!r}: found only {sorted(row)}, want a text that is not blank.")
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path}, line {number}: field {field!r}: a lone surrogate at character {error.start}, which is not Unicode text. Remove it.") from error
-    return value
+        return checked_text(row[field], field)
+    except BadRowError as error:
+        raise InputError(f"{path}, line {number}: {error}") from error
 
 
 def _number(row: Mapping[str, Any], field: str, path: Path, number: int) -> float:
     value = row.get(field)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{path}, line {number}: field {field!r}: found {_short(value) if field in row else f'only {sorted(row)}'}, want a number.")
+        raise InputError(f"{path}, line {number}: field {field!r}: found {shortened(value) if field in row else f'only {sorted(row)}'}, want a number.")
     return float(value)
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

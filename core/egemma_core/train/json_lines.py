@@ -30,9 +30,9 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(file, 1):
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: damaged after line {number} ({error}). Copy the file again.") from error
+        raise InputError(f"{path}: not readable after line {number} ({error}). Is the path right, and the file whole?") from error
     if number == 0:
-        raise InputError(f"{path}: an empty file. Leave it out of the dataset's path.")
+        raise InputError(f"{path}: an empty file. Leave it out.")
 
 
 def parse_row(line: bytes, number: int) -> dict[str, Any]:
