@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from egemma_core.errors import ConfigError, InputError
-from egemma_core.train.mining import NO_CANDIDATE, Document, MineConfig, MiningConfig, mine, mine_file, rank, read_corpus
+from egemma_core.train.mining import NO_CANDIDATE, Document, MiningConfig, mine, rank
+from egemma_core.train.mining_files import MineConfig, mine_file, read_corpus
 from egemma_core.train.rows import DatasetConfig, Row, read_dataset
 from egemma_core.train.teacher import Embedded, Role
 from tests.conftest import SHARED_DATA
@@ -349,7 +350,7 @@ def test_the_report_says_what_happened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ('{"text": ""}', "line 2"), ('{"title": "a"}', "line 2"), ('["a"]', "line 2"), ('{"text": "a", "title": 3}', "line 2"), ('{"text": ', "not readable"),
+    ('{"text": ""}', "line 2"), ('{"title": "a"}', "line 2"), ('["a"]', "line 2"), ('{"text": "a", "title": 3}', "line 2"), ('{"text": ', "line 2: not JSON"),
 ])
 def test_a_bad_line_of_a_corpus_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "corpus.jsonl"

@@ -181,7 +181,8 @@ def _evaluate(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
 
 
 def _mine(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
-    from egemma_core.train.mining import MineConfig, MiningConfig, mine_file
+    from egemma_core.train.mining import MiningConfig
+    from egemma_core.train.mining_files import MineConfig, mine_file
 
     mining = MiningConfig(per_query=args.per_query, depth=args.depth, skip=args.skip, max_share_of_positive=args.max_share_of_positive or None, margin=args.margin,
                           max_score=args.max_score, pick=args.pick, seed=args.seed)

@@ -10,16 +10,11 @@ Source: filtering by a share of the positive's score ("TopK-PercPos", 95 %) is t
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
-import os
-import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -27,9 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from egemma_core.errors import ConfigError, InputError
-from egemma_core.train.rows import DatasetConfig, Row, read_dataset
-from egemma_core.train.teacher import Role, Teacher, Vectors, open_teacher
-from egemma_core.train.teacher_cache import CachedTeacher
+from egemma_core.train.rows import Row
+from egemma_core.train.teacher import Role, Teacher, Vectors
 
 Pick = Literal["top", "random"]
 QUERY_BLOCK, CANDIDATE_BLOCK = 1024, 16_384   # 64 MiB of scores at once
@@ -61,29 +55,6 @@ class MiningConfig:
             raise ConfigError(f"max_score={self.max_score}: a cosine above -1; None switches it off.")
         if self.pick not in get_args(Pick):
             raise ConfigError(f"pick={self.pick!r}: one of {get_args(Pick)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MineConfig:
-    """A file of pairs, and where the same pairs go with their negatives."""
-
-    rows: Path                                        # .jsonl or .jsonl.gz of pairs; `negative` fields there are replaced
-    out: Path                                         # .jsonl or .jsonl.gz; must not exist
-    teacher: str                                      # see `open_teacher`
-    corpus: Path | None = None                        # more candidates: {"text", "title"?} per line
-    symmetric: bool = False                           # both sides are queries, as in sentence similarity
-    cache: Path | None = None                         # the teacher's vectors are kept there, so that a second run goes on; None keeps none
-    query_prompt: str | None = None
-    document_prompt: str | None = None
-    query_prompt_name: str | None = None
-    document_prompt_name: str | None = None
-    device: str | None = None
-    mining: MiningConfig = field(default_factory=MiningConfig)
-
-    def __post_init__(self) -> None:
-        for path in (self.rows, self.out, *([] if self.corpus is None else [self.corpus])):
-            if not path.name.endswith((".jsonl", ".jsonl.gz")):
-                raise ConfigError(f"{path}: rows are kept in .jsonl or .jsonl.gz files.")
 
 
 class Document(NamedTuple):
@@ -280,63 +251,6 @@ def pair_scores(queries: Vectors, documents: Vectors, pairs: NDArray[np.int64]) 
     return np.concatenate(parts)
 
 
-def mine_file(config: MineConfig) -> MiningReport:
-    """Write `config.out`: the rows of `config.rows` with their fields, `negative` (a text, or a list where per_query is above 1) and, where
-    candidates have titles, `negative_title`. Rows that got none have neither. The file is there whole or not at all.
-
-    Raises:
-        ConfigError: `out` exists, or a setting cannot work.
-        InputError: a row is bad.
-    """
-    if config.out.exists():
-        raise ConfigError(f"{config.out} exists. Remove it, or choose another name.")
-    dataset = read_dataset(DatasetConfig(name=config.rows.name, path=(config.rows.name,), kind="pairs", task="search result",
-                                         symmetric=config.symmetric), config.rows.parent)
-    corpus = [] if config.corpus is None else read_corpus(config.corpus)
-    teacher = open_teacher(config.teacher, query_prompt=config.query_prompt, document_prompt=config.document_prompt, device=config.device,
-                           query_prompt_name=config.query_prompt_name, document_prompt_name=config.document_prompt_name)
-    if config.cache is not None:
-        teacher = CachedTeacher(teacher, config.cache)
-    negatives, report = mine(dataset.rows, teacher, config.mining, corpus, config.symmetric)
-    with _open(config.rows) as file:
-        fields = [row for row in map(json.loads, file) if row["query"] != row["positive"]]   # equal ones were refused, or dropped, when reading
-    lines = [json.dumps(_with_negatives(row, found, config.mining), ensure_ascii=False, separators=(",", ":"))
-             for row, found in zip(fields, negatives, strict=True)]
-    _write(config.out, "".join(f"{line}\n" for line in lines).encode())
-    return MiningReport(**{**{name: getattr(report, name) for name in MiningReport.__dataclass_fields__}, "dropped": dict(dataset.dropped)})
-
-
-def read_corpus(path: Path) -> list[Document]:
-    """Documents of a .jsonl or .jsonl.gz file, {"text", "title"?} per line; other fields are not read.
-
-    Raises:
-        InputError: a line is not as above; file and line are named.
-    """
-    documents = []
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                row = json.loads(line)
-                title = row.get("title") if isinstance(row, dict) else None
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip() or not isinstance(title, str | None):
-                    raise InputError(f"{path}, line {number}: {line.strip()[:80]!r}; wanted an object with a text that is not blank, and a title that is one.")
-                documents.append(Document(title or None, row["text"]))
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: not readable after line {number} ({error}); one JSON object per line, in UTF-8.") from error
-    return documents
-
-
-def _with_negatives(row: Mapping[str, Any], negatives: Sequence[Document], config: MiningConfig) -> dict[str, Any]:
-    made = {name: value for name, value in row.items() if name not in ("negative", "negative_title")}
-    if negatives:
-        made["negative"] = [document.text for document in negatives] if config.per_query > 1 else negatives[0].text
-        if row.get("title") or any(document.title for document in negatives):
-            titles = [document.title or "" for document in negatives]
-            made["negative_title"] = titles if config.per_query > 1 else titles[0]
-    return made
-
-
 def _picked(ranks: NDArray[np.int64], query: str, config: MiningConfig) -> NDArray[np.int64]:
     """At most `per_query` of the ranks that passed, rising; "random" depends on seed and query alone."""
     if config.pick == "random" and len(ranks) > config.per_query:
@@ -351,23 +265,6 @@ def _plain(text: str) -> str:
 
 def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _open(path: Path) -> io.TextIOWrapper:
-    return io.TextIOWrapper(gzip.GzipFile(path) if path.name.endswith(".gz") else path.open("rb"), encoding="utf-8", newline="\n")
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        with scratch.open("xb") as file:
-            file.write(gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)   # no clock: the same rows give the same file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _line(text: str) -> str:
