@@ -120,7 +120,8 @@ def training_page() -> str:
         found = by_width[width]
         loss = interval(found["mean_loss_percent"]) if found["mean_loss_percent"] else ""
         lines.append(f"| {name} | {', '.join(f'{score:.4f}' for score in found['scores'])} | {', '.join(f'{value:.2f}' for value in found['loss_percent'])} | {loss} |")
-    lines += ["", *(f"What training gets back of {name}, paired by seed: {interval(found)}." for name, found in recovery["gain_percent"].items())]
+    lines += ["", *(f"What training gets back of {name}: {interval(found)} over seeds, {interval(recovery['gain_percent_over_queries'][name])} over queries.\n"
+                    for name, found in recovery["gain_percent"].items())]
     lines += ["", "### The report's ablations in miniature", "",
               f"nDCG@10, mean of four retrieval sets, at most {ablations['asked']['queries']} queries each; seeds {ablations['seeds']}; differences to the first row of each group, paired by seed, "
               f"with Student's 95 % interval. Commit {ablations['commit']}.", "", "| | score by seed | mean | difference |", "|---|---|---:|---:|"]
