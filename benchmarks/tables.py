@@ -123,7 +123,7 @@ def training_page() -> str:
     lines += ["", *(f"What training gets back of {name}: {interval(found)} over seeds, {interval(recovery['gain_percent_over_queries'][name])} over queries.\n"
                     for name, found in recovery["gain_percent"].items())]
     lines += ["", "### The report's ablations in miniature", "",
-              f"nDCG@10, mean of four retrieval sets, at most {ablations['asked']['queries']} queries each; seeds {ablations['seeds']}; differences to the first row of each group, paired by seed, "
+              f"nDCG@10, mean of four retrieval sets, at most {ablations['asked']['queries']} queries each; seeds {ablations['seeds']}; differences to the row of its group that has none, paired by seed, "
               f"with Student's 95 % interval. Commit {ablations['commit']}.", "", "| | score by seed | mean | difference |", "|---|---|---:|---:|"]
     for name, found in ablations["table"].items():
         difference = "" if found["difference"] is None else "{:+.4f} ({:+.4f} to {:+.4f})".format(*found["difference"])
