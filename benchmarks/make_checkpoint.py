@@ -96,17 +96,22 @@ def load_reference(folder: Path, **changes: Any) -> Any:
     Args:
         changes: fields of config.json to override.
     """
-    from sentence_transformers import SentenceTransformer
-
-    for stand_in in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(folder / f"stand-in-{stand_in}", folder / stand_in)
-    model = SentenceTransformer(str(folder), device="cpu", config_kwargs=changes or None).eval()
+    model = load_reference_model(folder, **changes)
 
     @torch.no_grad()
     def reference(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return model.forward({"input_ids": ids, "attention_mask": mask.long()})["sentence_embedding"]  # type: ignore[no-any-return]
 
     return reference
+
+
+def load_reference_model(folder: Path, **changes: Any) -> Any:
+    """The folder as a SentenceTransformer in evaluation mode."""
+    from sentence_transformers import SentenceTransformer
+
+    for stand_in in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / f"stand-in-{stand_in}", folder / stand_in)
+    return SentenceTransformer(str(folder), device="cpu", config_kwargs=changes or None).eval()
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.make_checkpoint import load_reference, write_checkpoint
+from benchmarks.make_checkpoint import load_reference, load_reference_model, write_checkpoint
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
@@ -81,6 +81,26 @@ def test_bfloat16_weights_stay_near_the_float_vectors(tmp_path: Path, tiny_spm: 
     assert narrow.dtype == torch.float32
     assert float((wide * narrow).sum(-1).min()) > 0.995
     assert not torch.equal(wide, narrow)
+
+
+def test_every_gradient_is_the_references(tmp_path: Path, tiny_spm: Path) -> None:
+    """Norms and rotations are differentiated by hand."""
+    folder = write_checkpoint(tmp_path / "m", "tiny", tiny_spm)
+    encoder, model = load_encoder(open_checkpoint(folder)).requires_grad_(), load_reference_model(folder)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, encoder.config.vocab_size, (4, 30), generator=generator)
+    mask = torch.arange(30)[None, :] < torch.tensor([30, 17, 2, 1])[:, None]
+    outer = torch.randn(4, encoder.config.dims[0], generator=generator)
+    (encoder(ids, mask) * outer).sum().backward()
+    (model.forward({"input_ids": ids, "attention_mask": mask.long()})["sentence_embedding"] * outer).sum().backward()
+    theirs = dict(model[0].auto_model.named_parameters())
+    theirs |= {f"dense.{index}.weight": model[2 + index].linear.weight for index in range(len(encoder.dense))}
+    ours = dict(encoder.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        scale = float(theirs[name].grad.abs().max())
+        assert scale > 0, name
+        assert float((weight.grad - theirs[name].grad).abs().max()) <= 1e-5 * scale, name
 
 
 @pytest.mark.full_size
