@@ -221,6 +221,36 @@ def test_the_log_is_drawn_with_every_state_once_a_step_is_in_it(tmp_path: Path) 
     assert all(any("learning_rate" in line for line in lines) for lines in drawn)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks up open files in /proc")
+def test_a_state_appears_after_all_that_it_speaks_of_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut keeps renames and loses what was not synced; here every rename is checked against that."""
+    synced: dict[str, int] = {}   # path to its size when it was last synced
+    seen: list[str] = []
+    fsync, rename, replaced = os.fsync, os.rename, os.replace
+
+    def sync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced[str(path.relative_to(tmp_path))] = path.stat().st_size
+        fsync(handle)
+
+    def name(old: Path, new: Path) -> None:
+        content = [old, *old.rglob("*")] if old.is_dir() else [old]
+        if ".old-" not in str(new):
+            assert {str(path.relative_to(tmp_path)) for path in content} <= synced.keys()
+        if new.name.startswith("step-"):
+            counted = json.loads((old / "training/state.json").read_text())["log_bytes"]
+            assert synced.get("run/log.jsonl") == counted > 0   # the lines that the state counts
+            assert "run" in synced
+        seen.append(new.name)
+        (rename if old.is_dir() else replaced)(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", name)
+    monkeypatch.setattr(os, "replace", name)
+    run(Points(), CONFIG, tmp_path / "run")
+    assert [new for new in seen if not new.startswith(".old-")] == ["run.json", "step-00000004", "step-00000008", "step-00000012", "model", "result.json"]
+
+
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.step == 9:

@@ -12,9 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from egemma_core.errors import CheckpointError
 from egemma_core.train.ranks import cut_like, whole
 
+T = TypeVar("T")
 TRAINING = "training"
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -50,7 +51,7 @@ def add_training_state(folder: Path, parameters: Mapping[str, nn.Parameter], opt
     place = folder / TRAINING
     place.mkdir()
     save_file(dict(moments), place / "optimizer.safetensors")
-    published = _published(folder)
+    published = _published(folder, _names)
     save_file({name: weight.detach().cpu().contiguous() for name, weight in parameters.items() if name not in published}, place / "extra.safetensors")
     steps = {name: int(optimizer.state[weight]["step"]) for name, weight in parameters.items() if weight in optimizer.state}   # one that was never moved has none
     (place / "state.json").write_text(json.dumps({**state, "moment_steps": steps}, indent=1) + "\n", encoding="utf-8")
@@ -66,7 +67,7 @@ def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: tor
     place = folder / TRAINING
     try:
         state: dict[str, Any] = json.loads((place / "state.json").read_text(encoding="utf-8"))
-        weights = _read(place / "extra.safetensors") | _published(folder)
+        weights = _read(place / "extra.safetensors") | _published(folder, _read)
         moments = _read(place / "optimizer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a whole state of a run ({error}). Remove it to go on from the one before.") from error
@@ -90,9 +91,9 @@ def restore(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: tor
 def publish(scratch: Path, folder: Path) -> None:
     """Give a finished scratch folder its name, once all its bytes are on disk."""
     for path in [*scratch.rglob("*"), scratch]:
-        _to_disk(path)
+        to_disk(path)
     os.rename(scratch, folder)
-    _to_disk(folder.parent)
+    to_disk(folder.parent)
 
 
 def forget(folder: Path) -> None:
@@ -108,7 +109,8 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Return once the bytes of a file, or the names in a folder, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -116,13 +118,18 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _published(folder: Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint folder by the encoder's parameter names."""
-    found = _read(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else {}
+def _published(folder: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
+    """What `read` gives of the weights of a checkpoint folder, by the encoder's parameter names."""
+    found = read(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else {}
     dense = sorted(folder.glob("*_Dense"), key=lambda path: int(path.name.partition("_")[0]))
-    return found | {f"dense.{index}.weight": _read(path / "model.safetensors")["linear.weight"] for index, path in enumerate(dense)}
+    return found | {f"dense.{index}.weight": read(path / "model.safetensors")["linear.weight"] for index, path in enumerate(dense)}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+
+
+def _names(path: Path) -> dict[str, None]:
+    with safe_open(path, framework="pt") as file:
+        return dict.fromkeys(file.keys())

@@ -251,7 +251,10 @@ def _save(objective: Objective, parameters: Mapping[str, nn.Parameter], optimize
         objective.save(scratch)
         moments = checkpoints.moments_of(parameters, optimizer)
     if ranks.first:
-        state["log_bytes"] = log.stat().st_size if log.exists() else 0
+        if log.exists():
+            checkpoints.to_disk(log)          # before a state that counts its bytes
+            checkpoints.to_disk(log.parent)
+            state["log_bytes"] = log.stat().st_size
         checkpoints.add_training_state(scratch, parameters, optimizer, moments, state)
         checkpoints.publish(scratch, folder)
         kept = {*checkpoints.steps_in(states)[-config.keep :], state["best"]["step"] if state["best"] and config.patience is not None else state["step"]}
@@ -279,7 +282,9 @@ def _finish(folder: Path, config: LoopConfig, state: dict[str, Any], ranks: Rank
 def _write(path: Path, content: Any) -> None:
     scratch = path.with_name(f".{path.name}")
     scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    checkpoints.to_disk(scratch)
     os.replace(scratch, path)
+    checkpoints.to_disk(path.parent)
 
 
 def _log(path: Path, **fields: Any) -> None:
