@@ -267,7 +267,7 @@ class DelegateEncoder(nn.Module):
         super().__init__()
         config = encoder.config
         if config.pooling != "mean":
-            raise ExportError(f"pooling={config.pooling!r}: the ExecuTorch graph computes mean pooling only; use ONNX.")
+            raise ExportError(f"pooling={config.pooling!r}: only 'mean', which EmbeddingGemma uses, is exported. Train with it.")
         self.width, self.window = config.width, config.window
         self.shared = config.num_heads // config.num_kv_heads
         self.full_layers = [kind == FULL for kind in config.layer_types]

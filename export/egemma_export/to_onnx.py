@@ -78,7 +78,7 @@ def write_onnx(encoder: Encoder, scheme: Scheme | None, path: Path, *, weights_b
     """
     config = encoder.config
     if config.pooling != "mean":
-        raise ExportError(f"pooling={config.pooling!r}: the ONNX graph is written for 'mean', which EmbeddingGemma uses.")
+        raise ExportError(f"pooling={config.pooling!r}: only 'mean', which EmbeddingGemma uses, is exported. Train with it.")
     began = time.perf_counter()
     graph = _Graph(encoder, scheme)
     _write_encoder(graph, config, progress)
