@@ -75,8 +75,9 @@ SCHEMES = {scheme.name: scheme for scheme in (INT4, INT8, INT8_PER_CHANNEL, MIXE
 INT4_DIVISORS = (7.0, 7.25, 7.5, 7.75, 8.0, 8.5)
 
 
-# Weights that are rounded at once: their temporaries stay in the processor's cache, 25 times as fast as 16,384 rows of 768.
-PART_WEIGHTS = 2**17
+# Weights that are rounded at once. On a CPU their temporaries stay in its cache, 25 times as fast as 16,384 rows of 768; another device has an operation's start to
+# make good, and 64 MiB each for its temporaries. Codes and scales do not depend on it.
+PART_WEIGHTS, PART_WEIGHTS_ELSEWHERE = 2**17, 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ def _parts(weight: Tensor, weight_format: Format) -> Iterator[tuple[slice, Tenso
     """
     rows, columns = weight.shape
     size = group_size_of(weight, weight_format)
-    step = max(1, PART_WEIGHTS // columns)
+    step = max(1, (PART_WEIGHTS if weight.device.type == "cpu" else PART_WEIGHTS_ELSEWHERE) // columns)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         groups = weight[part].float().reshape(-1, size).t().contiguous()                # (g, groups)
