@@ -103,13 +103,22 @@ def interval(found: list[float]) -> str:
 
 def training_page() -> str:
     """The generated part of docs/training-measured.md."""
-    speed, recovery, ablations = (result(name) for name in ("train_throughput", "qat_recovery", "ablations"))
+    speed, full, cost, recovery, ablations = (result(name) for name in ("train_throughput", "train_full_size", "train_cost", "qat_recovery", "ablations"))
     lines = ["### Speed beside sentence-transformers", "",
              f"{speed['machine']}, {speed['threads']} threads, commit {speed['commit']}; batches of {speed['batch_size']} rows of query, positive and negative, {speed['rounds']} rounds by turns, "
              f"{speed['steps']} steps each; medians.", "", "| matrix products | ours, rows/s | theirs, rows/s | ratio | ratio per round |", "|---|---:|---:|---:|---|"]
     for precision, found in speed["results"].items():
         rounds = ", ".join(f"{ratio:.2f}" for ratio in found["ratio_per_round"])
         lines.append(f"| {precision} | {found['pairs_per_s']['ours']} | {found['pairs_per_s']['theirs']} | {found['ratio']:.2f} | {rounds} |")
+    lines += ["", "### The full size", "",
+              f"308 million parameters, random weights, {full['batch_size']} rows a step, gradient caching on both sides ({full['chunk_tokens']} tokens at a time; theirs {full['mini_batch']} texts), "
+              f"{full['threads']} threads, commit {full['commit']}; {full['steps'] - full['spare']} steps each that count:", "",
+              "| matrix products | ours, rows/s | theirs, rows/s | ratio | peak memory, ours | theirs |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [f"| {precision} | {found['pairs_per_s']['ours']:.2f} | {found['pairs_per_s']['theirs']:.2f} | {found['ratio']:.2f} | {found['peak_gb']['ours']:.1f} GB | {found['peak_gb']['theirs']:.1f} GB |"
+              for precision, found in full["results"].items()]
+    lines += ["", f"The preset `adapt` on questions and their paragraphs, {cost['threads']} threads of {cost['machine']}, commit {cost['commit']}; medians of {cost['steps'] - 1} steps:", "",
+              "| stage | matrix products | rows a step | a step | tokens/s | peak memory | a state on disk |", "|---|---|---:|---:|---:|---:|---:|"]
+    lines += [f"| {row['stage']} | {row['precision']} | {row['batch_size']} | {row['step_s']:.0f} s | {row['tokens_per_s']:.0f} | {row['peak_gb']:.1f} GB | {row['state_gb']:.1f} GB |" for row in cost["rows"]]
     width = next(iter(recovery["table"]["control"]))
     lines += ["", "### What rounding costs, and what training for it gets back", "",
               f"A model of {recovery['parameters']:,} parameters, trained in float, then {recovery['asked']['extra_steps']} steps more: in float (the control), or through the rounding. "

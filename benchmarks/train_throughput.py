@@ -65,7 +65,7 @@ def ours(args: argparse.Namespace) -> list[tuple[float, float]]:
     encoder = load_encoder(checkpoint).requires_grad_()
     stamps: list[tuple[float, float]] = [(time.perf_counter(), 0.0)]
     with BatchesAhead(batches_of(args.data, args.dataset, args.batch_size, args.max_tokens, args.model)) as batches, tempfile.TemporaryDirectory() as folder:
-        objective = Contrast(encoder, batches, ContrastConfig(temperature=TEMPERATURE, hardness=HARDNESS, share_negatives=True, precision=args.precision,
+        objective = Contrast(encoder, batches, ContrastConfig(temperature=TEMPERATURE, hardness=HARDNESS, share_negatives=True, precision=args.precision, compile=args.compile,
                                                               chunk_tokens=args.chunk_tokens, recompute=args.recompute),
                              tokenizer_path=checkpoint.tokenizer_path, prompts=checkpoint.prompts)
         run(objective, LoopConfig(steps=args.steps, learning_rate=RATE, schedule="constant", log_every=1, save_every=args.steps), Path(folder, "run"),
@@ -133,7 +133,7 @@ def theirs(args: argparse.Namespace) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder, per_device_train_batch_size=args.batch_size, num_train_epochs=1, learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.01,
-            adam_beta2=0.98, bf16=args.precision == "bfloat16", use_cpu=True, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, prompts=prompts,
+            adam_beta2=0.98, bf16=args.precision == "bfloat16", use_cpu=True, torch_compile=args.compile, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, prompts=prompts,
             batch_sampler=InOrder, dataloader_num_workers=args.workers)
         trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(columns), loss=loss, callbacks=[Clock()])
         trainer.train()
@@ -157,7 +157,7 @@ def peak_gb() -> float:
 def measure(side: str, args: argparse.Namespace) -> Run:
     command = [sys.executable, __file__, "--side", side, "--model", str(args.model), "--data", str(args.data), "--dataset", args.dataset, "--steps", str(args.steps), "--batch-size", str(args.batch_size),
                "--max-tokens", str(args.max_tokens), "--precision", args.precision, "--threads", str(args.threads), "--chunk-tokens", str(args.chunk_tokens),
-               "--workers", str(args.workers), "--mini-batch", str(args.mini_batch), *(["--recompute"] if args.recompute else [])]
+               "--workers", str(args.workers), "--mini-batch", str(args.mini_batch), *(["--recompute"] if args.recompute else []), *(["--compile"] if args.compile else [])]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
@@ -179,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunk-tokens", type=int, default=4096)
     parser.add_argument("--workers", type=int, default=0, help="of sentence-transformers' data loader")
     parser.add_argument("--recompute", action="store_true", help="gradient caching on both sides (theirs then without the spread-out term, which it cannot cache)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides; let --spare cover it")
     parser.add_argument("--mini-batch", type=int, default=32, help="of their gradient caching")
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -194,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_checkpoint(load_encoder(checkpoint), checkpoint.tokenizer_path, checkpoint.prompts, Path(folder, "model"))
             args.model = Path(folder, "model")
         results = compare(args)
-    facts = {"machine": machine(), "threads": args.threads, "commit": commit(), "steps": args.steps, "rounds": args.rounds, "batch_size": args.batch_size, "max_tokens": args.max_tokens,
-             "dataset": args.dataset, "chunk_tokens": args.chunk_tokens, "mini_batch": args.mini_batch, "recompute": args.recompute, "results": results}
+    facts = {"machine": machine(), "threads": args.threads, "commit": commit(), "steps": args.steps, "spare": args.spare, "rounds": args.rounds, "batch_size": args.batch_size, "max_tokens": args.max_tokens,
+             "dataset": args.dataset, "chunk_tokens": args.chunk_tokens, "mini_batch": args.mini_batch, "recompute": args.recompute, "compile": args.compile, "results": results}
     args.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from egemma_core.errors import ConfigError
 from egemma_core.nn.encoder import Encoder
+from egemma_core.train.compiled import is_compiled
 from egemma_quant.schemes import Scheme, round_
 from egemma_quant.weights import role_of
 
@@ -34,7 +35,7 @@ def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> I
         activations: also round what goes into every linear layer to 8 bits per token, as the XNNPACK targets do at run time.
 
     Raises:
-        ConfigError: the encoder is rounded already, a weight is not float32 or not finite, or its rows do not divide into groups.
+        ConfigError: the encoder is rounded already, or compiled and `activations` is asked for, a weight is not float32 or not finite, or its rows do not divide into groups.
 
     Example:
         >>> with rounded(encoder, INT4):
@@ -111,6 +112,8 @@ def rounded_activations(encoder: Encoder, *, enabled: bool = True) -> Iterator[N
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (_RoundedTokens.apply(inputs[0]), *inputs[1:])  # type: ignore[no-untyped-call]
 
+    if enabled and is_compiled(encoder):
+        raise ConfigError("activations cannot be rounded in a compiled encoder, which would not call the hooks that do it: leave compile out.")
     layers = [module for module in encoder.modules() if isinstance(module, nn.Linear)] if enabled else []
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     try:

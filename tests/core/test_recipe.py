@@ -254,6 +254,7 @@ def test_a_model_without_rounding_is_refused_before_anything_is_written(done: tu
     ('name = "int4"', 'name = "int4"\ndatasets = ["cod"]', r"stage 'int4': no \[data\] table is named \['cod'\]; there are \['questions'"),
     ('scheme = "int4"', 'shceme = "int4"', r"\[\[stages\]\] 5 \(int4\): 'shceme' is not known; did you mean 'scheme'\?"),
     ('scheme = "int4"', 'scheme = "int4"\nloss = { precision = "bfloat16" }', r"\[\[stages\]\] 5 \(int4\): scheme='int4' with precision='bfloat16'"),
+    ('scheme = "int4"', 'scheme = "int4"\nactivations = true\nloss = { compile = true }', r"\[\[stages\]\] 5 \(int4\): activations=true with compile=true"),
     ('scheme = "int4"', "activations = true", r"\[\[stages\]\] 5 \(int4\): activations=true without a scheme"),
     ("hard_negatives = true }\nloop = { steps = 60, learning_rate = 5e-4", "hard_negative = true }\nloop = { steps = 60, learning_rate = 5e-4",
      r"\[\[stages\]\] 5 \(int4\) batches: 'hard_negative' is not known; did you mean 'hard_negatives'\?"),

@@ -21,6 +21,7 @@ from egemma_core.nn.save import save_checkpoint
 from egemma_core.prompts import Prompts
 from egemma_core.train.batches import Batch, Batches, BatchesAhead
 from egemma_core.train.cache import backward_in_chunks
+from egemma_core.train.compiled import compile_layers
 from egemma_core.train.encode import Chunk, by_length, pad
 from egemma_core.train.loop import Outcome
 from egemma_core.train.losses import (
@@ -58,6 +59,7 @@ class ContrastConfig:
     dims: tuple[int, ...] | None = None  # prefixes that are trained; None for all that the model is to have
     precision: Precision = "float32"     # of matrix products; norms, softmax and losses stay float32
     chunk_tokens: int = 8192             # padded tokens that go through the encoder together
+    compile: bool = False                # layers through torch.compile: faster after half a minute of it, for a lot of steps
     recompute: bool = False              # keep one chunk's activations instead of all, at the price of a second forward pass
 
     def __post_init__(self) -> None:
@@ -103,6 +105,8 @@ class Contrast:
         self.dims = config.dims or encoder.config.dims
         if not set(self.dims) <= set(encoder.config.dims):
             raise ConfigError(f"dims={list(self.dims)}: the model is to have {list(encoder.config.dims)}.")
+        if config.compile:
+            compile_layers(encoder.layers, ranks.device)
         self.encoder, self.batches, self.config, self.dev, self.matching = encoder, batches, config, dev, matching
         self.tokenizer_path, self.prompts, self.through, self.ranks = tokenizer_path, prompts, through, ranks
 

@@ -22,6 +22,7 @@ from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.encoder_decoder import CrossInit, adapt, causal_hidden_states, token_loss
 from egemma_core.nn.save import save_checkpoint
 from egemma_core.prompts import Prompts
+from egemma_core.train.compiled import compile_layers
 from egemma_core.train.decoder import save_decoder
 from egemma_core.train.encode import Ids, by_length, pad
 from egemma_core.train.loop import Outcome
@@ -55,6 +56,8 @@ class DenoisingObjective:
         reserved = (*self.special.tasks, *self.special.sentinels)
         self.texts = Texts(texts, tokenizer, config, SHORTEST, reserved)
         self.model = adapt(encoder, cross, config.seed).to(ranks.device)
+        if config.compile:
+            compile_layers((*encoder.layers, *self.model.decoder.layers), ranks.device)
         draw = np.random.default_rng((config.seed, _DEV))
         self.dev = [denoise(window(tokenize(text, tokenizer), config.max_tokens - 2, draw), self.special, draw, _TASK_SLOTS[index % len(_TASK_SLOTS)])
                     for index, text in enumerate(usable(dev, tokenizer, SHORTEST, reserved)[0])]
@@ -112,6 +115,8 @@ class LanguageModelObjective:
     def __init__(self, encoder: Encoder, texts: Sequence[str], config: TextConfig, *, tokenizer_path: Path, dev: Sequence[str] = (),
                  ranks: Ranks = ALONE) -> None:
         self.encoder, self.config, self.tokenizer_path, self.ranks = encoder, config, tokenizer_path, ranks
+        if config.compile:
+            compile_layers(encoder.layers, ranks.device)
         tokenizer = whole_texts(tokenizer_path, encoder.config, config)
         self.texts = Texts(texts, tokenizer, config, 1)
         draw = np.random.default_rng((config.seed, _DEV))

@@ -126,7 +126,7 @@ Tell = Callable[[Progress], None]
 def run(objective: Objective, config: LoopConfig, folder: Path, described: Mapping[str, Any] | None = None, *, ranks: Ranks = ALONE,
         tell: Tell = lambda progress: None, draw: Callable[[Path, Path], None] | None = None) -> Finished:
     """Train until `config.steps` or until the dev score stops rising. A run that was killed goes on from its last state in `folder`, to the
-    same weights as one that was not (same machine, same thread count); a finished one is returned as it stands.
+    same weights as one that was not (same machine, same thread count, nothing compiled); a finished one is returned as it stands.
 
     Args:
         described: all that decides what is trained, as plain values; another run's folder is refused.

@@ -137,6 +137,8 @@ class Stage:
                 raise ConfigError(f"a {self.kind} stage has texts, and no {wrong or 'more'}.")
         if self.activations and self.scheme is None:
             raise ConfigError("activations=true without a scheme.")
+        if self.activations and self.loss.compile:
+            raise ConfigError("activations=true with compile=true: the rounding of activations is not in what is compiled. Leave one of them out.")
         if self.scheme is not None and self.loss.precision != "float32":
             raise ConfigError(f"scheme={self.scheme!r} with precision={self.loss.precision!r}: bfloat16 would round the weights once more, and what is trained would not be "
                               "what ships. Leave precision at float32 in this stage.")

@@ -31,6 +31,7 @@ class TextConfig:
     batch_size: int = 256       # texts of a step, over all ranks
     max_tokens: int = 256       # that either side reads; of a longer text every draw sees another window
     chunk_tokens: int = 8192    # padded tokens, of both sides, that are computed together
+    compile: bool = False       # layers through torch.compile: faster after half a minute of it, for a lot of steps
     precision: Literal["float32", "bfloat16"] = "float32"   # of matrix products; norms, softmax, output scores and loss stay float32
     seed: int = 0
 
