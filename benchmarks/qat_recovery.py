@@ -107,7 +107,7 @@ def report(work: Path) -> dict[str, Any]:
                                                                                                       table[f"{name}, trained"][width]["loss_percent"], strict=True)])]
              for name in TRAINED if len(seeds) > 1}
     by_query = {name: [round(value, 2) for value in over_queries(work, name, [seed["seed"] for seed in seeds])] for name in TRAINED}
-    return {"gain_percent": gains, "gain_percent_over_queries": by_query, "machine": seeds[0]["machine"], "commit": seeds[0]["commit"], "asked": seeds[0]["asked"], "parameters": seeds[0]["parameters"],
+    return {"gain_percent": gains, "gain_percent_over_queries": by_query, "machine": seeds[0]["machine"], "commit": ", ".join(dict.fromkeys(seed["commit"] for seed in seeds)), "asked": seeds[0]["asked"], "parameters": seeds[0]["parameters"],
             "seeds": [seed["seed"] for seed in seeds], "table": table}
 
 
