@@ -103,13 +103,17 @@ def interval(found: list[float]) -> str:
 
 def training_page() -> str:
     """The generated part of docs/training-measured.md."""
-    speed, full, cost, recovery, ablations = (result(name) for name in ("train_throughput", "train_full_size", "train_cost", "qat_recovery", "ablations"))
+    names = ("train_throughput", "train_compiled", "train_full_size", "train_cost", "qat_recovery", "ablations")
+    speed, compiled, full, cost, recovery, ablations = (result(name) for name in names)
     lines = ["### Speed beside sentence-transformers", "",
              f"{speed['machine']}, {speed['threads']} threads, commit {speed['commit']}; batches of {speed['batch_size']} rows of query, positive and negative, {speed['rounds']} rounds by turns, "
              f"{speed['steps']} steps each; medians.", "", "| matrix products | ours, rows/s | theirs, rows/s | ratio | ratio per round |", "|---|---:|---:|---:|---|"]
     for precision, found in speed["results"].items():
         rounds = ", ".join(f"{ratio:.2f}" for ratio in found["ratio_per_round"])
         lines.append(f"| {precision} | {found['pairs_per_s']['ours']} | {found['pairs_per_s']['theirs']} | {found['ratio']:.2f} | {rounds} |")
+    lines += ["", f"The same with torch.compile on both sides (commit {compiled['commit']}; {compiled['batch_size']} rows, {compiled['steps'] - compiled['spare']} steps after it has compiled, one round):", "",
+              "| matrix products | ours, rows/s | theirs, rows/s | ratio |", "|---|---:|---:|---:|"]
+    lines += [f"| {precision} | {found['pairs_per_s']['ours']:.1f} | {found['pairs_per_s']['theirs']:.1f} | {found['ratio']:.2f} |" for precision, found in compiled["results"].items()]
     lines += ["", "### The full size", "",
               f"308 million parameters, random weights, {full['batch_size']} rows a step, gradient caching on both sides ({full['chunk_tokens']} tokens at a time; theirs {full['mini_batch']} texts), "
               f"{full['threads']} threads, commit {full['commit']}; {full['steps'] - full['spare']} steps each that count:", "",
