@@ -225,12 +225,15 @@ def test_the_log_is_drawn_with_every_state_once_a_step_is_in_it(tmp_path: Path) 
 def test_a_state_appears_after_all_that_it_speaks_of_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power cut keeps renames and loses what was not synced; here every rename is checked against that."""
     synced: dict[str, int] = {}   # path to its size when it was last synced
+    names: set[Path] = set()      # that were in a folder when it was last synced
     seen: list[str] = []
     fsync, rename, replaced = os.fsync, os.rename, os.replace
 
     def sync(handle: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
         synced[str(path.relative_to(tmp_path))] = path.stat().st_size
+        if path.is_dir():
+            names.update(path.iterdir())
         fsync(handle)
 
     def name(old: Path, new: Path) -> None:
@@ -240,7 +243,7 @@ def test_a_state_appears_after_all_that_it_speaks_of_is_on_the_disk(tmp_path: Pa
         if new.name.startswith("step-"):
             counted = json.loads((old / "training/state.json").read_text())["log_bytes"]
             assert synced.get("run/log.jsonl") == counted > 0   # the lines that the state counts
-            assert "run" in synced
+            assert {tmp_path / "run/log.jsonl", tmp_path / "run/checkpoints"} <= names   # their folder was synced since they are in it
         seen.append(new.name)
         (rename if old.is_dir() else replaced)(old, new)
 
