@@ -5,7 +5,7 @@
 
 The stages of the preset `adapt`, a few steps of each, on English questions and paragraphs; each stage in a process of its own, which starts from the same
 checkpoint. Weights are random: they change the scores, not the cost. Peak memory is the process's, reading the checkpoint and saving a state included. Not answered: GPUs;
-texts as long as the preset allows (512 tokens), which take more time and no more memory.
+texts as long as the preset allows (512 tokens; these have about 40).
 
 Writes benchmarks/results/train_cost.json.
 """

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.make_checkpoint import load_reference, load_reference_model, write_checkpoint
 from egemma_core.checkpoint import open_checkpoint
-from egemma_core.nn.encoder import Encoder
+from egemma_core.nn.encoder import Encoder, RMSNorm, rotary_tables, rotate
 from egemma_core.nn.load import load_encoder
 
 pytest.importorskip("sentence_transformers", reason="the parity reference; pip install 'egemma[dev]'")
@@ -101,6 +101,20 @@ def test_every_gradient_is_the_references(tmp_path: Path, tiny_spm: Path) -> Non
         scale = float(theirs[name].grad.abs().max())
         assert scale > 0, name
         assert float((weight.grad - theirs[name].grad).abs().max()) <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_rotations_keep_little_for_the_way_back(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 7, 16).to(dtype).requires_grad_()
+    tables = rotary_tables(7, 16, 1e4, torch.zeros(1))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor):
+        RMSNorm(16, 1e-6)(x)
+        assert len(kept) == 3
+        assert {(tuple(tensor.shape), tensor.dtype) for tensor in kept} == {((2, 3, 7, 16), dtype), ((2, 3, 7, 1), torch.float32), ((16,), torch.float32)}
+        kept.clear()
+        rotate(x, tables)
+    assert {tuple(tensor.shape) for tensor in kept} == {(7, 16)}
 
 
 @pytest.mark.full_size

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Differentiated by hand: torch would keep two float32 copies of x, and take three times as long over them (the norms were a fifth of a step)."""
+    """Differentiated by hand: torch would keep two float32 copies of x, and go over them more often (the norms were a fifth of a step)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
