@@ -27,6 +27,7 @@ test: lint
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 # The 24-layer, 262,144-row model, random: about 4 GB of memory and 2 GB of cache.

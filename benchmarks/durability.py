@@ -1,14 +1,18 @@
-"""What does an index lose when its process is killed, its files are damaged, its disk is full, or its clock jumps? Nothing, or it says so.
+"""What does an index lose when its process is killed, its files are damaged, its disk is full, or
+its clock jumps? Nothing, or it says so.
 
-    python benchmarks/durability.py --kills 1000          # a few minutes; writes benchmarks/results/durability.json
+    python benchmarks/durability.py --kills 1000          # a few minutes; writes
+                                                          benchmarks/results/durability.json
 
-A child does one operation after another and tells each before and after on a pipe; the parent, which keeps this journal and a
-dictionary of what must be stored, sends SIGKILL at a random moment of a chosen operation. Then the file must hold everything that was
-told, and of the operation in flight all or nothing (an import: whole batches); `check` must find nothing, and searches must answer as a
-dictionary with NumPy does. The rest is done to copies of files: bits flipped, files cut off, disks filled, media read-only.
+A child does one operation after another and tells each before and after on a pipe; the parent,
+which keeps this journal and a dictionary of what must be stored, sends SIGKILL at a random moment
+of a chosen operation. Then the file must hold everything that was told, and of the operation in
+flight all or nothing (an import: whole batches); `check` must find nothing, and searches must
+answer as a dictionary with NumPy does. The rest is done to copies of files: bits flipped, files cut
+off, disks filled, media read-only.
 
-A kill loses nothing that was handed to the kernel, so this does not show what a power cut does: for that the file relies on SQLite's
-`synchronous = FULL` and on the disk.
+A kill loses nothing that was handed to the kernel, so this does not show what a power cut does: for
+that the file relies on SQLite's `synchronous = FULL` and on the disk.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a child is forked from a process that has computed already
+# a child is forked from a process that has computed already
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 from egemma.chunks import Chunk, ChunkedDocument
@@ -46,12 +51,32 @@ from tests.sdk.fakes import WordEmbedder
 
 RESULTS = Path(__file__).resolve().parent / "results" / "durability.json"
 # Any: they keep the contract of `Embedder` without being one.
-MODELS: dict[str, Any] = {name: WordEmbedder(name, dims=dims) for name, dims in (("words-1", (64, 32, 16)), ("words-2", (64, 32, 16)), ("words-3", (48, 24)))}
+MODELS: dict[str, Any] = {
+    name: WordEmbedder(name, dims=dims)
+    for name, dims in (("words-1", (64, 32, 16)), ("words-2", (64, 32, 16)), ("words-3", (48, 24)))
+}
 VOCABULARY = [f"w{number}" for number in range(30)]
 IDS = [f"d{number}" for number in range(60)]
-KINDS = tuple(kind for kind in ("add", "put", "add_vectors", "remove", "compact", "migrate", "build_graph", "tune", "backup", "export", "import",
-                               "abandon", "reopen") if kind != "build_graph" or find_spec("usearch") is not None)
-TOLERANCE = {True: 1e-6, False: 0.03}   # of a cosine, by whether floats are kept
+KINDS = tuple(
+    kind
+    for kind in (
+        "add",
+        "put",
+        "add_vectors",
+        "remove",
+        "compact",
+        "migrate",
+        "build_graph",
+        "tune",
+        "backup",
+        "export",
+        "import",
+        "abandon",
+        "reopen",
+    )
+    if kind != "build_graph" or find_spec("usearch") is not None
+)
+TOLERANCE = {True: 1e-6, False: 0.03}  # of a cosine, by whether floats are kept
 
 
 @dataclass(frozen=True)
@@ -86,11 +111,16 @@ def words(rng: random.Random, count: int = 5) -> str:
 
 def make_op(rng: random.Random, kind: str, state: State, folder: Path) -> tuple[Any, ...]:
     """An operation as data, so that parent and child mean the same."""
+
     def some() -> dict[str, Doc]:
         made = {}
         for id_ in rng.sample(IDS, rng.randint(1, 12)):
             text = words(rng)
-            made[id_] = one_chunk(text, rng.choice([None, "Title w1"]), {"crc": zlib.crc32(text.encode()), "n": rng.randint(0, 3)})
+            made[id_] = one_chunk(
+                text,
+                rng.choice([None, "Title w1"]),
+                {"crc": zlib.crc32(text.encode()), "n": rng.randint(0, 3)},
+            )
         return made
 
     if kind in ("add", "add_vectors"):
@@ -100,7 +130,10 @@ def make_op(rng: random.Random, kind: str, state: State, folder: Path) -> tuple[
         for id_ in rng.sample(IDS, rng.randint(1, 4)):
             text = " ".join(words(rng, 4) + "." for _ in range(4))
             cuts = [0, 12, 24, len(text)]
-            chunks = tuple((max(0, start - 3), stop, "Guide > Part", text[max(0, start - 3) : stop]) for start, stop in pairwise(cuts))
+            chunks = tuple(
+                (max(0, start - 3), stop, "Guide > Part", text[max(0, start - 3) : stop])
+                for start, stop in pairwise(cuts)
+            )
             made[id_] = Doc(text, "Guide", {"crc": zlib.crc32(text.encode()), "n": 9}, chunks)
         return kind, made
     if kind == "remove":
@@ -114,17 +147,40 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
     """Carry an operation out in the child."""
     kind, what = op
     if kind == "add":
-        index.add([doc.text for doc in what.values()], ids=list(what), titles=[doc.title for doc in what.values()],
-                  metadata=[doc.metadata for doc in what.values()])
+        index.add(
+            [doc.text for doc in what.values()],
+            ids=list(what),
+            titles=[doc.title for doc in what.values()],
+            metadata=[doc.metadata for doc in what.values()],
+        )
     elif kind == "put":
-        index.put([ChunkedDocument(id=id_, title=doc.title, metadata=doc.metadata, source={"path": id_},
-                                   chunks=tuple(Chunk(start=start, stop=stop, title=title, text=text) for start, stop, title, text in doc.chunks))
-                   for id_, doc in what.items()])
+        index.put(
+            [
+                ChunkedDocument(
+                    id=id_,
+                    title=doc.title,
+                    metadata=doc.metadata,
+                    source={"path": id_},
+                    chunks=tuple(
+                        Chunk(start=start, stop=stop, title=title, text=text)
+                        for start, stop, title, text in doc.chunks
+                    ),
+                )
+                for id_, doc in what.items()
+            ]
+        )
     elif kind == "add_vectors":
         model: Any = index._embedder
-        vectors = model.embed_documents([doc.text for doc in what.values()], titles=[doc.title for doc in what.values()]).vectors
-        index.add_vectors(vectors, ids=list(what), texts=[doc.text for doc in what.values()], titles=[doc.title for doc in what.values()],
-                          metadata=[doc.metadata for doc in what.values()])
+        vectors = model.embed_documents(
+            [doc.text for doc in what.values()], titles=[doc.title for doc in what.values()]
+        ).vectors
+        index.add_vectors(
+            vectors,
+            ids=list(what),
+            texts=[doc.text for doc in what.values()],
+            titles=[doc.title for doc in what.values()],
+            metadata=[doc.metadata for doc in what.values()],
+        )
     elif kind == "remove":
         index.remove(what)
     elif kind == "compact":
@@ -156,7 +212,9 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
 
 
 def after(state: State, op: tuple[Any, ...], imported: dict[str, Doc]) -> list[State]:
-    """The states that may be in the file after a kill in this operation: none of it, a part that counts as whole, all of it."""
+    """The states that may be in the file after a kill in this operation: none of it, a part that
+    counts as whole, all of it.
+    """
     kind, what = op
     end = state.copy()
     states = [state]
@@ -177,7 +235,9 @@ def after(state: State, op: tuple[Any, ...], imported: dict[str, Doc]) -> list[S
     return [*states, end]
 
 
-def child(path: Path, state: State, kinds: Sequence[str], seed: int, pipe: int, folder: Path) -> None:
+def child(
+    path: Path, state: State, kinds: Sequence[str], seed: int, pipe: int, folder: Path
+) -> None:
     """Never returns."""
     code = 1
     try:
@@ -197,6 +257,7 @@ def child(path: Path, state: State, kinds: Sequence[str], seed: int, pipe: int, 
     except BaseException as error:
         tell(pipe, ("error", f"{type(error).__name__}: {error}"))
         import traceback
+
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -204,12 +265,14 @@ def child(path: Path, state: State, kinds: Sequence[str], seed: int, pipe: int, 
 
 def folder_import(folder: Path) -> dict[str, Doc]:
     import pickle
+
     found = folder / "import.pickle"
     return pickle.loads(found.read_bytes()) if found.exists() else {}
 
 
 def tell(pipe: int, what: Any) -> None:
     import pickle
+
     packed = pickle.dumps(what)
     data = len(packed).to_bytes(4, "little") + packed
     while data:
@@ -225,9 +288,12 @@ class Ear:
     def next(self, timeout_s: float | None) -> Any:
         """The next message; None after the timeout, or at the end."""
         import pickle
+
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            if len(self._data) >= 4 and len(self._data) >= 4 + (size := int.from_bytes(self._data[:4], "little")):
+            if len(self._data) >= 4 and len(self._data) >= 4 + (
+                size := int.from_bytes(self._data[:4], "little")
+            ):
                 message, self._data = pickle.loads(self._data[4 : 4 + size]), self._data[4 + size :]
                 return message
             if self._closed:
@@ -241,15 +307,24 @@ class Ear:
 
 
 def verify(path: Path, states: list[State], rng: random.Random) -> int:
-    """Which of the states is in the file; raises AssertionError where it is none, or a search answers otherwise."""
+    """Which of the states is in the file; raises AssertionError where it is none, or a search
+    answers otherwise.
+    """
     found = check(path)
     assert not found, f"check: {found}"
     fingerprint = describe_index(path).fingerprint
     model = next(name for name, embedder in MODELS.items() if embedder.fingerprint == fingerprint)
     with Index.open(path, MODELS[model]) as index:
         stored = {document.id: document for document in index.get(index.ids())}
-        matches = [number for number, state in enumerate(states) if state.model == model and same(stored, state)]
-        assert matches, f"{len(stored)} documents of {model} are none of {[(state.model, len(state.docs)) for state in states]}"
+        matches = [
+            number
+            for number, state in enumerate(states)
+            if state.model == model and same(stored, state)
+        ]
+        assert matches, (
+            f"{len(stored)} documents of {model} are none of "
+            f"{[(state.model, len(state.docs)) for state in states]}"
+        )
         compare(index, states[matches[-1]], rng)
     return matches[-1]
 
@@ -257,13 +332,24 @@ def verify(path: Path, states: list[State], rng: random.Random) -> int:
 def same(stored: dict[str, Any], state: State) -> bool:
     return stored.keys() == state.docs.keys() and all(
         (document.text, document.title, document.metadata, document.num_chunks)
-        == (state.docs[id_].text, state.docs[id_].title, state.docs[id_].metadata, len(state.docs[id_].chunks)) for id_, document in stored.items())
+        == (
+            state.docs[id_].text,
+            state.docs[id_].title,
+            state.docs[id_].metadata,
+            len(state.docs[id_].chunks),
+        )
+        for id_, document in stored.items()
+    )
 
 
 def compare(index: Index, state: State, rng: random.Random) -> None:
     """Searches against a dictionary, NumPy and `in`."""
     model, tolerance = MODELS[state.model], TOLERANCE[state.floats]
-    parts = {(id_, position): (title, text) for id_, doc in state.docs.items() for position, (_, _, title, text) in enumerate(doc.chunks)}
+    parts = {
+        (id_, position): (title, text)
+        for id_, doc in state.docs.items()
+        for position, (_, _, title, text) in enumerate(doc.chunks)
+    }
     vectors = {key: model.vector(text, title or "") for key, (title, text) in parts.items()}
     query = words(rng, 2)
     for where in (None, {"n": {"$lt": 2}}):
@@ -278,7 +364,8 @@ def compare(index: Index, state: State, rng: random.Random) -> None:
             try:
                 hits = index.search(query, k, where=where, **way).hits
             except EgemmaError as error:
-                if "approximate" in way and ("graph" in str(error) or "usearch" in str(error)):   # none was built, or the chunks have other numbers since
+                # none was built, or the chunks have other numbers since
+                if "approximate" in way and ("graph" in str(error) or "usearch" in str(error)):
                     continue
                 raise
             keys = [(hit.id, hit.position) for hit in hits]
@@ -288,13 +375,24 @@ def compare(index: Index, state: State, rng: random.Random) -> None:
                 assert len(hits) == len(best), f"{way}: {len(hits)} hits, not {len(best)}"
             for hit, key in zip(hits, keys, strict=True):
                 assert (hit.title, hit.text) == parts[key], f"{way}: {hit} is {parts[key]}"
-                assert abs(hit.score - scores[key]) < tolerance, f"{way}: {hit} should score {scores[key]}"
+                assert abs(hit.score - scores[key]) < tolerance, (
+                    f"{way}: {hit} should score {scores[key]}"
+                )
             assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
             if way == {"exact": True}:
-                assert all(abs(hit.score - wanted) < tolerance for hit, wanted in zip(hits, best, strict=True)), "not the best"
+                assert all(
+                    abs(hit.score - wanted) < tolerance
+                    for hit, wanted in zip(hits, best, strict=True)
+                ), "not the best"
         word = rng.choice(VOCABULARY)
-        found = {(hit.id, hit.position) for hit in index.search(word, 1000, mode="text", where=where)}
-        wanted_words = {key for key in allowed if word in f"{parts[key][0]} {parts[key][1]}".replace(".", " ").split()}
+        found = {
+            (hit.id, hit.position) for hit in index.search(word, 1000, mode="text", where=where)
+        }
+        wanted_words = {
+            key
+            for key in allowed
+            if word in f"{parts[key][0]} {parts[key][1]}".replace(".", " ").split()
+        }
         assert found == wanted_words, f"{word}: {found ^ wanted_words}"
 
 
@@ -306,18 +404,26 @@ def read_on(path: Path, floats: bool, pipe: int) -> None:
         while True:
             try:
                 fingerprint = describe_index(path).fingerprint
-                embedder = next(model for model in MODELS.values() if model.fingerprint == fingerprint)
+                embedder = next(
+                    model for model in MODELS.values() if model.fingerprint == fingerprint
+                )
                 with Index.open(path, embedder, create=False) as index:
                     for _ in range(200):
                         query = words(rng, 2)
                         vector = embedder.vector(query)
                         hits = index.search(query, 20).hits
-                        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+                        assert [hit.score for hit in hits] == sorted(
+                            (hit.score for hit in hits), reverse=True
+                        )
                         for hit in hits:
                             wanted = float(embedder.vector(hit.text, hit.title or "") @ vector)
-                            assert abs(hit.score - wanted) < TOLERANCE[floats], f"{hit} should score {wanted}"
+                            assert abs(hit.score - wanted) < TOLERANCE[floats], (
+                                f"{hit} should score {wanted}"
+                            )
                             if hit.metadata["n"] < 9:
-                                assert hit.metadata["crc"] == zlib.crc32(hit.text.encode()), f"{hit}: metadata of another document"
+                                assert hit.metadata["crc"] == zlib.crc32(hit.text.encode()), (
+                                    f"{hit}: metadata of another document"
+                                )
                         searches += 1
                         if searches % 100 == 0:
                             tell(pipe, ("searches", searches))
@@ -337,21 +443,35 @@ class Report:
     """What came of it."""
 
     kills: int = 0
-    by_operation: Counter[str] = field(default_factory=Counter)     # operation in flight -> kills
-    found_whole: Counter[str] = field(default_factory=Counter)      # of these, complete though not told yet
-    operations: int = 0                                             # told as done
-    searches_meanwhile: int = 0                                     # of the reader
+    by_operation: Counter[str] = field(default_factory=Counter)  # operation in flight -> kills
+    # of these, complete though not told yet
+    found_whole: Counter[str] = field(default_factory=Counter)
+    operations: int = 0  # told as done
+    searches_meanwhile: int = 0  # of the reader
     files: int = 0
     problems: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kills": self.kills, "by_operation_in_flight": dict(sorted(self.by_operation.items())),
-                "complete_though_not_told": dict(sorted(self.found_whole.items())), "operations_told": self.operations,
-                "searches_of_a_reader_meanwhile": self.searches_meanwhile, "index_files": self.files, "problems": self.problems}
+        return {
+            "kills": self.kills,
+            "by_operation_in_flight": dict(sorted(self.by_operation.items())),
+            "complete_though_not_told": dict(sorted(self.found_whole.items())),
+            "operations_told": self.operations,
+            "searches_of_a_reader_meanwhile": self.searches_meanwhile,
+            "index_files": self.files,
+            "problems": self.problems,
+        }
 
 
-def kill_rounds(kills: int, seed: int, work: Path, *, rounds_per_file: int = 40, kinds: Sequence[str] = KINDS,  # noqa: PLR0912, PLR0915
-                log: Callable[[str], None] = print) -> Report:
+def kill_rounds(  # noqa: PLR0912, PLR0915
+    kills: int,
+    seed: int,
+    work: Path,
+    *,
+    rounds_per_file: int = 40,
+    kinds: Sequence[str] = KINDS,
+    log: Callable[[str], None] = print,
+) -> Report:
     """Kill children until it has been done `kills` times."""
     rng = random.Random(seed)
     report = Report()
@@ -374,7 +494,11 @@ def kill_rounds(kills: int, seed: int, work: Path, *, rounds_per_file: int = 40,
         imported = folder_import(folder)
         target = rng.choice(kinds) if rng.random() < 0.97 else "open"
         before = rng.randint(0, 3) if target != "open" else 0
-        plan = [rng.choice(kinds) for _ in range(before)] + [target if target != "open" else "add"] + [rng.choice(kinds) for _ in range(3)]
+        plan = (
+            [rng.choice(kinds) for _ in range(before)]
+            + [target if target != "open" else "add"]
+            + [rng.choice(kinds) for _ in range(3)]
+        )
         child_seed = rng.randrange(2**32)
         receive, send = os.pipe()
         pid = os.fork()
@@ -387,12 +511,16 @@ def kill_rounds(kills: int, seed: int, work: Path, *, rounds_per_file: int = 40,
         kill_at = op_started + rng.uniform(0, 1.3) * took["open"] if target == "open" else None
         killed = False
         while True:
-            message = ear.next(None if killed else 20 if kill_at is None else max(0.0, kill_at - time.monotonic()))
+            message = ear.next(
+                None if killed else 20 if kill_at is None else max(0.0, kill_at - time.monotonic())
+            )
             if message is None:
                 if killed:
                     break
                 if kill_at is None:
-                    report.problems.append(f"seed {seed}, round {number}: the child hangs in {in_flight}")
+                    report.problems.append(
+                        f"seed {seed}, round {number}: the child hangs in {in_flight}"
+                    )
                 os.kill(pid, signal.SIGKILL)
                 killed = True
                 continue
@@ -401,7 +529,11 @@ def kill_rounds(kills: int, seed: int, work: Path, *, rounds_per_file: int = 40,
                 took["open"] += 0.2 * (time.monotonic() - op_started - took["open"])
                 in_flight = "between"
             elif what == "begin":
-                in_flight, op_started, states = op[0], time.monotonic(), after(states[-1], op, imported)
+                in_flight, op_started, states = (
+                    op[0],
+                    time.monotonic(),
+                    after(states[-1], op, imported),
+                )
                 if done == before and kill_at is None:
                     kill_at = op_started + rng.uniform(0, 1.2) * took[op[0]]
             elif what == "done":
@@ -419,25 +551,33 @@ def kill_rounds(kills: int, seed: int, work: Path, *, rounds_per_file: int = 40,
             assert error is None, f"in {in_flight}: {error}"
             if path.exists() and path.stat().st_size and not blank(path):
                 which = verify(path, states, rng)
-                report.found_whole[in_flight] += len(states) > 1 and which == len(states) - 1 and not same_state(states)
+                report.found_whole[in_flight] += (
+                    len(states) > 1 and which == len(states) - 1 and not same_state(states)
+                )
                 state = states[which]
             else:
                 assert not states[0].docs, "the file is gone"
             check_copies(folder)
         except (AssertionError, EgemmaError) as problem:
-            report.problems.append(f"seed {seed}, round {number}, killed in {in_flight}, plan {plan}: {problem}")
+            report.problems.append(
+                f"seed {seed}, round {number}, killed in {in_flight}, plan {plan}: {problem}"
+            )
             log(report.problems[-1])
             kept = work / f"problem{len(report.problems)}"
             shutil.copytree(folder, kept)
             if len(report.problems) >= 5:
                 break
-            folder = work / f"file{report.files}"   # begin anew: the model does not know what is in the old one
+            # begin anew: the model does not know what is in the old one
+            folder = work / f"file{report.files}"
             folder.mkdir()
             report.files += 1
             reader = stop_reader(reader, report)
             state = State("words-1", True)
         if number % 100 == 99:
-            log(f"{number + 1} kills, {report.operations} operations told, {len(report.problems)} problems")
+            log(
+                f"{number + 1} kills, {report.operations} operations told, {len(report.problems)} "
+                "problems"
+            )
     stop_reader(reader, report)
     return report
 
@@ -459,6 +599,7 @@ def blank(path: Path) -> bool:
 def make_import(rng: random.Random, folder: Path) -> None:
     """An export of another index, and what is in it."""
     import pickle
+
     if (folder / "import.jsonl").exists():
         return
     docs = {}
@@ -466,7 +607,11 @@ def make_import(rng: random.Random, folder: Path) -> None:
         text = words(rng)
         docs[id_] = one_chunk(text, None, {"crc": zlib.crc32(text.encode()), "n": 2})
     with Index.open(folder / "other.egx", MODELS["words-1"]) as other:
-        other.add([doc.text for doc in docs.values()], ids=list(docs), metadata=[doc.metadata for doc in docs.values()])
+        other.add(
+            [doc.text for doc in docs.values()],
+            ids=list(docs),
+            metadata=[doc.metadata for doc in docs.values()],
+        )
         other.export_jsonl(folder / "import.jsonl")
     (folder / "import.pickle").write_bytes(pickle.dumps(docs))
 
@@ -477,7 +622,11 @@ def check_copies(folder: Path) -> None:
         assert not check(folder / "backup.egx"), "the backup is damaged"
     if (folder / "export.jsonl").exists():
         lines = (folder / "export.jsonl").read_text().splitlines()
-        assert json.loads(lines[0])["documents"] == len(lines) - 1 == sum(1 for line in lines[1:] if json.loads(line)), "the export is not whole"
+        assert (
+            json.loads(lines[0])["documents"]
+            == len(lines) - 1
+            == sum(1 for line in lines[1:] if json.loads(line))
+        ), "the export is not whole"
     for left in folder.glob(".*.part*"):
         left.unlink()  # of a killed backup or export
 
@@ -509,7 +658,9 @@ def stop_reader(reader: tuple[int, Ear, int] | None, report: Report) -> None:
 
 
 def writer_rounds(kills: int, seed: int, work: Path, log: Callable[[str], None] = print) -> Report:
-    """Two processes that add and remove at once, each its own documents, while a third reads; one or both are killed."""
+    """Two processes that add and remove at once, each its own documents, while a third reads; one
+    or both are killed.
+    """
     rng = random.Random(seed)
     report = Report()
     folder = work / "writers"
@@ -572,8 +723,15 @@ def own_writes(path: Path, writer: int, seed: int, pipe: int) -> None:
                 op: tuple[Any, ...] = ("remove", ids)
                 if rng.random() < 0.8:
                     texts = [words(rng) for _ in ids]
-                    op = ("add", {id_: one_chunk(text, None, {"crc": zlib.crc32(text.encode()), "n": writer})
-                                  for id_, text in zip(ids, texts, strict=True)})
+                    op = (
+                        "add",
+                        {
+                            id_: one_chunk(
+                                text, None, {"crc": zlib.crc32(text.encode()), "n": writer}
+                            )
+                            for id_, text in zip(ids, texts, strict=True)
+                        },
+                    )
                 tell(pipe, ("begin", op))
                 do(index, op, path.parent, 0)
                 tell(pipe, ("done", op))
@@ -601,10 +759,19 @@ def everything(path: Path, model: str) -> dict[str, Any]:
             for query in ("w1 w2", "w3", "w20 w21 w22"):
                 ask(f"vector {query}", lambda query=query: index.search(query, 7).hits)
                 ask(f"exact {query}", lambda query=query: index.search(query, 7, exact=True).hits)
-                ask(f"graph {query}", lambda query=query: index.search(query, 7, approximate=True).hits)
+                ask(
+                    f"graph {query}",
+                    lambda query=query: index.search(query, 7, approximate=True).hits,
+                )
                 ask(f"text {query}", lambda query=query: index.search(query, 7, mode="text").hits)
-                ask(f"hybrid {query}", lambda query=query: index.search(query, 7, mode="hybrid").hits)
-                ask(f"where {query}", lambda query=query: index.search(query, 7, where={"n": {"$lt": 2}}).hits)
+                ask(
+                    f"hybrid {query}",
+                    lambda query=query: index.search(query, 7, mode="hybrid").hits,
+                )
+                ask(
+                    f"where {query}",
+                    lambda query=query: index.search(query, 7, where={"n": {"$lt": 2}}).hits,
+                )
             ask("len", lambda: len(index))
             ask("ids", index.ids)
             ask("get", lambda: index.get(IDS[:40]))
@@ -622,14 +789,24 @@ def make_subject(folder: Path, *, floats: bool, seed: int = 0) -> Path:
         for kind in ("add", "put", "add", "add", "put", "remove", "add"):
             do(index, make_op(rng, kind, State("words-1", floats), folder), folder, seed)
         texts = {id_: words(rng) for id_ in IDS[:40]}
-        index.add(list(texts.values()), ids=list(texts), metadata=[{"crc": zlib.crc32(text.encode()), "n": number % 4}
-                                                                   for number, text in enumerate(texts.values())])
+        index.add(
+            list(texts.values()),
+            ids=list(texts),
+            metadata=[
+                {"crc": zlib.crc32(text.encode()), "n": number % 4}
+                for number, text in enumerate(texts.values())
+            ],
+        )
         index.build_graph()
     return path
 
 
-def damage_rounds(count: int, seed: int, work: Path, log: Callable[[str], None] = print) -> dict[str, Any]:
-    """Copies of an index with a bit flipped, cut off, or a page torn: answers as before, or an IndexFileError."""
+def damage_rounds(
+    count: int, seed: int, work: Path, log: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Copies of an index with a bit flipped, cut off, or a page torn: answers as before, or an
+    IndexFileError.
+    """
     folder = work / "damage"
     folder.mkdir()
     results: dict[str, Any] = {}
@@ -638,8 +815,15 @@ def damage_rounds(count: int, seed: int, work: Path, log: Callable[[str], None] 
         subject = make_subject(folder / str(floats), floats=floats)
         for suffix in ("", ".graph"):
             for how in ("bit flipped", "cut off", "page torn"):
-                name = f"{'index' if suffix == '' else 'graph'}{' with floats' if floats else ''}, {how}"
-                results[name] = in_child(lambda suffix=suffix, how=how, subject=subject: damage_some(subject, suffix, how, count, seed))
+                name = (
+                    f"{'index' if suffix == '' else 'graph'}{' with floats' if floats else ''}, "
+                    f"{how}"
+                )
+                results[name] = in_child(
+                    lambda suffix=suffix, how=how, subject=subject: damage_some(
+                        subject, suffix, how, count, seed
+                    )
+                )
                 log(f"{name}: {results[name]}")
     return results
 
@@ -684,7 +868,15 @@ def damage_some(subject: Path, suffix: str, how: str, count: int, seed: int) -> 
             target.write_bytes(damaged)
             found = everything(path, "words-1")
             errors = [answer for answer in found.values() if isinstance(answer, Exception)]
-            bad = [] if "open" in found else [name for name, answer in found.items() if not isinstance(answer, Exception) and answer != wanted[name]]
+            bad = (
+                []
+                if "open" in found
+                else [
+                    name
+                    for name, answer in found.items()
+                    if not isinstance(answer, Exception) and answer != wanted[name]
+                ]
+            )
             if bad:
                 counts["wrong answer"] += 1
                 wrong.update({name.split()[0] for name in bad})
@@ -708,12 +900,16 @@ def spoil(rng: random.Random, content: bytes, how: str) -> bytes:
     else:  # some sectors are of another place, as a torn write leaves them
         start, other = (rng.randrange(-(-len(content) // 512)) * 512 for _ in range(2))
         length = rng.choice([512, 4096])
-        changed[start : start + length] = content[other : other + length].ljust(length, b"\0")[: len(changed) - start]
+        changed[start : start + length] = content[other : other + length].ljust(length, b"\0")[
+            : len(changed) - start
+        ]
     return bytes(changed)
 
 
 def log_rounds(count: int, seed: int, work: Path) -> dict[str, Any]:
-    """A damaged `-wal` loses at most commits from its end on, whole; a damaged `-shm` loses nothing."""
+    """A damaged `-wal` loses at most commits from its end on, whole; a damaged `-shm` loses
+    nothing.
+    """
     rng = random.Random(seed)
     folder = work / "wal"
     folder.mkdir()
@@ -735,8 +931,11 @@ def log_rounds(count: int, seed: int, work: Path) -> dict[str, Any]:
         for other in ("", "-wal", "-shm"):
             shutil.copy(f"{folder}/sound{other}", trial / f"a.egx{other}")
         content = Path(f"{folder}/sound{end}").read_bytes()
-        (trial / f"a.egx{end}").write_bytes(spoil(rng, content, rng.choice(["bit flipped", "cut off", "page torn"])) if rng.random() < 0.9
-                                            else rng.randbytes(len(content)))
+        (trial / f"a.egx{end}").write_bytes(
+            spoil(rng, content, rng.choice(["bit flipped", "cut off", "page torn"]))
+            if rng.random() < 0.9
+            else rng.randbytes(len(content))
+        )
         try:
             found = plain(everything_else(trial / "a.egx"))
             if found not in [*states, {}]:
@@ -744,11 +943,17 @@ def log_rounds(count: int, seed: int, work: Path) -> dict[str, Any]:
             elif end == "-shm" and found != states[-1]:
                 problems.append(f"{end}, trial {number}: an older state")
             else:
-                counts[end]["the last state" if found == states[-1] else "an older whole state"] += 1
+                counts[end][
+                    "the last state" if found == states[-1] else "an older whole state"
+                ] += 1
         except IndexFileError:
             counts[end]["a clear error"] += 1
         shutil.rmtree(trial)
-    return {"trials": count, **{end: dict(sorted(counter.items())) for end, counter in counts.items()}, "problems": problems}
+    return {
+        "trials": count,
+        **{end: dict(sorted(counter.items())) for end, counter in counts.items()},
+        "problems": problems,
+    }
 
 
 def everything_else(path: Path) -> dict[str, Any]:
@@ -768,7 +973,14 @@ def small_disk(folder: Path, size: str) -> bool:
     mount = shutil.which("mount")
     if mount is None or os.geteuid() != 0:
         return False
-    return subprocess.run([mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            [mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+            capture_output=True,
+            check=False,
+        ).returncode
+        == 0
+    )
 
 
 def full_disk(work: Path, seed: int, *, steps: int = 400) -> dict[str, Any]:
@@ -786,8 +998,16 @@ def full_disk(work: Path, seed: int, *, steps: int = 400) -> dict[str, Any]:
         filler = folder / "filler"
         make_import(rng, folder)
         index = Index.open(path, MODELS["words-1"], keep_floats=True)
-        do(index, ("add", {id_: one_chunk(f"w1 {words(rng)}", None, {"n": 1, "crc": 0}) for id_ in IDS}), folder, 0)
-        state.docs = {document.id: one_chunk(document.text, None, document.metadata) for document in index.get(index.ids())}
+        do(
+            index,
+            ("add", {id_: one_chunk(f"w1 {words(rng)}", None, {"n": 1, "crc": 0}) for id_ in IDS}),
+            folder,
+            0,
+        )
+        state.docs = {
+            document.id: one_chunk(document.text, None, document.metadata)
+            for document in index.get(index.ids())
+        }
         for number in range(steps):
             kind = rng.choice([kind for kind in KINDS if kind not in ("reopen", "abandon")])
             op = make_op(rng, kind, state, folder)
@@ -819,11 +1039,17 @@ def full_disk(work: Path, seed: int, *, steps: int = 400) -> dict[str, Any]:
         index.close()
     finally:
         subprocess.run(["umount", str(folder)], check=False)
-    return {"done": dict(sorted(done.items())), "refused": dict(sorted(refused.items())), "problems": problems}
+    return {
+        "done": dict(sorted(done.items())),
+        "refused": dict(sorted(refused.items())),
+        "problems": problems,
+    }
 
 
 def read_only_media(work: Path) -> dict[str, Any]:
-    """A disk that was remounted read-only: searches as before, every write refused, also where a crash left a `-wal`."""
+    """A disk that was remounted read-only: searches as before, every write refused, also where a
+    crash left a `-wal`.
+    """
     folder = work / "readonly"
     if not small_disk(folder, "8m"):
         return {"skipped": "a small disk can be mounted by root only"}
@@ -845,10 +1071,16 @@ def read_only_media(work: Path) -> dict[str, Any]:
             index.backup(work / "from_readonly.egx")
             index.export_jsonl(work / "from_readonly.jsonl")
             writes: dict[str, Callable[[], object]] = {
-                "add": lambda: index.add(["x"]), "remove": lambda: index.remove(["d1"]), "compact": index.compact,
-                "migrate": lambda: index.migrate(MODELS["words-2"]), "import": lambda: index.import_jsonl(work / "from_readonly.jsonl"),
-                "build_graph": index.build_graph, "tune": lambda: index.tune(recall=0.5, k=3, sample=10),
-                "backup": lambda: index.backup(folder / "b.egx"), "export": lambda: index.export_jsonl(folder / "b.jsonl")}
+                "add": lambda: index.add(["x"]),
+                "remove": lambda: index.remove(["d1"]),
+                "compact": index.compact,
+                "migrate": lambda: index.migrate(MODELS["words-2"]),
+                "import": lambda: index.import_jsonl(work / "from_readonly.jsonl"),
+                "build_graph": index.build_graph,
+                "tune": lambda: index.tune(recall=0.5, k=3, sample=10),
+                "backup": lambda: index.backup(folder / "b.egx"),
+                "export": lambda: index.export_jsonl(folder / "b.jsonl"),
+            }
             for name, write in writes.items():
                 try:
                     write()
@@ -868,9 +1100,16 @@ def read_only_media(work: Path) -> dict[str, Any]:
     return {"writes_refused": 9, "problems": problems}
 
 
-def clock_jumps(count: int, seed: int, work: Path, *,
-                kinds: Sequence[str] = ("add", "put", "remove", "compact", "reopen", "build_graph")) -> dict[str, Any]:
-    """The clocks jump years to and fro, and files get the times of other centuries, while an index is used and a folder is kept in sync."""
+def clock_jumps(
+    count: int,
+    seed: int,
+    work: Path,
+    *,
+    kinds: Sequence[str] = ("add", "put", "remove", "compact", "reopen", "build_graph"),
+) -> dict[str, Any]:
+    """The clocks jump years to and fro, and files get the times of other centuries, while an index
+    is used and a folder is kept in sync.
+    """
     from unittest import mock
 
     from egemma.ingest import IngestConfig, sync
@@ -885,8 +1124,10 @@ def clock_jumps(count: int, seed: int, work: Path, *,
     monotonic, now_ns = time.monotonic, time.time_ns
     shift = 0.0
     notes: dict[str, str] = {}
-    with (mock.patch("time.monotonic", side_effect=lambda: monotonic() + shift),
-          mock.patch("time.time_ns", side_effect=lambda: now_ns() + round(shift * 1e9))):
+    with (
+        mock.patch("time.monotonic", side_effect=lambda: monotonic() + shift),
+        mock.patch("time.time_ns", side_effect=lambda: now_ns() + round(shift * 1e9)),
+    ):
         index = Index.open(path, MODELS["words-1"], keep_floats=True)
         for number in range(count):
             shift = rng.uniform(-20, 20) * year_s
@@ -911,14 +1152,20 @@ def clock_jumps(count: int, seed: int, work: Path, *,
                 name = f"note{rng.randrange(6)}.txt"
                 file = folder / "notes" / name
                 old = file.stat() if file.exists() else None
-                notes[name] = f"{words(rng, 3)} {number:06d}"   # always of one length... but for the words
+                # always of one length... but for the words
+                notes[name] = f"{words(rng, 3)} {number:06d}"
                 file.write_text(notes[name])
                 if old is not None and rng.random() < 0.7:
-                    os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))   # as copying with times kept does
+                    # as copying with times kept does
+                    os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
                 elif rng.random() < 0.5:
                     os.utime(file, (0, rng.choice([0, 2**32])))
-                sync(kept, [folder / "notes"], IngestConfig(overlap_tokens=0), clock_ns=time.time_ns)
-                stored = {Path(document.id).name: document.text for document in kept.get(kept.ids())}
+                sync(
+                    kept, [folder / "notes"], IngestConfig(overlap_tokens=0), clock_ns=time.time_ns
+                )
+                stored = {
+                    Path(document.id).name: document.text for document in kept.get(kept.ids())
+                }
                 if stored != notes:
                     problems.append(f"sync, step {number}: {stored} is not {notes}")
                     break
@@ -929,9 +1176,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--writer-kills", type=int, default=200)
-    parser.add_argument("--damages", type=int, default=300, help="of each kind of file and of damage")
+    parser.add_argument(
+        "--damages", type=int, default=300, help="of each kind of file and of damage"
+    )
     parser.add_argument("--seed", type=int, default=20261123)
-    parser.add_argument("--folder", type=Path, help="where the files are made (default: the system's folder for temporary files)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the files are made (default: the system's folder for temporary files)",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     started = time.monotonic()
@@ -939,12 +1192,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = Path(folder)
         kills = kill_rounds(args.kills, args.seed, work)
         writers = writer_rounds(args.writer_kills, args.seed, work)
-        result = {"seed": args.seed, "killed": kills.to_json(), "two_writers_killed": writers.to_json(),
-                  "damaged": damage_rounds(args.damages, args.seed, work), "damaged_log": log_rounds(args.damages, args.seed, work),
-                  "full_disk": full_disk(work, args.seed), "read_only_media": read_only_media(work), "clock_jumps": clock_jumps(100, args.seed, work),
-                  "not_shown": "power cuts: a kill keeps what the kernel has", "seconds": None,
-                  "sqlite": __import__("sqlite3").sqlite_version, "python": sys.version.split()[0],
-                  "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()}
+        result = {
+            "seed": args.seed,
+            "killed": kills.to_json(),
+            "two_writers_killed": writers.to_json(),
+            "damaged": damage_rounds(args.damages, args.seed, work),
+            "damaged_log": log_rounds(args.damages, args.seed, work),
+            "full_disk": full_disk(work, args.seed),
+            "read_only_media": read_only_media(work),
+            "clock_jumps": clock_jumps(100, args.seed, work),
+            "not_shown": "power cuts: a kill keeps what the kernel has",
+            "seconds": None,
+            "sqlite": __import__("sqlite3").sqlite_version,
+            "python": sys.version.split()[0],
+            "commit": subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+            ).stdout.strip(),
+        }
     result["seconds"] = round(time.monotonic() - started)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -1,7 +1,8 @@
 """What does the base install weigh, and how soon is the first vector there?
 
-Makes a fresh virtual environment without torch and without the executorch package, installs this source tree into it as a user
-would, and measures from outside. Not answered: other machines' disks, cold file caches.
+Makes a fresh virtual environment without torch and without the executorch package, installs this
+source tree into it as a user would, and measures from outside. Not answered: other machines' disks,
+cold file caches.
 
     python benchmarks/footprint.py [--runs 15] [--bundle FOLDER ...]
 
@@ -29,14 +30,25 @@ from benchmarks.latency import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ("numpy", "numpy.libs", "onnxruntime")  # what the size is counted beside
-FIRST_VECTOR = "import egemma; print(egemma.Embedder.open('builtin').embed_query('hello').vector.shape)"
-FIRST_BUNDLE_VECTOR = "import egemma, sys; print(egemma.Embedder.open(sys.argv[1]).embed_query('hello').vector.shape)"
+FIRST_VECTOR = (
+    "import egemma; print(egemma.Embedder.open('builtin').embed_query('hello').vector.shape)"
+)
+FIRST_BUNDLE_VECTOR = (
+    "import egemma, sys; print(egemma.Embedder.open(sys.argv[1]).embed_query('hello').vector.shape)"
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--bundle", action="append", default=[], help="a bundle to verify and time there as well; may be repeated")
+    parser.add_argument(
+        "--bundle",
+        action="append",
+        default=[],
+        help="a bundle to verify and time there as well; may be repeated",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / "env" / "bin" / "python"
@@ -47,26 +59,53 @@ def main() -> int:
         site = next((Path(folder) / "env" / "lib").glob("python*/site-packages"))
         names = {path.name for path in site.iterdir()}
         assert not names & {"torch", "executorch"}, "the base install must not bring torch"
-        sizes = {path.name: megabytes(path) for path in site.iterdir() if not path.name.startswith(("pip", "setuptools", "__", "_distutils"))}
+        sizes = {
+            path.name: megabytes(path)
+            for path in site.iterdir()
+            if not path.name.startswith(("pip", "setuptools", "__", "_distutils"))
+        }
         empty = median_seconds([python, "-c", "pass"], args.runs)
         body: dict[str, Any] = {
-            "question": __doc__.splitlines()[0], "machine": machine(), "commit": commit(), "runs": args.runs,
+            "question": __doc__.splitlines()[0],
+            "machine": machine(),
+            "commit": commit(),
+            "runs": args.runs,
             "install_s": round(install_s, 1),
-            "installed_mb": {name: round(size, 1) for name, size in sorted(sizes.items(), key=lambda row: -row[1]) if size > 0.1},
-            "beside_onnxruntime_and_numpy_mb": round(sum(size for name, size in sizes.items() if not name.startswith(BESIDE)), 1),
+            "installed_mb": {
+                name: round(size, 1)
+                for name, size in sorted(sizes.items(), key=lambda row: -row[1])
+                if size > 0.1
+            },
+            "beside_onnxruntime_and_numpy_mb": round(
+                sum(size for name, size in sizes.items() if not name.startswith(BESIDE)), 1
+            ),
             "python_start_s": round(empty, 3),
-            "import_s": round(median_seconds([python, "-c", "import egemma"], args.runs) - empty, 3),
-            "import_embedder_s": round(median_seconds([python, "-c", "from egemma import Embedder, Index"], args.runs) - empty, 3),
+            "import_s": round(
+                median_seconds([python, "-c", "import egemma"], args.runs) - empty, 3
+            ),
+            "import_embedder_s": round(
+                median_seconds([python, "-c", "from egemma import Embedder, Index"], args.runs)
+                - empty,
+                3,
+            ),
             "first_vector_s": round(median_seconds([python, "-c", FIRST_VECTOR], args.runs), 3),
         }
         for bundle in args.bundle:
-            ended = subprocess.run([python, "-m", "egemma", "verify", bundle, "--json"], capture_output=True, text=True, check=False)
+            ended = subprocess.run(
+                [python, "-m", "egemma", "verify", bundle, "--json"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             verification = json.loads(ended.stdout)
             body.setdefault("bundles", {})[Path(bundle).name] = {
-                "passed": verification["passed"], "runtime": verification["runtime"],
+                "passed": verification["passed"],
+                "runtime": verification["runtime"],
                 "worst_cosine_float": round(verification["worst_cosine_float"], 5),
                 "worst_cosine_rounded": round(verification["worst_cosine_quantized"], 5),
-                "first_vector_s": round(median_seconds([python, "-c", FIRST_BUNDLE_VECTOR, bundle], args.runs), 3),
+                "first_vector_s": round(
+                    median_seconds([python, "-c", FIRST_BUNDLE_VECTOR, bundle], args.runs), 3
+                ),
             }
     results = ROOT / "benchmarks" / "results" / "footprint.json"
     results.write_text(json.dumps(body, indent=1) + "\n")
@@ -75,7 +114,13 @@ def main() -> int:
 
 
 def megabytes(path: Path) -> float:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    files = (
+        [path]
+        if path.is_file()
+        else [
+            file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts
+        ]
+    )
     return sum(file.stat().st_size for file in files) / 1e6
 
 

@@ -1,12 +1,14 @@
 """How long does one text take, by length, in each exported file and in what people use today?
 
-Every contender runs in a process of its own (so load time and peak memory are its own) and they take turns, one text each,
-so that a machine whose speed drifts slows all of them alike. Quote ratios. Not answered: throughput of batches, other CPUs,
-energy, tokenization (about 0.1 ms).
+Every contender runs in a process of its own (so load time and peak memory are its own) and they
+take turns, one text each, so that a machine whose speed drifts slows all of them alike. Quote
+ratios. Not answered: throughput of batches, other CPUs, energy, tokenization (about 0.1 ms).
 
-    python benchmarks/latency.py --model CHECKPOINT --work DIR [--tokens 16,64,256,512] [--runs 20] [--threads 2]
+    python benchmarks/latency.py --model CHECKPOINT --work DIR [--tokens 16,64,256,512] [--runs 20]
+    [--threads 2]
 
-Bundles that are not yet in DIR are exported first. Writes benchmarks/results/latency.json and prints a Markdown table.
+Bundles that are not yet in DIR are exported first. Writes benchmarks/results/latency.json and
+prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -25,7 +27,15 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
-TARGETS = ("android-int4", "android-mixed", "android-int8", "onnx-int4", "onnx-mixed", "onnx-int8", "onnx-fp32")
+TARGETS = (
+    "android-int4",
+    "android-mixed",
+    "android-int8",
+    "onnx-int4",
+    "onnx-mixed",
+    "onnx-int8",
+    "onnx-fp32",
+)
 PEERS = {
     "torch float32": "sentence-transformers, torch",
     "plain onnx float32": "torch.onnx export as it is, ONNX Runtime",
@@ -34,9 +44,13 @@ PEERS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="where the exported files are kept between runs")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="where the exported files are kept between runs"
+    )
     parser.add_argument("--tokens", default="16,64,256,512")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
@@ -46,11 +60,22 @@ def main() -> int:
     if args.worker:
         return worker(args.worker, args.model, args.threads)
     lengths = [int(tokens) for tokens in args.tokens.split(",")]
-    contenders = [name for name in (*TARGETS, *PEERS) if not args.only or name in args.only.split(",")]
+    contenders = [
+        name for name in (*TARGETS, *PEERS) if not args.only or name in args.only.split(",")
+    ]
     prepare(contenders, args.model, args.work)
     rows = race(contenders, args.model, args.work, lengths, args.runs, args.threads)
-    body = {"question": __doc__.splitlines()[0], "machine": machine(), "threads": args.threads, "runs": args.runs, "commit": commit(),
-            "model": "24 layers, 262,144 rows, random weights" if "full" in args.model.name else args.model.name, "rows": rows}
+    body = {
+        "question": __doc__.splitlines()[0],
+        "machine": machine(),
+        "threads": args.threads,
+        "runs": args.runs,
+        "commit": commit(),
+        "model": "24 layers, 262,144 rows, random weights"
+        if "full" in args.model.name
+        else args.model.name,
+        "rows": rows,
+    }
     if not args.only:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(body, indent=1) + "\n")
@@ -65,27 +90,76 @@ def prepare(contenders: list[str], model: Path, work: Path) -> None:
             continue
         print(f"exporting {name}", file=sys.stderr)
         if name in TARGETS:
-            subprocess.run([sys.executable, "-m", "egemma_export", "--target", name, "--model", model, "--out", path,
-                            "--min-cosine-float", "0.5"], check=True)  # random weights are not trained for int4
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "egemma_export",
+                    "--target",
+                    name,
+                    "--model",
+                    model,
+                    "--out",
+                    path,
+                    # random weights are not trained for int4
+                    "--min-cosine-float",
+                    "0.5",
+                ],
+                check=True,
+            )
         else:
             # Each in a process of its own: the exporters keep gigabytes.
-            subprocess.run([sys.executable, "-m", "benchmarks.plain_onnx", name.rsplit(" ", 1)[1], model, path], check=True,
-                           env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])})
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.plain_onnx",
+                    name.rsplit(" ", 1)[1],
+                    model,
+                    path,
+                ],
+                check=True,
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+            )
 
 
 def location(name: str, work: Path) -> Path:
     return work / (name if name in TARGETS else name.replace(" ", "-") + ".onnx")
 
 
-def race(contenders: list[str], model: Path, work: Path, lengths: list[int], runs: int, threads: int) -> list[dict[str, Any]]:
+def race(
+    contenders: list[str], model: Path, work: Path, lengths: list[int], runs: int, threads: int
+) -> list[dict[str, Any]]:
     """Round-robin over the contenders' processes."""
     # Waiting threads must not burn the cores that another contender is measured on.
-    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0", "TRANSFORMERS_VERBOSITY": "error",
-             "OMP_NUM_THREADS": str(threads), "ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+    quiet = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "GOMP_SPINCOUNT": "0",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "OMP_NUM_THREADS": str(threads),
+        "ORT_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     processes = {
         name: subprocess.Popen(
-            [sys.executable, __file__, "--worker", f"{name}={location(name, work)}", "--model", model, "--work", work, "--threads", str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet)
+            [
+                sys.executable,
+                __file__,
+                "--worker",
+                f"{name}={location(name, work)}",
+                "--model",
+                model,
+                "--work",
+                work,
+                "--threads",
+                str(threads),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | quiet,
+        )
         for name in contenders
     }
 
@@ -98,7 +172,11 @@ def race(contenders: list[str], model: Path, work: Path, lengths: list[int], run
         answer: dict[str, Any] = json.loads(process.stdout.readline())
         return answer
 
-    rows = {name: {"name": name, "file_mb": file_mb(location(name, work)), "ms": {}} | ask(name, {"do": "load"}) for name in contenders}
+    rows = {
+        name: {"name": name, "file_mb": file_mb(location(name, work)), "ms": {}}
+        | ask(name, {"do": "load"})
+        for name in contenders
+    }
     for tokens in lengths:
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for turn in range(runs + 2):
@@ -108,8 +186,11 @@ def race(contenders: list[str], model: Path, work: Path, lengths: list[int], run
                     times[name].append(ms)
         for name in contenders:
             ordered = sorted(times[name])
-            rows[name]["ms"][str(tokens)] = {"median": round(statistics.median(ordered), 2), "min": round(ordered[0], 2),
-                                             "p95": round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 2)}
+            rows[name]["ms"][str(tokens)] = {
+                "median": round(statistics.median(ordered), 2),
+                "min": round(ordered[0], 2),
+                "p95": round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 2),
+            }
     for name in contenders:
         rows[name] |= ask(name, {"do": "stop"})
         processes[name].wait()
@@ -131,7 +212,9 @@ def worker(which: str, model: Path, threads: int) -> int:
             import numpy as np
 
             assert run is not None
-            ids = np.random.default_rng(question["seed"]).integers(300, 5000, (1, question["tokens"]), dtype=np.int64)
+            ids = np.random.default_rng(question["seed"]).integers(
+                300, 5000, (1, question["tokens"]), dtype=np.int64
+            )
             mask = np.ones_like(ids)
             start = time.perf_counter()
             run(ids, mask)
@@ -178,29 +261,61 @@ def resident_mb() -> int:
 
 def file_mb(path: Path) -> float | None:
     if path.is_dir():
-        return round(sum(file.stat().st_size for file in path.iterdir() if file.name.startswith("model.")) / 1e6, 1)
-    return round(sum(file.stat().st_size for file in path.parent.glob(path.name + "*")) / 1e6, 1) if path.exists() else None
+        return round(
+            sum(file.stat().st_size for file in path.iterdir() if file.name.startswith("model."))
+            / 1e6,
+            1,
+        )
+    return (
+        round(sum(file.stat().st_size for file in path.parent.glob(path.name + "*")) / 1e6, 1)
+        if path.exists()
+        else None
+    )
 
 
 def machine() -> str:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-               platform.processor())
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python "
+        f"{platform.python_version()}"
+    )
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return found.stdout.strip() or "unknown"
 
 
 def table(body: dict[str, Any], lengths: list[int]) -> str:
     head = ["", *(f"{tokens} tokens" for tokens in lengths), "load", "peak memory", "file"]
-    lines = [f"{body['machine']}, {body['threads']} threads, commit {body['commit']}; milliseconds, median (95th percentile) of "
-             f"{body['runs']} interleaved runs; {body['model']}.", "", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    lines = [
+        f"{body['machine']}, {body['threads']} threads, commit {body['commit']}; milliseconds, "
+        "median (95th percentile) of "
+        f"{body['runs']} interleaved runs; {body['model']}.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" + "|---:" * (len(head) - 1) + "|",
+    ]
     for row in body["rows"]:
-        cells = [f"{row['ms'][str(tokens)]['median']:.0f} ({row['ms'][str(tokens)]['p95']:.0f})" for tokens in lengths]
+        cells = [
+            f"{row['ms'][str(tokens)]['median']:.0f} ({row['ms'][str(tokens)]['p95']:.0f})"
+            for tokens in lengths
+        ]
         size = f"{row['file_mb']:.0f} MB" if row["file_mb"] else "-"
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + f" | {row['load_s']:.1f} s | {row['peak_mb']} MB | {size} |")
+        lines.append(
+            f"| {row['name']} | "
+            + " | ".join(cells)
+            + f" | {row['load_s']:.1f} s | {row['peak_mb']} MB | {size} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,6 @@
-"""The contenders of benchmarks/search.py: each opens its prepared files and answers one query with ids of rows."""
+"""The contenders of benchmarks/search.py: each opens its prepared files and answers one query with
+ids of rows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import numpy as np
 
 DIM, K = 768, 10
 DIMS = (768, 512, 256, 128)
-Ask = Callable[[int], list[int]]   # number of a query -> ids of the best K rows
+Ask = Callable[[int], list[int]]  # number of a query -> ids of the best K rows
 
 PEERS = {
     "numpy float32": "matrix product and argpartition, memory-mapped file",
@@ -27,7 +29,8 @@ PEERS = {
     "usearch HNSW float16": "768 channels, connectivity 16, expansion 128/256",
     "faiss HNSW": "IndexHNSWFlat, M 16, efConstruction 80, efSearch 256",
 }
-BIG_GRAPHS = ("usearch HNSW int8", "usearch HNSW float16", "faiss HNSW")   # hours to build for 1,000,000 x 768 on 2 cores
+# hours to build for 1,000,000 x 768 on 2 cores
+BIG_GRAPHS = ("usearch HNSW int8", "usearch HNSW float16", "faiss HNSW")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,11 @@ def prepare_peer(name: str, size: int, place: Place, say: Callable[[str], None])
         import faiss
 
         faiss.omp_set_num_threads(place.threads)
-        index = faiss.IndexFlatIP(DIM) if name == "faiss flat" else faiss.IndexHNSWFlat(DIM, 16, faiss.METRIC_INNER_PRODUCT)
+        index = (
+            faiss.IndexFlatIP(DIM)
+            if name == "faiss flat"
+            else faiss.IndexHNSWFlat(DIM, 16, faiss.METRIC_INNER_PRODUCT)
+        )
         if name == "faiss HNSW":
             index.hnsw.efConstruction = 80
         for _, rows in parts(place, size):
@@ -97,21 +104,42 @@ def prepare_peer(name: str, size: int, place: Place, say: Callable[[str], None])
     elif name.startswith("usearch HNSW"):
         from usearch.index import Index
 
-        index = Index(ndim=DIM, metric="cos", dtype="i8" if name.endswith("int8") else "f16", connectivity=16, expansion_add=128)
+        index = Index(
+            ndim=DIM,
+            metric="cos",
+            dtype="i8" if name.endswith("int8") else "f16",
+            connectivity=16,
+            expansion_add=128,
+        )
         for start, rows in parts(place, size):
-            index.add(np.arange(start, start + len(rows)), int8(rows) if name.endswith("int8") else rows.astype(np.float16), threads=place.threads)
+            index.add(
+                np.arange(start, start + len(rows)),
+                int8(rows) if name.endswith("int8") else rows.astype(np.float16),
+                threads=place.threads,
+            )
         index.save(str(made))
     else:
         connection = sqlite_vec(made)
         kind = "int8" if name.endswith("int8") else "float"
-        connection.execute(f"CREATE VIRTUAL TABLE v USING vec0(e {kind}[{DIM}] distance_metric=cosine)")
+        connection.execute(
+            f"CREATE VIRTUAL TABLE v USING vec0(e {kind}[{DIM}] distance_metric=cosine)"
+        )
         for start, rows in parts(place, size):
             with connection:
-                packed: Iterable[Any] = (row.tobytes() for row in (int8(rows) if kind == "int8" else rows))
-                connection.executemany(f"INSERT INTO v(rowid, e) VALUES (?, {'vec_int8(?)' if kind == 'int8' else '?'})", enumerate(packed, start=start))
+                packed: Iterable[Any] = (
+                    row.tobytes() for row in (int8(rows) if kind == "int8" else rows)
+                )
+                connection.executemany(
+                    "INSERT INTO v(rowid, e) VALUES (?, "
+                    f"{'vec_int8(?)' if kind == 'int8' else '?'})",
+                    enumerate(packed, start=start),
+                )
         connection.close()
     made.rename(path)
-    (place.work / "built.jsonl").open("a").write(json.dumps({"name": name, "size": size, "s": round(time.perf_counter() - started, 1)}) + "\n")
+    (place.work / "built.jsonl").open("a").write(
+        json.dumps({"name": name, "size": size, "s": round(time.perf_counter() - started, 1)})
+        + "\n"
+    )
 
 
 def sqlite_vec(path: Path) -> Any:
@@ -127,7 +155,12 @@ def sqlite_vec(path: Path) -> Any:
 
 def load_library(name: str) -> None:
     """What is imported before the clock starts."""
-    modules = {"egemma": ["egemma.index", "numkong"], "usearch": ["usearch.index"], "faiss": ["faiss"], "sqlite-vec": ["apsw", "sqlite_vec"]}
+    modules = {
+        "egemma": ["egemma.index", "numkong"],
+        "usearch": ["usearch.index"],
+        "faiss": ["faiss"],
+        "sqlite-vec": ["apsw", "sqlite_vec"],
+    }
     for module in modules.get(name.split(maxsplit=1)[0], []):
         importlib.import_module(module)
 
@@ -145,11 +178,20 @@ def open_peer(name: str, size: int, place: Place) -> Ask:
     elif name.startswith("usearch exact"):
         from usearch.index import MetricKind, search
 
-        stored = np.memmap(path, np.int8, mode="r").reshape(-1, DIM) if name.endswith("int8") else place.passages(size)
+        stored = (
+            np.memmap(path, np.int8, mode="r").reshape(-1, DIM)
+            if name.endswith("int8")
+            else place.passages(size)
+        )
         asked = int8(queries) if name.endswith("int8") else queries
 
         def ask(number: int) -> list[int]:
-            return [int(key) for key in search(stored, asked[number], K, MetricKind.Cos, exact=True, threads=place.threads).keys]
+            return [
+                int(key)
+                for key in search(
+                    stored, asked[number], K, MetricKind.Cos, exact=True, threads=place.threads
+                ).keys
+            ]
     elif name.startswith("usearch HNSW"):
         from usearch.index import Index
 
@@ -175,12 +217,20 @@ def open_peer(name: str, size: int, place: Place) -> Ask:
         blobs = int8(queries) if name.endswith("int8") else queries
 
         def ask(number: int) -> list[int]:
-            rows = connection.execute(f"SELECT rowid FROM v WHERE e MATCH {kind_of_query} AND k = {K} ORDER BY distance", (blobs[number].tobytes(),))
+            rows = connection.execute(
+                f"SELECT rowid FROM v WHERE e MATCH {kind_of_query} AND k = {K} ORDER BY distance",
+                (blobs[number].tobytes(),),
+            )
             return [row[0] for row in rows]
+
     return ask
 
 
-def open_ours(size: int, width: int, place: Place) -> tuple[Callable[[int, dict[str, Any]], list[int]], Callable[[int, dict[str, Any]], list[list[int]]]]:
+def open_ours(
+    size: int, width: int, place: Place
+) -> tuple[
+    Callable[[int, dict[str, Any]], list[int]], Callable[[int, dict[str, Any]], list[list[int]]]
+]:
     """A function for one query, and one for the first so many at once."""
     from egemma.index import Index
 
@@ -191,7 +241,10 @@ def open_ours(size: int, width: int, place: Place) -> tuple[Callable[[int, dict[
         return [int(hit.id) for hit in index.search_vector(queries[number], K, **options)]
 
     def ask_many(count: int, options: dict[str, Any]) -> list[list[int]]:
-        return [[int(hit.id) for hit in hits] for hits in index.search_vectors(queries[:count], K, **options)]
+        return [
+            [int(hit.id) for hit in hits]
+            for hits in index.search_vectors(queries[:count], K, **options)
+        ]
 
     return ask, ask_many
 
@@ -208,7 +261,8 @@ def prepare_ours(size: int, width: int, place: Place, say: Callable[[str], None]
             with Index.open(path) as index:
                 if len(index) == size:
                     return
-        except Exception as error:   # of a format that changed since: anything, and then it is made anew
+        # of a format that changed since: anything, and then it is made anew
+        except Exception as error:
             say(f"{path.name}: {error}")
     for left in path.parent.glob(path.name + "*"):
         if left.name != path.name + ".graph":
@@ -224,15 +278,22 @@ def prepare_ours(size: int, width: int, place: Place, say: Callable[[str], None]
         texts = place.texts("passages.txt", size)
         for start, rows in parts(place, size, 2000):
             numbers = range(start, start + len(rows))
-            index.add_vectors(rows, ids=[str(number) for number in numbers], texts=[next(texts) for _ in numbers],
-                              metadata=[{"hundredth": number % 100, "half": number % 2} for number in numbers])
+            index.add_vectors(
+                rows,
+                ids=[str(number) for number in numbers],
+                texts=[next(texts) for _ in numbers],
+                metadata=[{"hundredth": number % 100, "half": number % 2} for number in numbers],
+            )
         if width != DIMS[-1]:
             from egemma.index.tune import rewrite_heads
 
-            with index._writing("rewrite") as change:   # as `tune` does, whatever it would choose
+            with index._writing("rewrite") as change:  # as `tune` does, whatever it would choose
                 rewrite_heads(change, width)
     made.rename(path)
-    (place.work / "built.jsonl").open("a").write(json.dumps({"name": path.name, "size": size, "s": round(time.perf_counter() - started, 1)}) + "\n")
+    (place.work / "built.jsonl").open("a").write(
+        json.dumps({"name": path.name, "size": size, "s": round(time.perf_counter() - started, 1)})
+        + "\n"
+    )
 
 
 def prepare_graph(size: int, place: Place, say: Callable[[str], None]) -> None:
@@ -250,9 +311,24 @@ def prepare_graph(size: int, place: Place, say: Callable[[str], None]) -> None:
     say(f"building {path.name}.graph")
     started = time.perf_counter()
     with Index.open(path, threads=place.threads) as index:
-        index.build_graph(progress=lambda done, total: say(f"{done} of {total}, {time.perf_counter() - started:.0f} s") if done % 50_000 == 0 else None)
-    (place.work / "built.jsonl").open("a").write(json.dumps({"name": path.name + ".graph", "size": size, "from": 0 if notes is None else notes.vectors,
-                                                              "s": round(time.perf_counter() - started, 1)}) + "\n")
+        index.build_graph(
+            progress=lambda done, total: (
+                say(f"{done} of {total}, {time.perf_counter() - started:.0f} s")
+                if done % 50_000 == 0
+                else None
+            )
+        )
+    (place.work / "built.jsonl").open("a").write(
+        json.dumps(
+            {
+                "name": path.name + ".graph",
+                "size": size,
+                "from": 0 if notes is None else notes.vectors,
+                "s": round(time.perf_counter() - started, 1),
+            }
+        )
+        + "\n"
+    )
 
 
 def truth_of(size: int, count: int, place: Place) -> Any:
@@ -264,8 +340,13 @@ def truth_of(size: int, count: int, place: Place) -> Any:
         for start, rows in parts(place, size, 50_000):
             found = queries @ rows.T
             best = np.concatenate([best, found], axis=1)
-            numbers = np.concatenate([numbers, np.broadcast_to(np.arange(start, start + len(rows)), found.shape)], axis=1)
+            numbers = np.concatenate(
+                [numbers, np.broadcast_to(np.arange(start, start + len(rows)), found.shape)], axis=1
+            )
             order = np.argsort(-best, axis=1, kind="stable")[:, :K]
-            best, numbers = np.take_along_axis(best, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+            best, numbers = (
+                np.take_along_axis(best, order, axis=1),
+                np.take_along_axis(numbers, order, axis=1),
+            )
         np.save(path, numbers)
     return np.load(path)

@@ -1,14 +1,19 @@
-"""Real vectors for the search benchmark: a 768-wide model trained on real texts, and its vectors of a million of them.
+"""Real vectors for the search benchmark: a 768-wide model trained on real texts, and its vectors of
+a million of them.
 
-    python benchmarks/search_vectors.py train --data ../shared/data     # about 25 minutes on 2 cores
-    python benchmarks/search_vectors.py embed --data ../shared/data     # about 40 minutes for 1,000,000 texts
+    python benchmarks/search_vectors.py train --data ../shared/data     # about 25 minutes on 2
+        cores
+    python benchmarks/search_vectors.py embed --data ../shared/data     # about 40 minutes for
+        1,000,000 texts
 
-EmbeddingGemma's own weights are gated, so the model is a small sibling with its output widths (768, 512, 256, 128), trained
-by the same contrastive and Matryoshka losses on the same pairs as the built-in model. Random or clustered synthetic vectors would not do: how much a
-prefix of a vector knows is a property of the training. Both steps resume where they were stopped.
+EmbeddingGemma's own weights are gated, so the model is a small sibling with its output widths (768,
+512, 256, 128), trained by the same contrastive and Matryoshka losses on the same pairs as the
+built-in model. Random or clustered synthetic vectors would not do: how much a prefix of a vector
+knows is a property of the training. Both steps resume where they were stopped.
 
-Texts are all distinct ones of the data folder, long ones cut into passages. Queries are those of the evaluation sets, whose
-documents are among the passages. Writes build/search-vectors/{passages,queries}.npy (float32) and passages.txt.
+Texts are all distinct ones of the data folder, long ones cut into passages. Queries are those of
+the evaluation sets, whose documents are among the passages. Writes
+build/search-vectors/{passages,queries}.npy (float32) and passages.txt.
 """
 
 from __future__ import annotations
@@ -35,11 +40,18 @@ from egemma_core.config import FULL, SLIDING
 from egemma_core.errors import EgemmaError
 from egemma_core.train.loop import LoopConfig
 
-WIDE = replace(CONFIG, width=768, ffn_width=512, num_layers=2, layer_types=(SLIDING, FULL), dense=((768, 768), (768, 768)),
-               dims=(768, 512, 256, 128))
+WIDE = replace(
+    CONFIG,
+    width=768,
+    ffn_width=512,
+    num_layers=2,
+    layer_types=(SLIDING, FULL),
+    dense=((768, 768), (768, 768)),
+    dims=(768, 512, 256, 128),
+)
 PASSAGE_CHARS = 400
 NUM_QUERIES = 2000
-BLOCK = 8192   # texts between two saves
+BLOCK = 8192  # texts between two saves
 
 
 def passages_of(text: str) -> Iterator[str]:
@@ -55,10 +67,16 @@ def passages_of(text: str) -> Iterator[str]:
 
 
 def read_texts(data: Path) -> tuple[list[str], list[str]]:
-    """Distinct passages in a fixed order, those of the evaluation corpora first; and the queries of these."""
+    """Distinct passages in a fixed order, those of the evaluation corpora first; and the queries of
+    these.
+    """
     seen: dict[str, None] = {}
     queries: dict[str, None] = {}
-    for path in [*sorted(data.glob("retrieval/**/*.gz")), *sorted(data.glob("code/**/*.gz")), *sorted(data.glob("*/*.gz"))]:
+    for path in [
+        *sorted(data.glob("retrieval/**/*.gz")),
+        *sorted(data.glob("code/**/*.gz")),
+        *sorted(data.glob("*/*.gz")),
+    ]:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
@@ -81,26 +99,38 @@ def embed(data: Path, work: Path, bundle: Path, limit: int) -> None:
     passages, queries = read_texts(data)
     passages = passages[:limit]
     print(f"{len(passages)} passages, {len(queries)} queries", flush=True)
-    (work / "passages.txt").write_text("\n".join(json.dumps(p, ensure_ascii=False) for p in passages) + "\n", encoding="utf-8")
+    (work / "passages.txt").write_text(
+        "\n".join(json.dumps(p, ensure_ascii=False) for p in passages) + "\n", encoding="utf-8"
+    )
     with Embedder.open(bundle) as embedder:
         np.save(work / "queries.npy", embedder.embed_queries(queries, overflow="truncate").vectors)
-        (work / "queries.txt").write_text("\n".join(json.dumps(q, ensure_ascii=False) for q in queries) + "\n", encoding="utf-8")
+        (work / "queries.txt").write_text(
+            "\n".join(json.dumps(q, ensure_ascii=False) for q in queries) + "\n", encoding="utf-8"
+        )
         path = work / "passages.f32"
         done = path.stat().st_size // (4 * embedder.dim) // BLOCK * BLOCK if path.exists() else 0
         with path.open("r+b" if path.exists() else "wb") as file:
             file.seek(done * 4 * embedder.dim)
             started, first = time.monotonic(), done
             while done < len(passages):
-                vectors = embedder.embed_documents(passages[done : done + BLOCK], overflow="truncate").vectors
+                vectors = embedder.embed_documents(
+                    passages[done : done + BLOCK], overflow="truncate"
+                ).vectors
                 file.write(vectors.astype("<f4").tobytes())
                 file.flush()
                 done += len(vectors)
                 rate = (done - first) / (time.monotonic() - started)
-                print(f"{done} of {len(passages)}, {rate:.0f} texts/s, {(len(passages) - done) / rate / 60:.0f} min left", flush=True)
+                print(
+                    f"{done} of {len(passages)}, {rate:.0f} texts/s, "
+                    f"{(len(passages) - done) / rate / 60:.0f} min left",
+                    flush=True,
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("step", choices=("train", "embed"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("build/search-vectors"))

@@ -8,26 +8,35 @@ from pathlib import Path
 
 import pytest
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so all processes that they start, which tests interrupt.
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so all processes that
+# they start, which tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SHARED_DATA = Path(os.environ.get("EGEMMA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+SHARED_DATA = Path(
+    os.environ.get("EGEMMA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
 GEMMA_TOKENIZER = SHARED_DATA / "tokenizer" / "gemma3.model"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rooms = {item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
     if {"sdk", "export"} <= rooms:
-        raise pytest.UsageError("the exporter's ExecuTorch and the SDK's own cannot share a process (docs/decisions/0004): run `make test`, "
-                                "or `pytest tests/sdk` and `pytest --ignore=tests/sdk`")
+        raise pytest.UsageError(
+            "the exporter's ExecuTorch and the SDK's own cannot share a process "
+            "(docs/decisions/0004): run `make test`, "
+            "or `pytest tests/sdk` and `pytest --ignore=tests/sdk`"
+        )
 
 
 @pytest.fixture(scope="session")
 def gemma_tokenizer() -> Path:
     """The real Gemma 3 SentencePiece model; not committed."""
     if not GEMMA_TOKENIZER.is_file():
-        pytest.skip(f"{GEMMA_TOKENIZER} is absent; set EGEMMA_DATA to the folder that holds tokenizer/gemma3.model")
+        pytest.skip(
+            f"{GEMMA_TOKENIZER} is absent; set EGEMMA_DATA to the folder that holds "
+            "tokenizer/gemma3.model"
+        )
     return GEMMA_TOKENIZER
 
 
@@ -44,7 +53,11 @@ def full_size_checkpoint(tmp_path_factory: pytest.TempPathFactory, gemma_tokeniz
     """24 layers, 262,144 rows, random; made once and kept in the cache folder (1.2 GB)."""
     from benchmarks.make_checkpoint import write_checkpoint
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "egemma" / "random-full-size"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        / "egemma"
+        / "random-full-size"
+    )
     if not (cache / "tokenizer.model").is_file():
         cache.mkdir(parents=True, exist_ok=True)
         write_checkpoint(cache, "full", gemma_tokenizer)

@@ -1,4 +1,6 @@
-"""The built-in model and the bundle that comes with the package: made by the script and from the checkpoint in the repository; their hits make sense."""
+"""The built-in model and the bundle that comes with the package: made by the script and from the
+checkpoint in the repository; their hits make sense.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,15 @@ from tests.core.test_save import assert_sentence_transformers_agrees
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "egemma-small"
-FIRST_HITS = ["med-diabetes", "shell-find-size", "git-undo", "py-chunks", "garden-tomato", "phys-sky", "travel-luggage"]
+FIRST_HITS = [
+    "med-diabetes",
+    "shell-find-size",
+    "git-undo",
+    "py-chunks",
+    "garden-tomato",
+    "phys-sky",
+    "travel-luggage",
+]
 
 
 def test_the_checkpoint_is_what_the_script_makes() -> None:
@@ -57,37 +67,81 @@ def little_data(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(path, "wt", encoding="utf-8") as file:
             for number in range(400):
-                words = {"text": f"where is {config.name} {number}?", "label": f"find_{config.name}_{number % 3}"} if config.kind == "labels" else {
-                    "query": f"where is {config.name} {number}?", "positive": f"{config.name} {number} is there.", "task": config.task, "lang": "en"}
+                words = (
+                    {
+                        "text": f"where is {config.name} {number}?",
+                        "label": f"find_{config.name}_{number % 3}",
+                    }
+                    if config.kind == "labels"
+                    else {
+                        "query": f"where is {config.name} {number}?",
+                        "positive": f"{config.name} {number} is there.",
+                        "task": config.task,
+                        "lang": "en",
+                    }
+                )
                 if config.kind == "pairs" and number % 2:
                     words["negative"] = f"{config.name} {number} was never there."
                 file.write(json.dumps(words) + "\n")
     return tmp_path / "data"
 
 
-def test_held_out_answers_are_not_trained_on_and_large_sets_are_capped(little_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_answers_are_not_trained_on_and_large_sets_are_capped(
+    little_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train_builtin, "MOST_ROWS", 100)
     kept, held = train_builtin.read_sets(little_data)
     assert [dataset.config.rate for dataset in kept] == [10.0] * len(train_builtin.DATASETS)
-    trained, out = ({row.positive for dataset in datasets for row in dataset.rows} for datasets in (kept, held))
+    trained, out = (
+        {row.positive for dataset in datasets for row in dataset.rows} for datasets in (kept, held)
+    )
     pairs = [config for config in train_builtin.DATASETS if config.kind == "pairs"]
     assert [dataset.name for dataset in held] == [config.name for config in pairs]
     assert not trained & out
-    assert len(out) + len([text for text in trained if text.endswith("is there.")]) == 400 * len(pairs)
+    assert len(out) + len([text for text in trained if text.endswith("is there.")]) == 400 * len(
+        pairs
+    )
 
 
-def test_the_training_script_goes_on_where_it_was_stopped(little_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_training_script_goes_on_where_it_was_stopped(
+    little_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def made(name: str, *changes: str) -> int:
         work = tmp_path / name
         work.mkdir(exist_ok=True)
-        shutil.copyfile(MODEL / "tokenizer.model", work / "tokenizer.model")   # 8,000 pieces need more text than this
-        return train_builtin.main(["--data", str(little_data), "--work", str(work), "--out", str(work / "model"), "--batch-size", "8", "--steps", "4",
-                                   "--warmup-steps", "1", "--save-every", "2", "--threads", "1", *changes])
+        # 8,000 pieces need more text than this
+        shutil.copyfile(MODEL / "tokenizer.model", work / "tokenizer.model")
+        return train_builtin.main(
+            [
+                "--data",
+                str(little_data),
+                "--work",
+                str(work),
+                "--out",
+                str(work / "model"),
+                "--batch-size",
+                "8",
+                "--steps",
+                "4",
+                "--warmup-steps",
+                "1",
+                "--save-every",
+                "2",
+                "--threads",
+                "1",
+                *changes,
+            ]
+        )
 
     starts: list[int] = []
 
-    def token_vectors(rows: list[tuple[int, ...]], vocab_size: int, width: int, seed: int) -> torch.Tensor:   # the real ones take half a minute
+    # the real ones take half a minute
+    def token_vectors(
+        rows: list[tuple[int, ...]], vocab_size: int, width: int, seed: int
+    ) -> torch.Tensor:
         starts.append(len(rows))
         return torch.randn(vocab_size, width, generator=torch.Generator().manual_seed(seed))
 
@@ -146,10 +200,17 @@ def test_the_bundle_is_a_few_megabytes() -> None:
 
 
 def test_the_first_hits_of_the_demo_make_sense(tmp_path: Path) -> None:
-    documents = [json.loads(line) for line in (ROOT / "benchmarks" / "demo_texts.jsonl").read_text().splitlines()]
+    documents = [
+        json.loads(line)
+        for line in (ROOT / "benchmarks" / "demo_texts.jsonl").read_text().splitlines()
+    ]
     queries = (ROOT / "benchmarks" / "demo_queries.txt").read_text().splitlines()
     with Embedder.open("builtin") as embedder, Index.open(tmp_path / "notes.db", embedder) as index:
-        index.add([row["text"] for row in documents], ids=[row["id"] for row in documents], titles=[row.get("title") for row in documents])
+        index.add(
+            [row["text"] for row in documents],
+            ids=[row["id"] for row in documents],
+            titles=[row.get("title") for row in documents],
+        )
         assert [index.search(query, k=1)[0].id for query in queries] == FIRST_HITS
         assert [index.search(query, k=1, dim=128)[0].id for query in queries] == FIRST_HITS
 
@@ -161,7 +222,9 @@ def test_the_numbers_of_a_page_are_those_of_the_results(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md"])
-def test_the_snippets_of_the_readme_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_snippets_of_the_readme_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = [part.split("```")[0] for part in (ROOT / page).read_text().split("```python\n")[1:]]
     assert snippets

@@ -1,4 +1,6 @@
-"""The house: which room may import which, what the SDK may load, and what every room promises to strangers."""
+"""The house: which room may import which, what the SDK may load, and what every room promises to
+strangers.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {"egemma_core": ROOT / "core", "egemma_quant": ROOT / "quant", "egemma_export": ROOT / "export", "egemma": ROOT / "sdk"}
-# Data flows down this list; imports only look up it. Export also opens its finished bundle, through the command line.
+ROOMS = {
+    "egemma_core": ROOT / "core",
+    "egemma_quant": ROOT / "quant",
+    "egemma_export": ROOT / "export",
+    "egemma": ROOT / "sdk",
+}
+# Data flows down this list; imports only look up it. Export also opens its finished bundle, through
+# the command line.
 MAY_IMPORT = {
     "egemma_core": {"egemma_core"},
     "egemma_quant": {"egemma_core", "egemma_quant"},
     "egemma_export": {"egemma_core", "egemma_quant", "egemma_export"},
     "egemma": {"egemma_core", "egemma"},
 }
-TORCH_FREE = {"numpy", "sentencepiece", "huggingface_hub"}  # beside the standard library; the last only for a hub id
+# beside the standard library; the last only for a hub id
+TORCH_FREE = {"numpy", "sentencepiece", "huggingface_hub"}
 
 
 def modules(room: str) -> list[Path]:
@@ -38,19 +47,36 @@ def imported(path: Path) -> set[str]:
 def test_imports_only_look_back(room: str) -> None:
     for path in modules(room):
         ours = {name.split(".")[0] for name in imported(path)} & set(ROOMS)
-        assert ours <= MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {ours - MAY_IMPORT[room]}"
+        assert ours <= MAY_IMPORT[room], (
+            f"{path.relative_to(ROOT)} imports {ours - MAY_IMPORT[room]}"
+        )
 
 
 def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
     import sys
 
     for path in sorted((ROOMS["egemma_core"] / "egemma_core").glob("*.py")):
-        outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names) - TORCH_FREE - {"egemma_core"}
+        outside = (
+            {name.split(".")[0] for name in imported(path)}
+            - set(sys.stdlib_module_names)
+            - TORCH_FREE
+            - {"egemma_core"}
+        )
         assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
 
 
 # What an extra of the SDK brings may be imported where it is used, never by loading a module.
-OPTIONAL = {"numkong", "usearch", "pypdf", "selectolax", "pyarrow", "ray", "psycopg", "qdrant_client", "resource"}
+OPTIONAL = {
+    "numkong",
+    "usearch",
+    "pypdf",
+    "selectolax",
+    "pyarrow",
+    "ray",
+    "psycopg",
+    "qdrant_client",
+    "resource",
+}
 
 
 def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
@@ -59,16 +85,32 @@ def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
     allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime", "egemma", "egemma_core"}
     for path in modules("egemma"):
         names = imported(path)
-        assert not {name.split(".")[0] for name in names} - allowed - OPTIONAL, f"{path.relative_to(ROOT)} imports {names}"
-        upstairs = {name for name in names if name.startswith(("egemma_core.nn", "egemma_core.train"))}
+        assert not {name.split(".")[0] for name in names} - allowed - OPTIONAL, (
+            f"{path.relative_to(ROOT)} imports {names}"
+        )
+        upstairs = {
+            name for name in names if name.startswith(("egemma_core.nn", "egemma_core.train"))
+        }
         assert not upstairs, f"{path.relative_to(ROOT)} imports {upstairs}"
 
 
 def test_what_an_extra_brings_is_loaded_only_where_it_is_used() -> None:
     for path in modules("egemma"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+        for_types = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ]
         at_load = [node for node in tree.body if node not in for_types]
         for node in at_load:
-            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module} if isinstance(node, ast.ImportFrom) else set()
-            assert not {str(name).split(".")[0] for name in names} & OPTIONAL, f"{path.relative_to(ROOT)} loads {names} with the module"
+            names = (
+                {alias.name for alias in node.names}
+                if isinstance(node, ast.Import)
+                else {node.module}
+                if isinstance(node, ast.ImportFrom)
+                else set()
+            )
+            assert not {str(name).split(".")[0] for name in names} & OPTIONAL, (
+                f"{path.relative_to(ROOT)} loads {names} with the module"
+            )

@@ -1,7 +1,8 @@
-"""Small models with the real ones' interfaces, made in seconds: a tokenizer like Gemma's, and bundles for both runtimes.
+"""Small models with the real ones' interfaces, made in seconds: a tokenizer like Gemma's, and
+bundles for both runtimes.
 
-The model of the bundles: rows of a table, one linear layer, mean over the tokens, unit length. `tiny_vectors` computes it with
-NumPy, so tests have numbers that no runtime made.
+The model of the bundles: rows of a table, one linear layer, mean over the tokens, unit length.
+`tiny_vectors` computes it with NumPy, so tests have numbers that no runtime made.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma_core.bundle import GOLDEN, RUNTIMES, TOKENIZER, Manifest, describe_files, fingerprint_of, write_manifest
+from egemma_core.bundle import (
+    GOLDEN,
+    RUNTIMES,
+    TOKENIZER,
+    Manifest,
+    describe_files,
+    fingerprint_of,
+    write_manifest,
+)
 
 VOCAB, WIDTH, DIMS, MAX_TOKENS = 512, 32, (32, 16, 8), 128
 PAD, EOS, BOS = 0, 1, 2
@@ -51,15 +60,40 @@ def tiny_tokenizer(path: Path) -> Path:
 
     # Gemma's user-defined pieces: runs of newlines and blanks, HTML tags, chat turns, spare ones.
     own = ["\n" * count for count in range(1, 9)] + ["▁" * count for count in range(2, 9)]
-    own += ["<start_of_turn>", "<end_of_turn>", "<table>", "<td>", "</td>", *[f"<unused{number}>" for number in range(6)]]
+    own += [
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<table>",
+        "<td>",
+        "</td>",
+        *[f"<unused{number}>" for number in range(6)],
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch, "corpus.txt")
         text.write_text(CORPUS, encoding="utf-8")
         sentencepiece.SentencePieceTrainer.train(
-            input=str(text), model_prefix=str(Path(scratch, "tiny")), model_type="bpe", vocab_size=VOCAB, byte_fallback=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
-            allow_whitespace_only_pieces=True, pad_id=PAD, eos_id=EOS, bos_id=BOS, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
-            bos_piece="<bos>", user_defined_symbols=own, character_coverage=1.0, minloglevel=2, num_threads=1)
+            input=str(text),
+            model_prefix=str(Path(scratch, "tiny")),
+            model_type="bpe",
+            vocab_size=VOCAB,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            pad_id=PAD,
+            eos_id=EOS,
+            bos_id=BOS,
+            unk_id=3,
+            pad_piece="<pad>",
+            eos_piece="<eos>",
+            bos_piece="<bos>",
+            user_defined_symbols=own,
+            character_coverage=1.0,
+            minloglevel=2,
+            num_threads=1,
+        )
         path.write_bytes(Path(scratch, "tiny.model").read_bytes())
     return path
 
@@ -67,7 +101,9 @@ def tiny_tokenizer(path: Path) -> Path:
 def tiny_weights() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The table (VOCAB, WIDTH) and the linear layer (WIDTH, WIDTH), always the same."""
     random = np.random.default_rng(7)
-    return random.standard_normal((VOCAB, WIDTH), np.float32), random.standard_normal((WIDTH, WIDTH), np.float32)
+    return random.standard_normal((VOCAB, WIDTH), np.float32), random.standard_normal(
+        (WIDTH, WIDTH), np.float32
+    )
 
 
 def tiny_vectors(rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
@@ -77,19 +113,31 @@ def tiny_vectors(rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
-def tiny_onnx(path: Path, *, factor: float = 1.0, mask: str = "attention_mask", output: str = "sentence_embedding") -> Path:
+def tiny_onnx(
+    path: Path,
+    *,
+    factor: float = 1.0,
+    mask: str = "attention_mask",
+    output: str = "sentence_embedding",
+) -> Path:
     """The tiny model as ONNX.
 
     Args:
-        factor: multiplies the vectors after they were normalized; NaN is what a broken export would give.
+        factor: multiplies the vectors after they were normalized; NaN is what a broken export would
+            give.
         mask, output: other names than the ones that the SDK asks for.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     table, linear = tiny_weights()
-    constants = {"table": table, "linear": np.ascontiguousarray(linear.T), "last": np.array([2]), "tokens": np.array([1]),
-                 "factor": np.array(factor, np.float32)}
+    constants = {
+        "table": table,
+        "linear": np.ascontiguousarray(linear.T),
+        "last": np.array([2]),
+        "tokens": np.array([1]),
+        "factor": np.array(factor, np.float32),
+    }
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
         helper.make_node("MatMul", ["rows", "linear"], ["hidden"]),
@@ -101,17 +149,25 @@ def tiny_onnx(path: Path, *, factor: float = 1.0, mask: str = "attention_mask", 
         helper.make_node("Mul", ["unit", "factor"], [output]),
     ]
     graph = helper.make_graph(
-        nodes, "tiny",
-        [helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "T"]) for name in ("input_ids", mask)],
+        nodes,
+        "tiny",
+        [
+            helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "T"])
+            for name in ("input_ids", mask)
+        ],
         [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["B", WIDTH])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
+        str(path),
+    )
     return path
 
 
 def tiny_pte(path: Path) -> Path:
-    """The tiny model for ExecuTorch, its linear layer in XNNPACK; exported by a process of its own, as torch's ExecuTorch and
-    egemma's must not share one. About 15 s.
+    """The tiny model for ExecuTorch, its linear layer in XNNPACK; exported by a process of its own,
+    as torch's ExecuTorch and egemma's must not share one. About 15 s.
     """
     script = """
 import sys
@@ -139,13 +195,25 @@ with open(sys.argv[1], "wb") as file:
     file.write(to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
 """
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=root, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        cwd=root,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return path
 
 
-def tiny_bundle(folder: Path, *, runtime: str = "onnxruntime", tokenizer: Path | None = None, model: Path | None = None,
-                changes: Mapping[str, Any] | None = None) -> Path:
+def tiny_bundle(
+    folder: Path,
+    *,
+    runtime: str = "onnxruntime",
+    tokenizer: Path | None = None,
+    model: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Path:
     """A complete bundle folder around the tiny model; returns `folder`.
 
     Args:
@@ -166,16 +234,41 @@ def tiny_bundle(folder: Path, *, runtime: str = "onnxruntime", tokenizer: Path |
         tiny_pte(destination)
     (folder / GOLDEN).write_text("{}\n")
     files = describe_files(folder)
-    architecture = {"vocab_size": VOCAB, "width": WIDTH, "ffn_width": WIDTH, "num_heads": 1, "num_layers": 1, "pooling": "mean"}
+    architecture = {
+        "vocab_size": VOCAB,
+        "width": WIDTH,
+        "ffn_width": WIDTH,
+        "num_heads": 1,
+        "num_layers": 1,
+        "pooling": "mean",
+    }
     scheme = {"name": "float32", "weights": {}}
     facts: dict[str, Any] = {
-        "target": f"tiny-{runtime}", "runtime": runtime,
-        "fingerprint": fingerprint_of(weights={"tiny": "7"}, tokenizer_sha256=files[TOKENIZER]["sha256"], prompts=PROMPTS,
-                                      architecture=architecture, scheme=scheme),
-        "source": {"model": "tiny", "revision": None, "weights": {}}, "architecture": architecture,
-        "tokenizer": {"bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "vocab_size": VOCAB, "max_tokens": MAX_TOKENS},
-        "prompts": PROMPTS, "dims": DIMS, "scheme": scheme, "batch": "one" if runtime == "executorch" else "dynamic",
-        "verification": {}, "tools": {}, "files": files,
+        "target": f"tiny-{runtime}",
+        "runtime": runtime,
+        "fingerprint": fingerprint_of(
+            weights={"tiny": "7"},
+            tokenizer_sha256=files[TOKENIZER]["sha256"],
+            prompts=PROMPTS,
+            architecture=architecture,
+            scheme=scheme,
+        ),
+        "source": {"model": "tiny", "revision": None, "weights": {}},
+        "architecture": architecture,
+        "tokenizer": {
+            "bos_id": BOS,
+            "eos_id": EOS,
+            "pad_id": PAD,
+            "vocab_size": VOCAB,
+            "max_tokens": MAX_TOKENS,
+        },
+        "prompts": PROMPTS,
+        "dims": DIMS,
+        "scheme": scheme,
+        "batch": "one" if runtime == "executorch" else "dynamic",
+        "verification": {},
+        "tools": {},
+        "files": files,
     }
     write_manifest(folder, Manifest(**facts | dict(changes or {})))
     return folder

@@ -1,1 +1,4 @@
-"""What the model is. The files beside this one need NumPy and sentencepiece only; `nn` and `train` need torch."""
+"""What the model is.
+
+The files beside this one need NumPy and sentencepiece only; `nn` and `train` need torch.
+"""

@@ -1,9 +1,12 @@
-"""The bundle: the folder that export writes and every SDK reads. docs/bundle-format.md describes it for strangers.
+"""The bundle: the folder that export writes and every SDK reads. docs/bundle-format.md describes it
+for strangers.
 
-    manifest.json    what the model is, what may be asked of it, the size and SHA-256 of every other file
-    model.pte or model.onnx
-    tokenizer.model
-    golden.json      texts, token ids and float-reference vectors, with the deviations measured at export
+manifest.json    what the model is, what may be asked of it, the size and SHA-256 of every other
+                 file
+model.pte or model.onnx
+tokenizer.model
+golden.json      texts, token ids and float-reference vectors, with the deviations measured at
+                 export
 """
 
 from __future__ import annotations
@@ -34,20 +37,25 @@ RUNTIMES = {"executorch": "model.pte", "onnxruntime": "model.onnx"}
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """manifest.json, field by field. Every field is required; unknown ones are refused by `read`."""
+    """manifest.json, field by field.
 
-    target: str                        # such as "android-int4"
-    runtime: str                       # a key of RUNTIMES
-    fingerprint: str                   # what vectors of this model may be mixed with; see `fingerprint_of`
-    source: Mapping[str, Any]          # model, revision, and the SHA-256 of each weight file
-    architecture: Mapping[str, Any]    # vocab_size, layers, widths, window, pooling; for people and checks
-    tokenizer: Mapping[str, Any]       # bos_id, eos_id, pad_id, vocab_size, max_tokens
-    prompts: Mapping[str, str]         # byte for byte
-    dims: tuple[int, ...]              # widths that may be asked for, falling
-    scheme: Mapping[str, Any]          # name, weights by role, activations, and what was done instead of what
-    batch: str                         # "one" (one text per run) or "dynamic"
-    verification: Mapping[str, Any]    # bounds that the export had to keep, and what was measured
-    tools: Mapping[str, str]           # versions that made it
+    Every field is required; unknown ones are refused by `read`.
+    """
+
+    target: str  # such as "android-int4"
+    runtime: str  # a key of RUNTIMES
+    fingerprint: str  # what vectors of this model may be mixed with; see `fingerprint_of`
+    source: Mapping[str, Any]  # model, revision, and the SHA-256 of each weight file
+    # vocab_size, layers, widths, window, pooling; for people and checks
+    architecture: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]  # bos_id, eos_id, pad_id, vocab_size, max_tokens
+    prompts: Mapping[str, str]  # byte for byte
+    dims: tuple[int, ...]  # widths that may be asked for, falling
+    # name, weights by role, activations, and what was done instead of what
+    scheme: Mapping[str, Any]
+    batch: str  # "one" (one text per run) or "dynamic"
+    verification: Mapping[str, Any]  # bounds that the export had to keep, and what was measured
+    tools: Mapping[str, str]  # versions that made it
     files: Mapping[str, Mapping[str, Any]]  # name -> {"bytes", "sha256"}
 
     def __post_init__(self) -> None:
@@ -83,14 +91,27 @@ class Bundle:
         return _json(self.folder / GOLDEN)
 
 
-def fingerprint_of(*, weights: Mapping[str, str], tokenizer_sha256: str, prompts: Mapping[str, str],
-                   architecture: Mapping[str, Any], scheme: Mapping[str, Any]) -> str:
-    """One hash over everything that moves a vector: weights, tokenizer, prompts, architecture, rounding of weights.
+def fingerprint_of(
+    *,
+    weights: Mapping[str, str],
+    tokenizer_sha256: str,
+    prompts: Mapping[str, str],
+    architecture: Mapping[str, Any],
+    scheme: Mapping[str, Any],
+) -> str:
+    """One hash over everything that moves a vector: weights, tokenizer, prompts, architecture,
+    rounding of weights.
 
-    Names, paths, the runtime and tool versions stay out: they move nothing beyond float noise, so a rename rebuilds no index.
+    Names, paths, the runtime and tool versions stay out: they move nothing beyond float noise, so a
+    rename rebuilds no index.
     """
-    parts = {"weights": dict(weights), "tokenizer": tokenizer_sha256, "prompts": dict(prompts),
-             "architecture": dict(architecture), "scheme": dict(scheme)}
+    parts = {
+        "weights": dict(weights),
+        "tokenizer": tokenizer_sha256,
+        "prompts": dict(prompts),
+        "architecture": dict(architecture),
+        "scheme": dict(scheme),
+    }
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -99,16 +120,23 @@ def read_bundle(folder: str | Path, *, check_hashes: bool = True) -> Bundle:
     """Open a bundle folder.
 
     Args:
-        check_hashes: read every file and compare its SHA-256 (about 0.1 s per 200 MB on a laptop); sizes are always compared.
+        check_hashes: read every file and compare its SHA-256 (about 0.1 s per 200 MB on a laptop);
+            sizes are always compared.
 
     Raises:
-        BundleError: no bundle, another format version, a field missing, a file missing, cut off or altered.
+        BundleError: no bundle, another format version, a field missing, a file missing, cut off or
+            altered.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such folder. A bundle is a folder with {MANIFEST}; make one with egemma-export.")
+        raise BundleError(
+            f"{folder}: no such folder. A bundle is a folder with {MANIFEST}; make one with "
+            "egemma-export."
+        )
     if not (folder / MANIFEST).is_file():
-        raise BundleError(f"{folder} has no {MANIFEST}: it is not a bundle. Make one with egemma-export.")
+        raise BundleError(
+            f"{folder} has no {MANIFEST}: it is not a bundle. Make one with egemma-export."
+        )
     manifest = _parse(_json(folder / MANIFEST), folder / MANIFEST)
     for name in (manifest.model_file, TOKENIZER, GOLDEN):
         if name not in manifest.files:
@@ -116,21 +144,32 @@ def read_bundle(folder: str | Path, *, check_hashes: bool = True) -> Bundle:
     for name, facts in manifest.files.items():
         path = folder / name
         if Path(name).name != name:
-            raise BundleError(f"{folder / MANIFEST} lists {name!r}, which is not a plain file name.")
+            raise BundleError(
+                f"{folder / MANIFEST} lists {name!r}, which is not a plain file name."
+            )
         if not path.is_file():
             raise BundleError(f"{path} is missing. Copy the whole bundle folder again.")
         size = path.stat().st_size
         if size != facts["bytes"]:
-            raise BundleError(f"{path} has {size} bytes, the manifest says {facts['bytes']}: it is cut off or altered. Copy it again.")
+            raise BundleError(
+                f"{path} has {size} bytes, the manifest says {facts['bytes']}: it is cut off or "
+                "altered. Copy it again."
+            )
         if check_hashes and sha256_of(path) != facts["sha256"]:
-            raise BundleError(f"{path} does not have the SHA-256 that the manifest says: it was altered. Copy it again.")
+            raise BundleError(
+                f"{path} does not have the SHA-256 that the manifest says: it was altered. Copy it "
+                "again."
+            )
     return Bundle(folder=folder, manifest=manifest)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """The `files` entry for everything in a folder except the manifest."""
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -143,7 +182,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def atomic_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
-    """A scratch folder beside `destination` that takes its place when the block ends well, and vanishes otherwise.
+    """A scratch folder beside `destination` that takes its place when the block ends well, and
+    vanishes otherwise.
 
     A process that is killed leaves at most a folder named `.NAME.partial-*`, which is no bundle.
 
@@ -152,12 +192,23 @@ def atomic_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
     """
     destination = Path(destination)
     if destination.exists() and not replace:
-        raise BundleError(f"{destination} exists. Choose another --out, or pass --force to replace it.")
-    if destination.exists() and any(destination.iterdir()) and not (destination / MANIFEST).is_file():
-        raise BundleError(f"{destination} holds files that are not a bundle; it will not be replaced. Choose another --out.")
+        raise BundleError(
+            f"{destination} exists. Choose another --out, or pass --force to replace it."
+        )
+    if (
+        destination.exists()
+        and any(destination.iterdir())
+        and not (destination / MANIFEST).is_file()
+    ):
+        raise BundleError(
+            f"{destination} holds files that are not a bundle; it will not be replaced. Choose "
+            "another --out."
+        )
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
+        scratch = Path(
+            tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
+        )
     except OSError as error:
         raise BundleError(f"{destination} cannot be written: {error}.") from error
     try:
@@ -188,16 +239,22 @@ def _fsync(path: Path) -> None:
 
 def _parse(body: dict[str, Any], path: Path) -> Manifest:
     if body.get("format") != FORMAT:
-        raise BundleError(f"{path}: format={body.get('format')!r}, not {FORMAT!r}. This is not an egemma bundle.")
+        raise BundleError(
+            f"{path}: format={body.get('format')!r}, not {FORMAT!r}. This is not an egemma bundle."
+        )
     if body.get("format_version") != FORMAT_VERSION:
         raise BundleError(
-            f"{path}: format_version={body.get('format_version')!r}, this egemma reads {FORMAT_VERSION}. "
+            f"{path}: format_version={body.get('format_version')!r}, this egemma reads "
+            f"{FORMAT_VERSION}. "
             "Export the model again, or install the egemma that wrote it."
         )
     wanted = {field.name for field in fields(Manifest)}
     found = set(body) - {"format", "format_version"}
     if wanted != found:
-        raise BundleError(f"{path}: missing {sorted(wanted - found)}, not understood {sorted(found - wanted)}. Export again.")
+        raise BundleError(
+            f"{path}: missing {sorted(wanted - found)}, not understood {sorted(found - wanted)}. "
+            "Export again."
+        )
     _check_types(body, path)
     values: dict[str, Any] = {name: body[name] for name in wanted}
     return Manifest(**values | {"dims": tuple(body["dims"])})
@@ -205,7 +262,16 @@ def _parse(body: dict[str, Any], path: Path) -> Manifest:
 
 def _check_types(body: dict[str, Any], path: Path) -> None:
     """Refuse a manifest whose fields are all there but are not what `Manifest` says."""
-    tables = ("source", "architecture", "tokenizer", "prompts", "scheme", "verification", "tools", "files")
+    tables = (
+        "source",
+        "architecture",
+        "tokenizer",
+        "prompts",
+        "scheme",
+        "verification",
+        "tools",
+        "files",
+    )
     for name in tables:
         if not isinstance(body[name], dict):
             raise BundleError(f"{path}: {name} is not a table. Export again.")
@@ -213,12 +279,17 @@ def _check_types(body: dict[str, Any], path: Path) -> None:
         if not isinstance(body[name], str):
             raise BundleError(f"{path}: {name}={body[name]!r} is not text. Export again.")
     dims = body["dims"]
-    if not isinstance(dims, list) or not dims or not all(isinstance(dim, int) and dim > 0 for dim in dims):
+    if (
+        not isinstance(dims, list)
+        or not dims
+        or not all(isinstance(dim, int) and dim > 0 for dim in dims)
+    ):
         raise BundleError(f"{path}: dims={dims!r} is not a list of widths. Export again.")
     if set(body["tokenizer"]) != {"bos_id", "eos_id", "pad_id", "vocab_size", "max_tokens"}:
         raise BundleError(f"{path}: tokenizer={body['tokenizer']!r} lacks a field. Export again.")
     for name, value in body["tokenizer"].items():
-        if type(value) is not int or value < (3 if name == "max_tokens" else 0):  # BOS, one piece, EOS
+        # BOS, one piece, EOS
+        if type(value) is not int or value < (3 if name == "max_tokens" else 0):
             raise BundleError(f"{path}: tokenizer has {name}={value!r}. Export again.")
     for name, text in body["prompts"].items():
         if not isinstance(text, str):
@@ -233,7 +304,8 @@ def _json(path: Path) -> dict[str, Any]:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BundleError(f"{path} is missing. Copy the whole bundle folder again.") from error
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: a hundred thousand brackets
+    # RecursionError: a hundred thousand brackets
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(body, dict):
         raise BundleError(f"{path} is not a JSON table.")

@@ -1,4 +1,5 @@
-"""A checkpoint folder in the published Hugging Face / sentence-transformers layout, read without torch.
+"""A checkpoint folder in the published Hugging Face / sentence-transformers layout, read without
+torch.
 
     config.json                        architecture
     config_sentence_transformers.json  prompts
@@ -39,8 +40,8 @@ class Checkpoint:
     """What a folder says about its model. The weights stay on disk."""
 
     folder: Path
-    source: str            # the path or hub id that was asked for
-    revision: str | None   # commit of a hub id; None for a folder
+    source: str  # the path or hub id that was asked for
+    revision: str | None  # commit of a hub id; None for a folder
     config: EncoderConfig
     prompts: Prompts
     dense_folders: tuple[Path, ...]
@@ -57,7 +58,10 @@ class Checkpoint:
 
     def weight_hashes(self) -> dict[str, str]:
         """SHA-256 of each weight file, by its path inside the folder."""
-        return {path.relative_to(self.folder).as_posix(): sha256_of(path) for path in self.weight_files()}
+        return {
+            path.relative_to(self.folder).as_posix(): sha256_of(path)
+            for path in self.weight_files()
+        }
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
@@ -68,15 +72,21 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         revision: branch, tag or commit of a hub id; the commit it means is kept in the result.
 
     Raises:
-        CheckpointError: nothing is there, or the model would not be computed correctly; the text says what was found.
+        CheckpointError: nothing is there, or the model would not be computed correctly; the text
+            says what was found.
     """
     folder = Path(model)
     if folder.is_dir():
         if revision is not None:
-            raise CheckpointError(f"{folder} is a folder, which has no revision {revision!r}. Leave --revision out, or give a hub id.")
+            raise CheckpointError(
+                f"{folder} is a folder, which has no revision {revision!r}. Leave --revision out, "
+                "or give a hub id."
+            )
         return _read(folder.resolve(), source=str(model), revision=None)
     if not _HUB_ID.fullmatch(str(model)) or folder.exists():
-        raise CheckpointError(f"{model}: no such folder, and not a hub id like google/embeddinggemma-300m.")
+        raise CheckpointError(
+            f"{model}: no such folder, and not a hub id like google/embeddinggemma-300m."
+        )
     name, _, pinned = str(model).partition("@")
     folder = _fetch(name, revision or pinned or None)
     return _read(folder, source=name, revision=folder.name)
@@ -92,35 +102,59 @@ def sha256_of(path: Path) -> str:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """Download the files we read into the hub's cache; with HF_HUB_OFFLINE=1 only the cache is looked at."""
+    """Download the files we read into the hub's cache; with HF_HUB_OFFLINE=1 only the cache is
+    looked at.
+    """
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise CheckpointError(f"{name}: reading from the hub needs huggingface_hub: pip install 'egemma[export]'.") from error
-    try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=["*.json", f"*{WEIGHTS}", TOKENIZER])
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        offline = " HF_HUB_OFFLINE is set, so only the local cache was searched." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise CheckpointError(
-            f"{name}@{revision or 'main'} could not be fetched: {str(error).splitlines()[0]}.{offline} "
-            "Gated models need `hf auth login` and their licence accepted on the hub; a downloaded folder works as well."
+            f"{name}: reading from the hub needs huggingface_hub: pip install 'egemma[export]'."
+        ) from error
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=["*.json", f"*{WEIGHTS}", TOKENIZER]
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        offline = (
+            " HF_HUB_OFFLINE is set, so only the local cache was searched."
+            if os.environ.get("HF_HUB_OFFLINE")
+            else ""
+        )
+        raise CheckpointError(
+            f"{name}@{revision or 'main'} could not be fetched: "
+            f"{str(error).splitlines()[0]}.{offline} "
+            "Gated models need `hf auth login` and their licence accepted on the hub; a downloaded "
+            "folder works as well."
         ) from error
     return Path(folder)
 
 
 def _read(folder: Path, *, source: str, revision: str | None) -> Checkpoint:
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder in the published layout.")
+        raise CheckpointError(
+            f"{folder} has no config.json: it is not a checkpoint folder in the published layout."
+        )
     if not (folder / WEIGHTS).is_file():
         pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
         if pickles:
-            raise CheckpointError(f"{folder} has pickle weights {pickles}, which can run code when loaded. Save it again as {WEIGHTS}.")
+            raise CheckpointError(
+                f"{folder} has pickle weights {pickles}, which can run code when loaded. Save it "
+                f"again as {WEIGHTS}."
+            )
         shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
-        hint = f"it has shards {shards[:3]}: merge them into one file" if shards else "download the weights as well"
+        hint = (
+            f"it has shards {shards[:3]}: merge them into one file"
+            if shards
+            else "download the weights as well"
+        )
         raise CheckpointError(f"{folder} has no {WEIGHTS}; {hint}.")
     if not (folder / TOKENIZER).is_file():
-        raise CheckpointError(f"{folder} has no {TOKENIZER} (SentencePiece). Copy it from the published checkpoint; tokenizer.json is not read.")
+        raise CheckpointError(
+            f"{folder} has no {TOKENIZER} (SentencePiece). Copy it from the published checkpoint; "
+            "tokenizer.json is not read."
+        )
 
     fields = read_transformer(_json(folder / "config.json"))
     modules = _modules(folder)
@@ -128,86 +162,142 @@ def _read(folder: Path, *, source: str, revision: str | None) -> Checkpoint:
     dense = tuple(_dense(path) for path in dense_folders)
     sentence = _json(folder / "config_sentence_transformers.json")
     width = dense[-1][1]
-    config = EncoderConfig(**fields, pooling=_pooling(folder / modules[1][1], fields["width"]), dense=dense,
-                           max_tokens=_max_tokens(folder), dims=_dims(sentence, width))
-    return Checkpoint(folder=folder, source=source, revision=revision, config=config, prompts=read_prompts(sentence),
-                      dense_folders=dense_folders)
+    config = EncoderConfig(
+        **fields,
+        pooling=_pooling(folder / modules[1][1], fields["width"]),
+        dense=dense,
+        max_tokens=_max_tokens(folder),
+        dims=_dims(sentence, width),
+    )
+    return Checkpoint(
+        folder=folder,
+        source=source,
+        revision=revision,
+        config=config,
+        prompts=read_prompts(sentence),
+        dense_folders=dense_folders,
+    )
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
-    """(kind, path) of each module, in order; the order must be the one that EmbeddingGemma computes."""
+    """(kind, path) of each module, in order; the order must be the one that EmbeddingGemma
+    computes.
+    """
     rows = _json(folder / "modules.json")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"type", "path"} <= row.keys() for row in rows):
-        raise CheckpointError(f"{folder / 'modules.json'}: not a list of modules with type and path.")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"type", "path"} <= row.keys() for row in rows
+    ):
+        raise CheckpointError(
+            f"{folder / 'modules.json'}: not a list of modules with type and path."
+        )
     modules = [(str(row["type"]).rsplit(".", 1)[-1], str(row["path"])) for row in rows]
     kinds = [kind for kind, _ in modules]
     listed = {path for _, path in modules}
     forgotten = sorted(path.name for path in folder.glob("*_Dense") if path.name not in listed)
     if forgotten or "Dense" not in kinds:
         raise CheckpointError(
-            f"modules.json lists {kinds}, without {forgotten or 'any Dense module'}: vectors would be {kinds[-2:]} of the backbone, "
-            "in another space than EmbeddingGemma's. Restore modules.json from the published checkpoint."
+            f"modules.json lists {kinds}, without {forgotten or 'any Dense module'}: vectors would "
+            f"be {kinds[-2:]} of the backbone, "
+            "in another space than EmbeddingGemma's. Restore modules.json from the published "
+            "checkpoint."
         )
     if kinds != ["Transformer", "Pooling", *["Dense"] * (len(kinds) - 3), "Normalize"]:
-        raise CheckpointError(f"modules.json lists {kinds}; understood is Transformer, Pooling, Dense..., Normalize.")
+        raise CheckpointError(
+            f"modules.json lists {kinds}; understood is Transformer, Pooling, Dense..., Normalize."
+        )
     for _, path in modules:
         if path.startswith(("/", "\\")) or ".." in Path(path).parts:
             raise CheckpointError(f"modules.json points outside of the checkpoint: {path!r}.")
     if modules[0][1] not in ("", "."):
-        raise CheckpointError(f"modules.json keeps the Transformer in {modules[0][1]!r}; the published layout has it in the folder itself.")
+        raise CheckpointError(
+            f"modules.json keeps the Transformer in {modules[0][1]!r}; the published layout has it "
+            "in the folder itself."
+        )
     return modules
 
 
 def _pooling(folder: Path, width: int) -> str:
     config = _json(folder / "config.json")
     if config.get("include_prompt", True) is not True:
-        raise CheckpointError(f"{folder}: include_prompt is false; EmbeddingGemma averages the prompt's tokens too.")
+        raise CheckpointError(
+            f"{folder}: include_prompt is false; EmbeddingGemma averages the prompt's tokens too."
+        )
     found = config.get("embedding_dimension", config.get("word_embedding_dimension"))
     if found != width:
         raise CheckpointError(f"{folder}: pools vectors of width {found}, the model's are {width}.")
     names = {"mean": "mean", "cls": "first", "lasttoken": "last", "attention": "attention"}
-    flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
+    flags = {
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_lasttoken": "lasttoken",
+    }
     mode = config.get("pooling_mode")
     if mode is None:
         active = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
         mode = flags.get(active[0], active[0]) if len(active) == 1 else active
     if not isinstance(mode, str) or mode not in names:
-        raise CheckpointError(f"{folder}: pooling_mode is {mode!r}; understood is one of {sorted(names)}.")
+        raise CheckpointError(
+            f"{folder}: pooling_mode is {mode!r}; understood is one of {sorted(names)}."
+        )
     return names[mode]
 
 
 def _dense(folder: Path) -> tuple[int, int]:
     config = _json(folder / "config.json")
     if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} has no {WEIGHTS}: the dense head is lost. Copy it from the published checkpoint.")
-    activation = str(config.get("activation_function", "")).rsplit(".", 1)[-1]
-    if activation != "Identity" or config.get("bias") is not False or config.get("use_residual", False):
         raise CheckpointError(
-            f"{folder}: bias={config.get('bias')!r}, activation_function={config.get('activation_function')!r}, "
-            f"use_residual={config.get('use_residual', False)!r}; EmbeddingGemma's dense layers have no bias, no activation, no residual."
+            f"{folder} has no {WEIGHTS}: the dense head is lost. Copy it from the published "
+            "checkpoint."
+        )
+    activation = str(config.get("activation_function", "")).rsplit(".", 1)[-1]
+    if (
+        activation != "Identity"
+        or config.get("bias") is not False
+        or config.get("use_residual", False)
+    ):
+        raise CheckpointError(
+            f"{folder}: bias={config.get('bias')!r}, "
+            f"activation_function={config.get('activation_function')!r}, "
+            f"use_residual={config.get('use_residual', False)!r}; EmbeddingGemma's dense layers "
+            "have no bias, no activation, no residual."
         )
     into, out = config.get("in_features"), config.get("out_features")
     if not (isinstance(into, int) and isinstance(out, int) and into > 0 and out > 0):
-        raise CheckpointError(f"{folder}: in_features and out_features are {into!r} and {out!r}; they must be whole numbers.")
+        raise CheckpointError(
+            f"{folder}: in_features and out_features are {into!r} and {out!r}; they must be whole "
+            "numbers."
+        )
     return into, out
 
 
 def _max_tokens(folder: Path) -> int:
     bert = _json(folder / "sentence_bert_config.json")
     if bert.get("do_lower_case"):
-        raise CheckpointError(f"{folder}: sentence_bert_config.json asks for lower case; EmbeddingGemma keeps it.")
+        raise CheckpointError(
+            f"{folder}: sentence_bert_config.json asks for lower case; EmbeddingGemma keeps it."
+        )
     longest = _json(folder / "config.json").get("max_position_embeddings")
     limit = bert.get("max_seq_length") or longest
     if not isinstance(limit, int) or not isinstance(longest, int) or not 3 <= limit <= longest:
-        raise CheckpointError(f"{folder}: max_seq_length={limit!r}, max_position_embeddings={longest!r}; the first must not exceed the second.")
+        raise CheckpointError(
+            f"{folder}: max_seq_length={limit!r}, max_position_embeddings={longest!r}; the first "
+            "must not exceed the second."
+        )
     return limit
 
 
 def _dims(sentence: dict[str, Any], width: int) -> tuple[int, ...]:
-    """Trained widths. The published files do not list them: 768 is EmbeddingGemma's; others say `matryoshka_dims`."""
-    dims = sentence.get("matryoshka_dims", MATRYOSHKA_DIMS if width == MATRYOSHKA_DIMS[0] else [width])
+    """Trained widths.
+
+    The published files do not list them: 768 is EmbeddingGemma's; others say `matryoshka_dims`.
+    """
+    dims = sentence.get(
+        "matryoshka_dims", MATRYOSHKA_DIMS if width == MATRYOSHKA_DIMS[0] else [width]
+    )
     if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
-        raise CheckpointError(f"matryoshka_dims={dims!r}: config_sentence_transformers.json must list whole numbers.")
+        raise CheckpointError(
+            f"matryoshka_dims={dims!r}: config_sentence_transformers.json must list whole numbers."
+        )
     return tuple(dims)
 
 
@@ -215,6 +305,8 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing. Copy it from the published checkpoint.") from error
+        raise CheckpointError(
+            f"{path} is missing. Copy it from the published checkpoint."
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}.") from error

@@ -6,7 +6,9 @@ class EgemmaError(Exception):
 
 
 class CheckpointError(EgemmaError):
-    """The checkpoint folder is incomplete, or describes a model that this code would compute wrongly."""
+    """The checkpoint folder is incomplete, or describes a model that this code would compute
+    wrongly.
+    """
 
 
 class ConfigError(EgemmaError):

@@ -1,6 +1,8 @@
-"""The prompts of a checkpoint: the text that goes before every query and document, read from the checkpoint itself.
+"""The prompts of a checkpoint: the text that goes before every query and document, read from the
+checkpoint itself.
 
-Without its prompt a text still gets 768 plausible floats, only in the wrong place; so nothing here has a default of "".
+Without its prompt a text still gets 768 plausible floats, only in the wrong place; so nothing here
+has a default of "".
 """
 
 from __future__ import annotations
@@ -31,22 +33,27 @@ class Prompts:
         for name in ("query", "document"):
             if not self.by_name.get(name):
                 raise CheckpointError(
-                    f"the checkpoint has no {name!r} prompt, only {sorted(self.by_name)}. Its config_sentence_transformers.json "
-                    "must list one; EmbeddingGemma's are 'task: search result | query: ' and 'title: none | text: '."
+                    f"the checkpoint has no {name!r} prompt, only {sorted(self.by_name)}. Its "
+                    "config_sentence_transformers.json "
+                    "must list one; EmbeddingGemma's are 'task: search result | query: ' and "
+                    "'title: none | text: '."
                 )
         object.__setattr__(self, "by_name", MappingProxyType(dict(self.by_name)))
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Task names that `query` accepts, sorted."""
-        named = {match["task"] for text in self.by_name.values() if (match := _QUERY.fullmatch(text))}
+        named = {
+            match["task"] for text in self.by_name.values() if (match := _QUERY.fullmatch(text))
+        }
         return tuple(sorted(named | set(CARD_TASKS))) if named else ()
 
     def query(self, task: str = DEFAULT_TASK) -> str:
         """The text before a query.
 
         Args:
-            task: a task such as "search result" or "clustering", or the name of a prompt in the checkpoint such as "STS".
+            task: a task such as "search result" or "clustering", or the name of a prompt in the
+                checkpoint such as "STS".
 
         Raises:
             PromptError: the checkpoint was not trained for that task.
@@ -55,22 +62,31 @@ class Prompts:
             return f"task: {task} | query: "
         if task in self.by_name:
             return self.by_name[task]
-        if task == DEFAULT_TASK:  # a checkpoint whose prompts have another form still has its default query prompt
+        # a checkpoint whose prompts have another form still has its default query prompt
+        if task == DEFAULT_TASK:
             return self.by_name["query"]
-        raise PromptError(f"task={task!r}: this model knows {list(self.tasks)} and the prompt names {sorted(self.by_name)}.")
+        raise PromptError(
+            f"task={task!r}: this model knows {list(self.tasks)} and the prompt names "
+            f"{sorted(self.by_name)}."
+        )
 
     def document(self, title: str | None = None) -> str:
-        """The text before a document; a missing or blank title is written as the checkpoint writes it ("none").
+        """The text before a document; a missing or blank title is written as the checkpoint writes
+        it ("none").
 
         Raises:
-            PromptError: a title was given, and the checkpoint's document prompt has no place for one.
+            PromptError: a title was given, and the checkpoint's document prompt has no place for
+                one.
         """
         prompt = self.by_name["document"]
         if title is None or not title.strip():
             return prompt
         before, slot, after = prompt.partition(f"title: {_NO_TITLE} |")
         if not slot:
-            raise PromptError(f"the document prompt {prompt!r} has no place for a title; put it into the text instead.")
+            raise PromptError(
+                f"the document prompt {prompt!r} has no place for a title; put it into the text "
+                "instead."
+            )
         return f"{before}title: {title.strip()} |{after}"
 
 
@@ -82,25 +98,30 @@ def read_prompts(config: Mapping[str, Any]) -> Prompts:
     """
     prompts = config.get("prompts")
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise CheckpointError(f"prompts={prompts!r}: config_sentence_transformers.json must map prompt names to strings.")
+        raise CheckpointError(
+            f"prompts={prompts!r}: config_sentence_transformers.json must map prompt names to "
+            "strings."
+        )
     return Prompts(by_name={name: text for name, text in prompts.items() if text})
 
 
 # For a model that is not trained yet; a trained one's are read from its folder.
 # Source: config_sentence_transformers.json of google/embeddinggemma-300m.
-EMBEDDING_GEMMA = Prompts(by_name={
-    "query": "task: search result | query: ",
-    "document": "title: none | text: ",
-    "BitextMining": "task: search result | query: ",
-    "Clustering": "task: clustering | query: ",
-    "Classification": "task: classification | query: ",
-    "InstructionRetrieval": "task: code retrieval | query: ",
-    "MultilabelClassification": "task: classification | query: ",
-    "PairClassification": "task: sentence similarity | query: ",
-    "Reranking": "task: search result | query: ",
-    "Retrieval": "task: search result | query: ",
-    "Retrieval-query": "task: search result | query: ",
-    "Retrieval-document": "title: none | text: ",
-    "STS": "task: sentence similarity | query: ",
-    "Summarization": "task: summarization | query: ",
-})
+EMBEDDING_GEMMA = Prompts(
+    by_name={
+        "query": "task: search result | query: ",
+        "document": "title: none | text: ",
+        "BitextMining": "task: search result | query: ",
+        "Clustering": "task: clustering | query: ",
+        "Classification": "task: classification | query: ",
+        "InstructionRetrieval": "task: code retrieval | query: ",
+        "MultilabelClassification": "task: classification | query: ",
+        "PairClassification": "task: sentence similarity | query: ",
+        "Reranking": "task: search result | query: ",
+        "Retrieval": "task: search result | query: ",
+        "Retrieval-query": "task: search result | query: ",
+        "Retrieval-document": "title: none | text: ",
+        "STS": "task: sentence similarity | query: ",
+        "Summarization": "task: summarization | query: ",
+    }
+)

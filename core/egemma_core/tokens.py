@@ -1,7 +1,8 @@
-"""Text to token ids, exactly as the model was trained: [BOS] pieces [EOS], no blank in front, case kept.
+"""Text to token ids, exactly as the model was trained: [BOS] pieces [EOS], no blank in front, case
+kept.
 
-SentencePiece semantics: the literal text "<bos>" inside a document stays text. (Hugging Face's tokenizer turns it into
-the control token, so a document could smuggle one in.)
+SentencePiece semantics: the literal text "<bos>" inside a document stays text. (Hugging Face's
+tokenizer turns it into the control token, so a document could smuggle one in.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from typing import Literal, get_args
 import sentencepiece
 
 from egemma_core.config import EncoderConfig
-from egemma_core.errors import BundleError, CheckpointError, ConfigError, InputError, TokenLimitError
+from egemma_core.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    TokenLimitError,
+)
 
 Overflow = Literal["error", "truncate"]
 
@@ -23,8 +30,9 @@ Overflow = Literal["error", "truncate"]
 class Tokens:
     """One text as ids, and what had to be done to it."""
 
-    ids: tuple[int, ...]   # BOS and EOS included; never longer than the model reads
-    num_tokens: int        # tokens of the whole text, BOS and EOS included; more than len(ids) when truncated
+    ids: tuple[int, ...]  # BOS and EOS included; never longer than the model reads
+    # tokens of the whole text, BOS and EOS included; more than len(ids) when truncated
+    num_tokens: int
 
     @property
     def truncated(self) -> bool:
@@ -45,23 +53,38 @@ class Tokenizer:
         BundleError: the file cannot be read.
     """
 
-    def __init__(self, path: Path, *, bos_id: int, eos_id: int, pad_id: int, vocab_size: int, max_tokens: int) -> None:
+    def __init__(
+        self, path: Path, *, bos_id: int, eos_id: int, pad_id: int, vocab_size: int, max_tokens: int
+    ) -> None:
         self.bos_id, self.eos_id, self.pad_id, self.max_tokens = bos_id, eos_id, pad_id, max_tokens
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (OSError, RuntimeError) as error:
-            raise BundleError(f"{path}: not a readable SentencePiece model ({error}). Copy tokenizer.model from the checkpoint.") from error
-        found = {"bos": self._pieces.bos_id(), "eos": self._pieces.eos_id(), "pad": self._pieces.pad_id()}
+            raise BundleError(
+                f"{path}: not a readable SentencePiece model ({error}). Copy tokenizer.model from "
+                "the checkpoint."
+            ) from error
+        found = {
+            "bos": self._pieces.bos_id(),
+            "eos": self._pieces.eos_id(),
+            "pad": self._pieces.pad_id(),
+        }
         wanted = {"bos": bos_id, "eos": eos_id, "pad": pad_id}
         if found != wanted:
-            raise CheckpointError(f"{path}: its control ids are {found}, the config says {wanted}. This is another model's tokenizer.")
+            raise CheckpointError(
+                f"{path}: its control ids are {found}, the config says {wanted}. This is another "
+                "model's tokenizer."
+            )
         if self._pieces.vocab_size() > vocab_size:
             raise CheckpointError(
-                f"{path}: {self._pieces.vocab_size()} pieces, but the embedding table has {vocab_size} rows. "
+                f"{path}: {self._pieces.vocab_size()} pieces, but the embedding table has "
+                f"{vocab_size} rows. "
                 "This is another model's tokenizer."
             )
 
-    def encode(self, text: str, *, max_tokens: int | None = None, overflow: Overflow = "error") -> Tokens:
+    def encode(
+        self, text: str, *, max_tokens: int | None = None, overflow: Overflow = "error"
+    ) -> Tokens:
         """Ids of one text, its prompt already in front.
 
         Args:
@@ -81,34 +104,58 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"the text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not Unicode text. "
+                f"the text holds a lone surrogate U+{ord(text[error.start]):04X} at character "
+                f"{error.start}, which is not Unicode text. "
                 "Decode the source with errors='replace', or remove it."
             ) from error
         pieces: list[int] = self._pieces.encode(text)
         num_tokens = len(pieces) + 2
         if num_tokens > limit and overflow == "error":
             raise TokenLimitError(
-                f"the text has {num_tokens} tokens, the limit is {limit}. Split it, or pass overflow='truncate' to embed its beginning."
+                f"the text has {num_tokens} tokens, the limit is {limit}. Split it, or pass "
+                "overflow='truncate' to embed its beginning."
             )
         return Tokens(ids=(self.bos_id, *pieces[: limit - 2], self.eos_id), num_tokens=num_tokens)
 
     def spare_ids(self) -> list[int]:
-        """Ids of the `<unusedN>` pieces, by N: for uses that the vocabulary's makers did not foresee. No text gives them but their names."""
-        pieces = ((re.fullmatch(r"<unused(\d+)>", self._pieces.id_to_piece(id_)), id_) for id_ in range(self._pieces.get_piece_size()))
-        return [id_ for _, id_ in sorted((int(match.group(1)), id_) for match, id_ in pieces if match is not None)]
+        """Ids of the `<unusedN>` pieces, by N: for uses that the vocabulary's makers did not
+        foresee. No text gives them but their names.
+        """
+        pieces = (
+            (re.fullmatch(r"<unused(\d+)>", self._pieces.id_to_piece(id_)), id_)
+            for id_ in range(self._pieces.get_piece_size())
+        )
+        return [
+            id_
+            for _, id_ in sorted(
+                (int(match.group(1)), id_) for match, id_ in pieces if match is not None
+            )
+        ]
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """The text of these ids, control tokens left out."""
-        return self._pieces.decode([token for token in ids if token not in (self.bos_id, self.eos_id, self.pad_id)])  # type: ignore[no-any-return]
+        control = (self.bos_id, self.eos_id, self.pad_id)
+        text: str = self._pieces.decode([token for token in ids if token not in control])
+        return text
 
     def _limit(self, max_tokens: int | None) -> int:
         if max_tokens is None:
             return self.max_tokens
         if not isinstance(max_tokens, int) or not 3 <= max_tokens <= self.max_tokens:
-            raise ConfigError(f"max_tokens={max_tokens!r}: a whole number from 3 to the model's own {self.max_tokens}.")
+            raise ConfigError(
+                f"max_tokens={max_tokens!r}: a whole number from 3 to the model's own "
+                f"{self.max_tokens}."
+            )
         return max_tokens
 
 
 def tokenizer_of(path: Path, config: EncoderConfig) -> Tokenizer:
     """The tokenizer of a model; see `Tokenizer` for what is refused."""
-    return Tokenizer(path, bos_id=config.bos_id, eos_id=config.eos_id, pad_id=config.pad_id, vocab_size=config.vocab_size, max_tokens=config.max_tokens)
+    return Tokenizer(
+        path,
+        bos_id=config.bos_id,
+        eos_id=config.eos_id,
+        pad_id=config.pad_id,
+        vocab_size=config.vocab_size,
+        max_tokens=config.max_tokens,
+    )

@@ -1,4 +1,6 @@
-"""What may be done to a finished vector: shorten it to a trained width and give it unit length again."""
+"""What may be done to a finished vector: shorten it to a trained width and give it unit length
+again.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def check_dim(dim: int | None, dims: Sequence[int]) -> int:
     return int(dim)
 
 
-def shorten(vectors: NDArray[np.float32], dim: int | None, dims: Sequence[int]) -> NDArray[np.float32]:
+def shorten(
+    vectors: NDArray[np.float32], dim: int | None, dims: Sequence[int]
+) -> NDArray[np.float32]:
     """The first `dim` channels, at unit length again: a prefix of a unit vector is shorter than 1.
 
     Args:
@@ -51,6 +55,9 @@ def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     wide = np.asarray(vectors, dtype=np.float64)
     length = np.sqrt(np.square(wide).sum(-1, keepdims=True))
     if not (np.isfinite(length) & (length > 0)).all():
-        raise InputError("a vector is zero, NaN or infinite and has no direction. Check the model file with `egemma verify`.")
+        raise InputError(
+            "a vector is zero, NaN or infinite and has no direction. Check the model file with "
+            "`egemma verify`."
+        )
     unit: NDArray[np.float32] = (wide / length).astype(np.float32)
     return unit

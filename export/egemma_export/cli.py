@@ -22,19 +22,43 @@ if TYPE_CHECKING:  # at run time it would import torch for --help
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="egemma-export",
-        description="Turn an EmbeddingGemma checkpoint into a bundle for a device, verified on the file that ships.",
+        description="Turn an EmbeddingGemma checkpoint into a bundle for a device, verified on the "
+        "file that ships.",
     )
     parser.add_argument("--target", help="what to make; see --list-targets")
-    parser.add_argument("--list-targets", action="store_true", help="show every target, what its numbers are stored as, and what is done instead")
-    parser.add_argument("--model", help="checkpoint folder, or hub id such as google/embeddinggemma-300m[@revision]")
+    parser.add_argument(
+        "--list-targets",
+        action="store_true",
+        help="show every target, what its numbers are stored as, and what is done instead",
+    )
+    parser.add_argument(
+        "--model", help="checkpoint folder, or hub id such as google/embeddinggemma-300m[@revision]"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--out", type=Path, help="folder of the bundle (default: ./MODEL-TARGET)")
-    parser.add_argument("--force", action="store_true", help="replace a bundle that is already there")
-    parser.add_argument("--min-cosine-float", type=float, metavar="C", help="refuse the file below this cosine to the float model")
-    parser.add_argument("--min-cosine-quantized", type=float, metavar="C",
-                        help="refuse the file below this cosine to float arithmetic on the same rounded weights")
-    parser.add_argument("--threads", type=int, help="threads of the verification run (default: what this process may use)")
-    parser.add_argument("--json", action="store_true", help="print the report, or the list of targets, as JSON")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a bundle that is already there"
+    )
+    parser.add_argument(
+        "--min-cosine-float",
+        type=float,
+        metavar="C",
+        help="refuse the file below this cosine to the float model",
+    )
+    parser.add_argument(
+        "--min-cosine-quantized",
+        type=float,
+        metavar="C",
+        help="refuse the file below this cosine to float arithmetic on the same rounded weights",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="threads of the verification run (default: what this process may use)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the report, or the list of targets, as JSON"
+    )
     return parser
 
 
@@ -51,18 +75,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         from egemma_export.pipeline import ExportConfig, export
 
         out = args.out or Path(f"{Path(args.model.partition('@')[0]).name}-{args.target}")
-        config = ExportConfig(target=args.target, model=args.model, out=out, revision=args.revision, replace=args.force,
-                              min_cosine_float=args.min_cosine_float, min_cosine_quantized=args.min_cosine_quantized, threads=args.threads)
+        config = ExportConfig(
+            target=args.target,
+            model=args.model,
+            out=out,
+            revision=args.revision,
+            replace=args.force,
+            min_cosine_float=args.min_cosine_float,
+            min_cosine_quantized=args.min_cosine_quantized,
+            threads=args.threads,
+        )
         with _progress() as progress:
             report = export(config, progress)
     except EgemmaError as error:
         print(f"egemma-export: {error}", file=sys.stderr)
         return 1
     except ImportError as error:
-        print(f"egemma-export: {error.name} is not installed: pip install 'egemma[export]'.", file=sys.stderr)
+        print(
+            f"egemma-export: {error.name} is not installed: pip install 'egemma[export]'.",
+            file=sys.stderr,
+        )
         return 1
     except OSError as error:
-        print(f"egemma-export: {error.strerror or error} ({error.filename or 'writing the bundle'}); nothing was written.", file=sys.stderr)
+        print(
+            f"egemma-export: {error.strerror or error} ({error.filename or 'writing the bundle'}); "
+            "nothing was written.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("egemma-export: stopped; nothing was written.", file=sys.stderr)
@@ -72,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keep out of the output what torch and torchao say of their own insides at import and export."""
+    """Keep out of the output what torch and torchao say of their own insides at import and
+    export.
+    """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
@@ -86,7 +127,13 @@ def _progress() -> Iterator[Callable[[str, str], None]]:
 
     from egemma_export.pipeline import STAGES
 
-    with tqdm(total=len(STAGES), disable=None, bar_format="{desc:<44} {bar:20} {n}/{total} {elapsed}", leave=False) as bar:
+    with tqdm(
+        total=len(STAGES),
+        disable=None,
+        bar_format="{desc:<44} {bar:20} {n}/{total} {elapsed}",
+        leave=False,
+    ) as bar:
+
         def show(stage: str, detail: str) -> None:
             bar.n = STAGES.index(stage)
             bar.set_description_str(f"{stage}: {detail}" if detail else stage)
@@ -99,7 +146,10 @@ def _targets_text() -> str:
 
     lines = []
     for target in TARGETS.values():
-        lines.append(f"{target.name:<14} {target.runtime:<12} {_weights(target.scheme)}; activations {target.activations}")
+        lines.append(
+            f"{target.name:<14} {target.runtime:<12} {_weights(target.scheme)}; activations "
+            f"{target.activations}"
+        )
         if target.instead:
             lines.append(f"{'':<14} {'':<12} instead: {target.instead}")
     return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""golden.json: texts, their ids, and the vectors that the float model and the rounded model give them."""
+"""golden.json: texts, their ids, and the vectors that the float model and the rounded model give
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer, Tokens
 
 _PARAGRAPH = (
-    "A lighthouse keeper wrote down the weather every evening: the wind, the height of the waves and the ships that passed. "
-    "In winter the lamp was lit before four o'clock, and the oil had to be carried up two hundred and seven steps. "
+    "A lighthouse keeper wrote down the weather every evening: the wind, the height of the waves "
+    "and the ships that passed. "
+    "In winter the lamp was lit before four o'clock, and the oil had to be carried up two hundred "
+    "and seven steps. "
 )
 
 
@@ -30,23 +34,34 @@ class GoldenText:
 
 
 def golden_texts(tokenizer: Tokenizer, prompts: Prompts) -> list[GoldenText]:
-    """One text for each way in which embedding models are known to go wrong, cut to what the model reads."""
+    """One text for each way in which embedding models are known to go wrong, cut to what the model
+    reads.
+    """
     document = prompts.document()
     texts = {
         "query": prompts.query() + "How do I grow tomatoes on a balcony?",
-        "titled document": prompts.document("Balcony tomatoes") + "Give each plant ten litres of soil, sun and steady water."
-        if "title: none |" in document else document + "Give each plant ten litres of soil, sun and steady water.",
+        "titled document": prompts.document("Balcony tomatoes")
+        + "Give each plant ten litres of soil, sun and steady water."
+        if "title: none |" in document
+        else document + "Give each plant ten litres of soil, sun and steady water.",
         "no prompt": "tomato",
         "empty": "",
         "empty query": prompts.query(),
-        "cjk": document + "東京タワーは1958年に完成した電波塔です。机器学习正在改变世界。서울의 봄은 따뜻하다.",
-        "code": document + "def add(a: int, b: int) -> int:\n    \"\"\"Sum.\"\"\"\n    return a + b  # O(1)\n\n\tfor (;;) { i++; }",
+        "cjk": document
+        + "東京タワーは1958年に完成した電波塔です。机器学习正在改变世界。서울의 봄은 따뜻하다.",
+        "code": document
+        + 'def add(a: int, b: int) -> int:\n    """Sum."""\n    return a + b  # O(1)\n\n\tfor (;;) '
+        "{ i++; }",
         "emoji": prompts.query() + "🎉👩‍🚀 naïve café — Ⅷ½ \u0000 <bos> <unused3> \U00010380",
-        # Longer than any window, so that a wrong one shows; the next is cut, so that a lost EOS shows.
+        # Longer than any window, so that a wrong one shows; the next is cut, so that a lost EOS
+        # shows.
         "past the window": document + _PARAGRAPH * 12,
         "cut at the limit": document + _PARAGRAPH * (tokenizer.max_tokens // 20),
     }
-    return [GoldenText(name=name, text=text, tokens=tokenizer.encode(text, overflow="truncate")) for name, text in texts.items()]
+    return [
+        GoldenText(name=name, text=text, tokens=tokenizer.encode(text, overflow="truncate"))
+        for name, text in texts.items()
+    ]
 
 
 # Run together as one padded batch where the runtime takes batches: the vectors must not change.
@@ -54,7 +69,9 @@ BATCHES = (("query", "empty", "past the window", "cjk"),)
 
 
 @torch.no_grad()
-def reference_vectors(encoder: Encoder, texts: list[GoldenText], tick: Callable[[], None] = lambda: None) -> dict[str, NDArray[np.float32]]:
+def reference_vectors(
+    encoder: Encoder, texts: list[GoldenText], tick: Callable[[], None] = lambda: None
+) -> dict[str, NDArray[np.float32]]:
     """(dim,) float32 by name, each text alone and unpadded."""
     vectors = {}
     for text in texts:
@@ -64,8 +81,13 @@ def reference_vectors(encoder: Encoder, texts: list[GoldenText], tick: Callable[
     return vectors
 
 
-def golden_file(texts: list[GoldenText], exact: dict[str, NDArray[np.float32]], rounded: dict[str, NDArray[np.float32]],
-                mistaken: dict[str, dict[str, NDArray[np.float32]]], measured: dict[str, Any] | None) -> dict[str, Any]:
+def golden_file(
+    texts: list[GoldenText],
+    exact: dict[str, NDArray[np.float32]],
+    rounded: dict[str, NDArray[np.float32]],
+    mistaken: dict[str, dict[str, NDArray[np.float32]]],
+    measured: dict[str, Any] | None,
+) -> dict[str, Any]:
     """The content of golden.json.
 
     Args:
@@ -76,13 +98,22 @@ def golden_file(texts: list[GoldenText], exact: dict[str, NDArray[np.float32]], 
     return {
         "format_version": 1,
         "cases": [
-            {"name": text.name, "text": text.text, "ids": list(text.tokens.ids), "num_tokens": text.tokens.num_tokens,
-             "truncated": text.tokens.truncated, "vector": _floats(exact[text.name]), "quantized_vector": _floats(rounded[text.name])}
+            {
+                "name": text.name,
+                "text": text.text,
+                "ids": list(text.tokens.ids),
+                "num_tokens": text.tokens.num_tokens,
+                "truncated": text.tokens.truncated,
+                "vector": _floats(exact[text.name]),
+                "quantized_vector": _floats(rounded[text.name]),
+            }
             for text in texts
         ],
         "batches": [list(batch) for batch in BATCHES],
-        "mistakes": [{"name": name, "vectors": {case: _floats(vector) for case, vector in vectors.items()}}
-                     for name, vectors in mistaken.items()],
+        "mistakes": [
+            {"name": name, "vectors": {case: _floats(vector) for case, vector in vectors.items()}}
+            for name, vectors in mistaken.items()
+        ],
         "measured": measured or {},
     }
 

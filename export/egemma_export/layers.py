@@ -15,9 +15,10 @@ from egemma_quant.schemes import Quantized
 class LayerLoss:
     """One layer of the rounded model."""
 
-    layer: str                # "embedding", "layer 0" .. or "dense head"
-    weight_error: float       # |rounded - float| / |float| over the layer's rounded weights
-    hidden_cosine: float      # mean cosine of its output rows to those of the float model, on one golden text
+    layer: str  # "embedding", "layer 0" .. or "dense head"
+    weight_error: float  # |rounded - float| / |float| over the layer's rounded weights
+    # mean cosine of its output rows to those of the float model, on one golden text
+    hidden_cosine: float
 
 
 @torch.no_grad()
@@ -25,7 +26,10 @@ def outputs_by_layer(encoder: Encoder, ids: tuple[int, ...]) -> dict[str, Tensor
     """(T, D) output of each layer and (1, dim) of the head, for one text."""
     outputs: dict[str, Tensor] = {}
     hooks = [encoder.embed_tokens.register_forward_hook(_keep(outputs, "embedding"))]
-    hooks += [layer.register_forward_hook(_keep(outputs, f"layer {number}")) for number, layer in enumerate(encoder.layers)]
+    hooks += [
+        layer.register_forward_hook(_keep(outputs, f"layer {number}"))
+        for number, layer in enumerate(encoder.layers)
+    ]
     try:
         tensor = torch.tensor([ids])
         outputs["dense head"] = encoder(tensor, torch.ones_like(tensor))
@@ -37,7 +41,10 @@ def outputs_by_layer(encoder: Encoder, ids: tuple[int, ...]) -> dict[str, Tensor
 
 @torch.no_grad()
 def round_in_place(encoder: Encoder, quantized: dict[str, Quantized]) -> dict[str, float]:
-    """Put the rounded weights into the encoder; the relative error by layer. A copy of 308M weights would cost 1.2 GB."""
+    """Put the rounded weights into the encoder; the relative error by layer.
+
+    A copy of 308M weights would cost 1.2 GB.
+    """
     squares: dict[str, list[float]] = {}
     for name, weight in encoder.named_parameters():
         if name not in quantized:
@@ -45,16 +52,30 @@ def round_in_place(encoder: Encoder, quantized: dict[str, Quantized]) -> dict[st
         rounded = quantized[name].dequantize()
         lost, whole = squares.setdefault(_layer_of(name), [0.0, 0.0])
         difference = float(torch.linalg.vector_norm(rounded - weight)) ** 2
-        squares[_layer_of(name)] = [lost + difference, whole + float(torch.linalg.vector_norm(weight)) ** 2]
+        squares[_layer_of(name)] = [
+            lost + difference,
+            whole + float(torch.linalg.vector_norm(weight)) ** 2,
+        ]
         weight.copy_(rounded)
     return {layer: (lost / whole) ** 0.5 for layer, (lost, whole) in squares.items()}
 
 
-def compare_layers(before: dict[str, Tensor], after: dict[str, Tensor], weight_errors: dict[str, float]) -> list[LayerLoss]:
+def compare_layers(
+    before: dict[str, Tensor], after: dict[str, Tensor], weight_errors: dict[str, float]
+) -> list[LayerLoss]:
     return [
-        LayerLoss(layer=layer, weight_error=weight_errors.get(layer, 0.0),
-                  hidden_cosine=float(torch.cosine_similarity(before[layer], after[layer], dim=-1).mean()))
-        for layer in ("embedding", *(name for name in before if name.startswith("layer ")), "dense head")
+        LayerLoss(
+            layer=layer,
+            weight_error=weight_errors.get(layer, 0.0),
+            hidden_cosine=float(
+                torch.cosine_similarity(before[layer], after[layer], dim=-1).mean()
+            ),
+        )
+        for layer in (
+            "embedding",
+            *(name for name in before if name.startswith("layer ")),
+            "dense head",
+        )
     ]
 
 
@@ -64,7 +85,8 @@ def _layer_of(name: str) -> str:
     return "dense head" if name.startswith("dense.") else "embedding"
 
 
-def _keep(outputs: dict[str, Tensor], layer: str):  # type: ignore[no-untyped-def]  # torch hooks have no public type
+# torch hooks have no public type
+def _keep(outputs: dict[str, Tensor], layer: str):  # type: ignore[no-untyped-def]
     def hook(_module: object, _inputs: object, output: Tensor) -> None:
         outputs[layer] = output[0].clone()
 

@@ -1,10 +1,12 @@
 """The model as other ports got it wrong, so that a finished file can be told from each of them.
 
-Rounded activations move a vector by as much as a doubled window does (cosine 0.9999 and 0.9993 in the built-in model), so a bound on
-the cosine alone lets such a file pass. But rounding moves it in no particular direction, and a mistake moves it exactly towards
-the mistaken vector. How far the file went on the way from the right vector to the mistaken one tells them apart:
+Rounded activations move a vector by as much as a doubled window does (cosine 0.9999 and 0.9993 in
+the built-in model), so a bound on the cosine alone lets such a file pass. But rounding moves it in
+no particular direction, and a mistake moves it exactly towards the mistaken vector. How far the
+file went on the way from the right vector to the mistaken one tells them apart:
 
-    share = <file - right, mistaken - right> / |mistaken - right|^2        0: not at all, 1: this is the mistake
+    share = <file - right, mistaken - right> / |mistaken - right|^2        0: not at all, 1: this is
+        the mistake
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ SMALLEST_DIFFERENCE = 0.01
 
 
 class CausalEncoder(Encoder):
-    """Each token sees itself and what is before it: what transformers before 4.57 computed, without a warning."""
+    """Each token sees itself and what is before it: what transformers before 4.57 computed, without
+    a warning.
+    """
 
     def biases(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         future = torch.full((mask.shape[1],) * 2, MASKED, dtype=dtype).triu(1)
@@ -40,7 +44,8 @@ class CausalEncoder(Encoder):
 def _changed(encoder: Encoder, **changes: object) -> Encoder:
     """The same weights under another config; nothing is copied."""
     other = copy.copy(encoder)
-    other.config = dataclasses.replace(encoder.config, **changes)  # type: ignore[arg-type]  # fields of EncoderConfig
+    # fields of EncoderConfig
+    other.config = dataclasses.replace(encoder.config, **changes)  # type: ignore[arg-type]
     return other
 
 
@@ -58,7 +63,10 @@ def _without_head(encoder: Encoder) -> Encoder:
 
 
 def _swapped(config: EncoderConfig) -> dict[str, float]:
-    return {"rope_theta_full": config.rope_theta_sliding, "rope_theta_sliding": config.rope_theta_full}
+    return {
+        "rope_theta_full": config.rope_theta_sliding,
+        "rope_theta_sliding": config.rope_theta_full,
+    }
 
 
 MISTAKES: dict[str, Callable[[Encoder], Encoder]] = {
@@ -66,7 +74,9 @@ MISTAKES: dict[str, Callable[[Encoder], Encoder]] = {
     "a window twice as wide": lambda encoder: _changed(encoder, window=2 * encoder.config.window),
     "a window half as wide": lambda encoder: _changed(encoder, window=encoder.config.window // 2),
     "no window": lambda encoder: _changed(encoder, layer_types=(FULL,) * encoder.config.num_layers),
-    "a window in every layer": lambda encoder: _changed(encoder, layer_types=(SLIDING,) * encoder.config.num_layers),
+    "a window in every layer": lambda encoder: _changed(
+        encoder, layer_types=(SLIDING,) * encoder.config.num_layers
+    ),
     "swapped rotary bases": lambda encoder: _changed(encoder, **_swapped(encoder.config)),
     "no dense head": _without_head,
 }
@@ -75,7 +85,8 @@ MISTAKES: dict[str, Callable[[Encoder], Encoder]] = {
 def mistaken_vectors(
     encoder: Encoder, texts: list[GoldenText], right: dict[str, NDArray[np.float32]]
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
-    """Vectors of the texts CASES under each mistake that moves them enough to be seen, by mistake and by text.
+    """Vectors of the texts CASES under each mistake that moves them enough to be seen, by mistake
+    and by text.
 
     Args:
         encoder: the rounded model.
@@ -88,6 +99,9 @@ def mistaken_vectors(
         if name == "no dense head" and encoder.config.width != encoder.config.dim:
             continue  # another width; no runtime would take it for this model's
         vectors = reference_vectors(mistaken, chosen)
-        if max(float(np.linalg.norm(vectors[text.name] - right[text.name])) for text in chosen) >= SMALLEST_DIFFERENCE:
+        if (
+            max(float(np.linalg.norm(vectors[text.name] - right[text.name])) for text in chosen)
+            >= SMALLEST_DIFFERENCE
+        ):
             found[name] = vectors
     return found

@@ -1,4 +1,6 @@
-"""Read the integers back out of a finished .onnx file, so that the file itself is checked and not the code that wrote it."""
+"""Read the integers back out of a finished .onnx file, so that the file itself is checked and not
+the code that wrote it.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,19 @@ Array = NDArray[Any]
 def read_onnx_weights(path: Path) -> dict[str, Quantized]:
     """Codes and scales of every quantized parameter, by its name in the encoder's state dict.
 
-    Bits, blocks and values come from the operators and tensors that the runtime will execute; only which rows of a
-    joined matrix are q, k, v or gate, up is read from the file's metadata.
+    Bits, blocks and values come from the operators and tensors that the runtime will execute; only
+    which rows of a joined matrix are q, k, v or gate, up is read from the file's metadata.
 
     Raises:
-        ExportError: the file was not written by `write_onnx`, or an operator is not as it writes them.
+        ExportError: the file was not written by `write_onnx`, or an operator is not as it writes
+            them.
     """
     model = onnx.load(str(path))
     metadata = {prop.key: prop.value for prop in model.metadata_props}
     if ROWS_KEY not in metadata:
-        raise ExportError(f"{path}: no {ROWS_KEY!r} in its metadata; only files of write_onnx can be read back.")
+        raise ExportError(
+            f"{path}: no {ROWS_KEY!r} in its metadata; only files of write_onnx can be read back."
+        )
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = {node.name: node for node in model.graph.node}
     weights: dict[str, Quantized] = {}
@@ -40,14 +45,23 @@ def read_onnx_weights(path: Path) -> dict[str, Quantized]:
         start = 0
         for parameter, rows in parts:
             stop = start + rows
-            weights[parameter] = Quantized(codes=whole.codes[start:stop], scales=whole.scales[start:stop], format=whole.format)
+            weights[parameter] = Quantized(
+                codes=whole.codes[start:stop], scales=whole.scales[start:stop], format=whole.format
+            )
             start = stop
         if start != whole.codes.shape[0]:
-            raise ExportError(f"{path}: {name} has {whole.codes.shape[0]} rows, its parameters have {start}.")
+            raise ExportError(
+                f"{path}: {name} has {whole.codes.shape[0]} rows, its parameters have {start}."
+            )
     return weights
 
 
-def _read_node(path: Path, node: onnx.NodeProto | None, nodes: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto]) -> Quantized:
+def _read_node(
+    path: Path,
+    node: onnx.NodeProto | None,
+    nodes: dict[str, onnx.NodeProto],
+    tensors: dict[str, onnx.TensorProto],
+) -> Quantized:
     if node is None:
         raise ExportError(f"{path}: a quantized product named in the metadata is missing.")
     if node.op_type == "MatMulNBits":
@@ -57,38 +71,57 @@ def _read_node(path: Path, node: onnx.NodeProto | None, nodes: dict[str, onnx.No
     product = nodes.get(node.name + ".product")
     if node.op_type == "Mul" and product is not None and product.op_type == "MatMulIntegerToFloat":
         return _read_per_channel(product, nodes, tensors)
-    raise ExportError(f"{path}: {node.name} is a {node.op_type}, which write_onnx does not use for quantized weights.")
+    raise ExportError(
+        f"{path}: {node.name} is a {node.op_type}, which write_onnx does not use for quantized "
+        "weights."
+    )
 
 
-def _read_nbits(path: Path, node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> Quantized:
+def _read_nbits(
+    path: Path, node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]
+) -> Quantized:
     attributes = _attributes(node)
     _no_zero_points(path, node)
     rows, columns, bits, size = (attributes[key] for key in ("N", "K", "bits", "block_size"))
     packed = numpy_helper.to_array(tensors[node.input[1]]).reshape(rows, -1)
     scales = numpy_helper.to_array(tensors[node.input[2]]).reshape(rows, -1)
-    return _quantized(_unpack(packed, bits)[:, :columns], scales, WeightFormat(bits=bits, group_size=size))
+    return _quantized(
+        _unpack(packed, bits)[:, :columns], scales, WeightFormat(bits=bits, group_size=size)
+    )
 
 
-def _read_table(path: Path, node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> Quantized:
+def _read_table(
+    path: Path, node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]
+) -> Quantized:
     attributes = _attributes(node)
     _no_zero_points(path, node)
     codes = _unpack(numpy_helper.to_array(tensors[node.input[0]]), attributes["bits"])
     scales = numpy_helper.to_array(tensors[node.input[2]])
-    size = attributes["block_size"] if attributes["block_size"] <= codes.shape[1] and scales.shape[1] > 1 else None
+    size = (
+        attributes["block_size"]
+        if attributes["block_size"] <= codes.shape[1] and scales.shape[1] > 1
+        else None
+    )
     return _quantized(codes, scales, WeightFormat(bits=attributes["bits"], group_size=size))
 
 
-def _read_per_channel(product: onnx.NodeProto, nodes: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto]) -> Quantized:
+def _read_per_channel(
+    product: onnx.NodeProto, nodes: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto]
+) -> Quantized:
     weight, bits = product.input[1], 8
     if weight not in tensors:  # 4-bit codes, widened by a Cast at load
         weight, bits = nodes[weight].input[0], 4
-    codes = numpy_helper.to_array(tensors[weight]).astype(np.int8).T          # (N, columns)
+    codes = numpy_helper.to_array(tensors[weight]).astype(np.int8).T  # (N, columns)
     scales = numpy_helper.to_array(tensors[product.input[3]])
     return _quantized(codes, scales.reshape(-1, 1), WeightFormat(bits=bits, group_size=None))
 
 
 def _quantized(codes: Array, scales: Array, weight_format: WeightFormat) -> Quantized:
-    return Quantized(codes=torch.from_numpy(np.ascontiguousarray(codes)), scales=torch.from_numpy(scales.astype(np.float32)), format=weight_format)
+    return Quantized(
+        codes=torch.from_numpy(np.ascontiguousarray(codes)),
+        scales=torch.from_numpy(scales.astype(np.float32)),
+        format=weight_format,
+    )
 
 
 def _unpack(packed: Array, bits: int) -> Array:

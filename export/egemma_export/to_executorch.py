@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# Registers the out-variants of the embedding operators. Never in one process with the runtime's own kernel library.
+# Registers the out-variants of the embedding operators. Never in one process with the runtime's own
+# kernel library.
 import executorch.kernels.quantized  # type: ignore[import-untyped]  # noqa: F401
 import torch
 import torch.fx.config
@@ -31,10 +32,10 @@ from egemma_quant.weights import quantize_encoder, role_of
 class LoweringReport:
     """What became of the graph."""
 
-    delegates: int           # pieces that XNNPACK took; 1 is the aim
+    delegates: int  # pieces that XNNPACK took; 1 is the aim
     outside: dict[str, int]  # operators that run outside, and how often each
-    seconds: float           # from float weights to the written file
-    cpu_seconds: float       # of this process, all threads
+    seconds: float  # from float weights to the written file
+    cpu_seconds: float  # of this process, all threads
     file_bytes: int
 
 
@@ -46,7 +47,8 @@ def write_pte(
     max_tokens: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> LoweringReport:
-    """Write the encoder as a .pte for ExecuTorch with XNNPACK: (1, T) ids and mask, both int64, to (1, dim) float32.
+    """Write the encoder as a .pte for ExecuTorch with XNNPACK: (1, T) ids and mask, both int64, to
+    (1, dim) float32.
 
     Args:
         encoder: any float dtype.
@@ -66,7 +68,10 @@ def write_pte(
     example = (torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
     length = torch.export.Dim("tokens", min=1, max=tokens)
     config = encoder.config
-    numbers = {name: getattr(config, name) for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim")}
+    numbers = {
+        name: getattr(config, name)
+        for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim")
+    }
     with torch.no_grad(), _no_stack_traces():
         program = torch.export.export(graph, example, dynamic_shapes=({1: length}, {1: length}))
         del graph
@@ -78,7 +83,11 @@ def write_pte(
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
         del program
-        calls = Counter(_short_name(node.target) for node in edge.exported_program().graph.nodes if node.op == "call_function")
+        calls = Counter(
+            _short_name(node.target)
+            for node in edge.exported_program().graph.nodes
+            if node.op == "call_function"
+        )
         progress("writing")
         lowered = edge.to_executorch()
     del edge
@@ -96,12 +105,18 @@ def write_pte(
 def _weights(encoder: Encoder, scheme: Scheme | None) -> dict[str, Weight]:
     if scheme is not None:
         return dict(quantize_encoder(encoder, scheme))
-    return {name: weight.detach().float() for name, weight in encoder.named_parameters() if role_of(name) is not None}
+    return {
+        name: weight.detach().float()
+        for name, weight in encoder.named_parameters()
+        if role_of(name) is not None
+    }
 
 
 @contextmanager
 def _no_stack_traces() -> Iterator[None]:
-    """Some sixty passes trace the graph anew, and each would note for each node where in Python it came from: 30% of the time."""
+    """Some sixty passes trace the graph anew, and each would note for each node where in Python it
+    came from: 30% of the time.
+    """
     before = torch.fx.config.do_not_emit_stack_traces
     torch.fx.config.do_not_emit_stack_traces = True
     try:
@@ -111,7 +126,9 @@ def _no_stack_traces() -> Iterator[None]:
 
 
 class _WholePartitioner(XnnpackPartitioner):  # type: ignore[misc]  # untyped base
-    """Gives the delegate its norm weights and scalars too, which would be arguments of each call otherwise."""
+    """Gives the delegate its norm weights and scalars too, which would be arguments of each call
+    otherwise.
+    """
 
     def partition(self, exported_program: torch.export.ExportedProgram) -> PartitionResult:
         result = super().partition(exported_program)

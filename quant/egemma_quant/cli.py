@@ -1,4 +1,7 @@
-"""`egemma-quantize`: parse, read the checkpoint, call one function, print. Training for the rounding is `egemma-train`'s."""
+"""`egemma-quantize`: parse, read the checkpoint, call one function, print.
+
+Training for the rounding is `egemma-train`'s.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ TEXTS = (
     "地震のときは、まず机の下に入り、揺れがおさまるのを待ってください。",
     "تحتاج النباتات إلى الماء والضوء لكي تنمو.",
     "Rechnung Nr. 2024-118: 3 Stück zu je 49,90 EUR, zahlbar binnen 14 Tagen.",
-    "The committee met on Tuesday. It approved the minutes, heard the treasurer's report, postponed the vote on the new bridge, and asked the engineers for a second "
+    "The committee met on Tuesday. It approved the minutes, heard the treasurer's report, "
+    "postponed the vote on the new bridge, and asked the engineers for a second "
     "estimate that includes the cost of closing the road for a summer.",
     "ok",
 )
@@ -34,17 +38,47 @@ TEXTS = (
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="egemma-quantize", description="Say what rounding a model's weights costs, or write the rounded model. To train for it, give a stage of egemma-train a scheme.")
+        prog="egemma-quantize",
+        description="Say what rounding a model's weights costs, or write the rounded model. To "
+        "train for it, give a stage of egemma-train a scheme.",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    report = verbs.add_parser("report", help="compare a model with itself, rounded: by matrix, layer and width, and on dev sets")
-    report.add_argument("--texts", type=Path, help="UTF-8 file, one text per line, embedded as documents (default: ten built-in texts)")
-    report.add_argument("--dev", type=Path, metavar="RECIPE", help="recipe of egemma-train, whose tables [dev.NAME] are scored too")
-    report.add_argument("--data", type=Path, help="folder of the dev sets (default: what the recipe says)")
-    round_ = verbs.add_parser("round", help="write the model with its weights on the grid, in float32 and the published layout")
-    round_.add_argument("--out", type=Path, required=True, help="folder of the rounded checkpoint; must not exist")
+    report = verbs.add_parser(
+        "report",
+        help="compare a model with itself, rounded: by matrix, layer and width, and on dev sets",
+    )
+    report.add_argument(
+        "--texts",
+        type=Path,
+        help="UTF-8 file, one text per line, embedded as documents (default: ten built-in texts)",
+    )
+    report.add_argument(
+        "--dev",
+        type=Path,
+        metavar="RECIPE",
+        help="recipe of egemma-train, whose tables [dev.NAME] are scored too",
+    )
+    report.add_argument(
+        "--data", type=Path, help="folder of the dev sets (default: what the recipe says)"
+    )
+    round_ = verbs.add_parser(
+        "round",
+        help="write the model with its weights on the grid, in float32 and the published layout",
+    )
+    round_.add_argument(
+        "--out", type=Path, required=True, help="folder of the rounded checkpoint; must not exist"
+    )
     for verb in (report, round_):
-        verb.add_argument("--model", required=True, help="checkpoint folder, or hub id such as google/embeddinggemma-300m[@revision]")
-        verb.add_argument("--scheme", required=True, help="int4, int8, int8-per-channel, mixed; q4_0, q8_0 for published QAT checkpoints")
+        verb.add_argument(
+            "--model",
+            required=True,
+            help="checkpoint folder, or hub id such as google/embeddinggemma-300m[@revision]",
+        )
+        verb.add_argument(
+            "--scheme",
+            required=True,
+            help="int4, int8, int8-per-channel, mixed; q4_0, q8_0 for published QAT checkpoints",
+        )
         verb.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -57,10 +91,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"egemma-quantize: {error}", file=sys.stderr)
         return 1
     except ImportError as error:
-        print(f"egemma-quantize: {error.name} is not installed: pip install 'egemma[train]'.", file=sys.stderr)
+        print(
+            f"egemma-quantize: {error.name} is not installed: pip install 'egemma[train]'.",
+            file=sys.stderr,
+        )
         return 1
     except OSError as error:
-        print(f"egemma-quantize: {error.strerror or error} ({error.filename or args.model}).", file=sys.stderr)
+        print(
+            f"egemma-quantize: {error.strerror or error} ({error.filename or args.model}).",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("egemma-quantize: stopped; nothing was written.", file=sys.stderr)
@@ -77,7 +117,10 @@ def _report(args: argparse.Namespace) -> str:
     from egemma_quant.report import measure
 
     if args.data is not None and args.dev is None:
-        raise ConfigError(f"--data {args.data} is the folder of dev sets, and --dev is absent. Give --dev RECIPE, or leave --data out.")
+        raise ConfigError(
+            f"--data {args.data} is the folder of dev sets, and --dev is absent. Give --dev "
+            "RECIPE, or leave --data out."
+        )
     scheme, checkpoint = _scheme(args.scheme), open_checkpoint(args.model)
     rows, truncated = _rows(checkpoint, read_texts(args.texts) if args.texts else TEXTS)
     score = None
@@ -86,7 +129,15 @@ def _report(args: argparse.Namespace) -> str:
         if not recipe.dev:
             raise ConfigError(f"{args.dev} has no table [dev.NAME]: there is nothing to score on.")
         score = DevSets(recipe.dev, recipe.folder, checkpoint.tokenizer(), checkpoint.prompts).score
-    report = measure(load_encoder(checkpoint), scheme, rows, truncated=truncated, model=checkpoint.source, hint=hint(checkpoint, scheme.name), score=score)
+    report = measure(
+        load_encoder(checkpoint),
+        scheme,
+        rows,
+        truncated=truncated,
+        model=checkpoint.source,
+        hint=hint(checkpoint, scheme.name),
+        score=score,
+    )
     return report.to_json() if args.json else report.to_text()
 
 
@@ -104,7 +155,10 @@ def _round(args: argparse.Namespace) -> str:
     said = hint(checkpoint, scheme.name)
     if args.json:
         return json.dumps({"out": str(args.out), "scheme": scheme.name, "hint": said})
-    return f"{args.out}: {checkpoint.source} with weights rounded to {scheme.name}, held in float32" + (f"\nnote: {said}" if said else "")
+    return (
+        f"{args.out}: {checkpoint.source} with weights rounded to {scheme.name}, held in float32"
+        + (f"\nnote: {said}" if said else "")
+    )
 
 
 def _scheme(name: str) -> Scheme:
@@ -124,7 +178,9 @@ def read_texts(path: Path) -> tuple[str, ...]:
     try:
         lines = tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8, one text per line.") from error
+        raise InputError(
+            f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8, one text per line."
+        ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise InputError(f"{path}, line {number}: blank; want one text per line.")
@@ -132,7 +188,9 @@ def read_texts(path: Path) -> tuple[str, ...]:
 
 
 def _rows(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[list[Ids], int]:
-    """Token rows, and how many texts are longer than the model reads: of these the beginning is compared, which says as much."""
+    """Token rows, and how many texts are longer than the model reads: of these the beginning is
+    compared, which says as much.
+    """
     tokenizer, prompt = checkpoint.tokenizer(), checkpoint.prompts.document()
     tokens = [tokenizer.encode(prompt + text, overflow="truncate") for text in texts]
     return [found.ids for found in tokens], sum(found.truncated for found in tokens)

@@ -1,6 +1,8 @@
-"""Quantization-aware training: forward and backward compute with exactly the weights that ship, the optimizer moves float ones.
+"""Quantization-aware training: forward and backward compute with exactly the weights that ship, the
+optimizer moves float ones.
 
-Source: Jacob et al. 2018, arXiv:1712.05877 (straight-through fake quantization); arXiv:2509.20354, section 2.3 (during finetuning).
+Source: Jacob et al. 2018, arXiv:1712.05877 (straight-through fake quantization); arXiv:2509.20354,
+section 2.3 (during finetuning).
 """
 
 from __future__ import annotations
@@ -23,19 +25,24 @@ _ROUNDED: WeakSet[Encoder] = WeakSet()  # inside a `rounded` block now
 
 @contextmanager
 def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> Iterator[None]:
-    """Inside the block the encoder computes with the weights that ship; behind it, its float weights are back, to the last bit.
+    """Inside the block the encoder computes with the weights that ship; behind it, its float
+    weights are back, to the last bit.
 
-    The straight-through gradient is what lies in `.grad` after a backward pass inside: that of the rounded weights, applied to
-    the float ones. Parameters stay the same objects, so an optimizer made before keeps its state. A backward pass
-    behind the block, through a graph made inside, is refused by torch (a weight was modified in place).
+    The straight-through gradient is what lies in `.grad` after a backward pass inside: that of the
+    rounded weights, applied to the float ones. Parameters stay the same objects, so an optimizer
+    made before keeps its state. A backward pass behind the block, through a graph made inside, is
+    refused by torch (a weight was modified in place).
 
     Args:
-        encoder: float32 master weights. A shard of FSDP2 (DTensor) must hold whole rows, as `fully_shard` cuts.
+        encoder: float32 master weights. A shard of FSDP2 (DTensor) must hold whole rows, as
+            `fully_shard` cuts.
         scheme: what each role is rounded to; the embedding table is one of them.
-        activations: also round what goes into every linear layer to 8 bits per token, as the XNNPACK targets do at run time.
+        activations: also round what goes into every linear layer to 8 bits per token, as the
+            XNNPACK targets do at run time.
 
     Raises:
-        ConfigError: the encoder is rounded already, or compiled and `activations` is asked for, a weight is not float32 or not finite, or its rows do not divide into groups.
+        ConfigError: the encoder is rounded already, or compiled and `activations` is asked for, a
+            weight is not float32 or not finite, or its rows do not divide into groups.
 
     Example:
         >>> with rounded(encoder, INT4):
@@ -43,7 +50,10 @@ def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> I
         >>> optimizer.step()
     """
     if encoder in _ROUNDED:
-        raise ConfigError("this encoder is rounded already: leave the outer `rounded` block first, its weights are not the float ones.")
+        raise ConfigError(
+            "this encoder is rounded already: leave the outer `rounded` block first, its weights "
+            "are not the float ones."
+        )
     masters: list[tuple[Tensor, Tensor]] = []
     _ROUNDED.add(encoder)
     try:
@@ -57,7 +67,9 @@ def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> I
             yield
     finally:
         for weight, master in masters:
-            weight.copy_(master)  # in place, not a swapped `.data`: torch notices a late backward pass, and FSDP2 gathers from this storage
+            # in place, not a swapped `.data`: torch notices a late backward pass, and FSDP2 gathers
+            # from this storage
+            weight.copy_(master)
         _ROUNDED.discard(encoder)
 
 
@@ -66,12 +78,19 @@ def _local(name: str, parameter: nn.Parameter) -> Tensor:
     weight = parameter.detach()
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return weight
-    from torch.distributed.tensor import DTensor  # a second of imports that a single process does not need
+    # a second of imports that a single process does not need
+    from torch.distributed.tensor import DTensor
 
     if not isinstance(weight, DTensor):
         return weight
-    if any(placement.is_partial() or (placement.is_shard() and not placement.is_shard(0)) for placement in weight.placements):
-        raise ConfigError(f"{name} is distributed as {weight.placements}; groups lie along rows, so shard whole rows (Shard(0)).")
+    if any(
+        placement.is_partial() or (placement.is_shard() and not placement.is_shard(0))
+        for placement in weight.placements
+    ):
+        raise ConfigError(
+            f"{name} is distributed as {weight.placements}; groups lie along rows, so shard whole "
+            "rows (Shard(0))."
+        )
     return weight.to_local()
 
 
@@ -87,34 +106,54 @@ class _RoundedTokens(torch.autograd.Function):
 
 @torch.no_grad()
 def round_tokens(activations: Tensor) -> Tensor:
-    """Each row (token) to 8 bits with a zero point and back: what XNNPACK's dynamic quantization does before every product.
+    """Each row (token) to 8 bits with a zero point and back: what XNNPACK's dynamic quantization
+    does before every product.
 
     Args:
         activations: (..., channels), any float dtype.
 
     Returns:
-        The same shape and dtype. Between the row's lowest and highest value (0 included) lie 255 steps.
+        The same shape and dtype. Between the row's lowest and highest value (0 included) lie 255
+        steps.
 
-    Source: XNNPACK's qd8 kernels; torch.ops.quantized_decomposed.choose_qparams_per_token_asymmetric says the same in torch.
+    Source: XNNPACK's qd8 kernels;
+    torch.ops.quantized_decomposed.choose_qparams_per_token_asymmetric says the same in torch.
     """
     wide = activations.float()
-    lowest, highest = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
+    lowest, highest = (
+        wide.amin(-1, keepdim=True).clamp(max=0),
+        wide.amax(-1, keepdim=True).clamp(min=0),
+    )
     scale = ((highest - lowest) / 255).clamp(min=torch.finfo(torch.float32).eps)
     from_lowest, from_highest = lowest / scale, highest / scale
-    zero = torch.where((-128 + from_lowest) + (127 + from_highest) > 0, -128 - from_lowest, 127 - from_highest).clamp(-128, 127).round()
+    zero = (
+        torch.where(
+            (-128 + from_lowest) + (127 + from_highest) > 0, -128 - from_lowest, 127 - from_highest
+        )
+        .clamp(-128, 127)
+        .round()
+    )
     codes = (wide / scale + zero).round().clamp(-128, 127)
     return ((codes - zero) * scale).to(activations.dtype)
 
 
 @contextmanager
 def rounded_activations(encoder: Encoder, *, enabled: bool = True) -> Iterator[None]:
-    """Inside the block every linear layer sees its input rounded by `round_tokens`, with a straight-through gradient."""
+    """Inside the block every linear layer sees its input rounded by `round_tokens`, with a
+    straight-through gradient.
+    """
+
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (_RoundedTokens.apply(inputs[0]), *inputs[1:])  # type: ignore[no-untyped-call]
 
     if enabled and is_compiled(encoder):
-        raise ConfigError("activations cannot be rounded in a compiled encoder, which would not call the hooks that do it: leave compile out.")
-    layers = [module for module in encoder.modules() if isinstance(module, nn.Linear)] if enabled else []
+        raise ConfigError(
+            "activations cannot be rounded in a compiled encoder, which would not call the hooks "
+            "that do it: leave compile out."
+        )
+    layers = (
+        [module for module in encoder.modules() if isinstance(module, nn.Linear)] if enabled else []
+    )
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     try:
         yield

@@ -1,4 +1,6 @@
-"""What quantization costs a model: of each matrix, each layer, each trained width, and on dev sets."""
+"""What quantization costs a model: of each matrix, each layer, each trained width, and on dev
+sets.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from egemma_quant.schemes import Format, Scheme, quantize
 from egemma_quant.weights import role_of
 
 ROWS_AT_ONCE = 2**14  # of the embedding table
-LAYER_TEXTS = 8       # texts whose hidden states of every layer are kept for comparison: 25 x T x 768 floats each
+# texts whose hidden states of every layer are kept for comparison: 25 x T x 768 floats each
+LAYER_TEXTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +33,16 @@ class MatrixCost:
     bits: int
     group_size: int | None
     error: float
-    worst_group: float   # the largest error of a group of weights that share a scale, to that group's own |W|^2
-    clipped: float       # share of weights more than half a step beyond the outermost code
+    # the largest error of a group of weights that share a scale, to that group's own |W|^2
+    worst_group: float
+    clipped: float  # share of weights more than half a step beyond the outermost code
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
     """Cosine of a layer's outputs, rounded to float, over all tokens of the texts."""
 
-    layer: str           # "embedding", "layer 0", ...
+    layer: str  # "embedding", "layer 0", ...
     min_cosine: float
     mean_cosine: float
 
@@ -50,7 +54,7 @@ class WidthCost:
     dim: int
     min_cosine: float
     median_cosine: float
-    min_cosine_activations: float      # with 8-bit activations too
+    min_cosine_activations: float  # with 8-bit activations too
     median_cosine_activations: float
 
 
@@ -59,11 +63,12 @@ class QuantizationReport:
     model: str
     scheme: str
     num_texts: int
-    truncated: int                        # texts of these that were cut at the model's limit
+    truncated: int  # texts of these that were cut at the model's limit
     matrices: tuple[MatrixCost, ...]
     layers: tuple[LayerCost, ...]
     widths: tuple[WidthCost, ...]
-    dev: dict[str, tuple[float, float]]   # score of the float model, of the rounded one; {} without dev sets
+    # score of the float model, of the rounded one; {} without dev sets
+    dev: dict[str, tuple[float, float]]
     hint: str | None
 
     def to_json(self) -> str:
@@ -71,18 +76,40 @@ class QuantizationReport:
 
     def to_text(self) -> str:
         """Tables of at most 120 columns."""
-        lines = [f"{self.model}, scheme {self.scheme}, {self.num_texts} texts{f', {self.truncated} of them cut at the limit' if self.truncated else ''}"[:120]]
+        lines = [
+            f"{self.model}, scheme {self.scheme}, {self.num_texts} "
+            f"texts{f', {self.truncated} of them cut at the limit' if self.truncated else ''}"[:120]
+        ]
         if self.hint:
             lines.append(f"note: {self.hint}")
-        lines += ["", f"{'matrix':<44} {'role':<13} {'bits':>4} {'group':>5} {'error':>10} {'worst group':>12} {'clipped %':>10}"]
+        lines += [
+            "",
+            f"{'matrix':<44} {'role':<13} {'bits':>4} {'group':>5} {'error':>10} "
+            f"{'worst group':>12} {'clipped %':>10}",
+        ]
         for matrix in self.matrices:
-            lines.append(f"{matrix.name:<44} {matrix.role:<13} {matrix.bits:>4} {matrix.group_size or 'row':>5} {matrix.error:>10.6f} {matrix.worst_group:>12.6f} "
-                         f"{100 * matrix.clipped:>10.4f}")
+            lines.append(
+                f"{matrix.name:<44} {matrix.role:<13} {matrix.bits:>4} "
+                f"{matrix.group_size or 'row':>5} {matrix.error:>10.6f} "
+                f"{matrix.worst_group:>12.6f} "
+                f"{100 * matrix.clipped:>10.4f}"
+            )
         lines += ["", f"{'layer, rounded weights':<44} {'min cosine':>10} {'mean':>10}"]
-        lines += [f"{layer.layer:<44} {layer.min_cosine:>10.6f} {layer.mean_cosine:>10.6f}" for layer in self.layers]
-        lines += ["", f"{'vectors':<24} {'min cosine':>10} {'median':>10}   {'8-bit activations: min':>22} {'median':>10}"]
-        lines += [f"{f'{width.dim} wide':<24} {width.min_cosine:>10.6f} {width.median_cosine:>10.6f}   {width.min_cosine_activations:>22.6f} "
-                  f"{width.median_cosine_activations:>10.6f}" for width in self.widths]
+        lines += [
+            f"{layer.layer:<44} {layer.min_cosine:>10.6f} {layer.mean_cosine:>10.6f}"
+            for layer in self.layers
+        ]
+        lines += [
+            "",
+            f"{'vectors':<24} {'min cosine':>10} {'median':>10}   {'8-bit activations: min':>22} "
+            f"{'median':>10}",
+        ]
+        lines += [
+            f"{f'{width.dim} wide':<24} {width.min_cosine:>10.6f} {width.median_cosine:>10.6f}   "
+            f"{width.min_cosine_activations:>22.6f} "
+            f"{width.median_cosine_activations:>10.6f}"
+            for width in self.widths
+        ]
         if self.dev:
             lines += ["", f"{'dev score':<44} {'float':>10} {'rounded':>10} {'change %':>10}"]
             for name, (exact, after) in self.dev.items():
@@ -92,8 +119,16 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def measure(encoder: Encoder, scheme: Scheme, rows: Sequence[Ids], *, model: str, truncated: int = 0, hint: str | None = None,
-            score: Callable[[Encoder], dict[str, float]] | None = None) -> QuantizationReport:
+def measure(
+    encoder: Encoder,
+    scheme: Scheme,
+    rows: Sequence[Ids],
+    *,
+    model: str,
+    truncated: int = 0,
+    hint: str | None = None,
+    score: Callable[[Encoder], dict[str, float]] | None = None,
+) -> QuantizationReport:
     """Compare an encoder with itself, rounded. Its weights are the float ones again afterwards.
 
     Args:
@@ -108,22 +143,40 @@ def measure(encoder: Encoder, scheme: Scheme, rows: Sequence[Ids], *, model: str
         ConfigError: as `rounded`.
     """
     if not rows:
-        raise InputError("0 texts: a cosine needs at least one. Give a file with one text per line.")
+        raise InputError(
+            "0 texts: a cosine needs at least one. Give a file with one text per line."
+        )
     pad_id = encoder.config.pad_id
     vectors, hidden = encode_rows(encoder, rows, pad_id), list(_hidden(encoder, rows[:LAYER_TEXTS]))
     exact_scores = score(encoder) if score else {}
     with rounded(encoder, scheme):
-        after, cosines = encode_rows(encoder, rows, pad_id), _layer_cosines(hidden, _hidden(encoder, rows[:LAYER_TEXTS]))
+        after, cosines = (
+            encode_rows(encoder, rows, pad_id),
+            _layer_cosines(hidden, _hidden(encoder, rows[:LAYER_TEXTS])),
+        )
         rounded_scores = score(encoder) if score else {}
     with rounded(encoder, scheme, activations=True):
         both = encode_rows(encoder, rows, pad_id)
-    matrices = [_matrix_cost(name, role, weight, scheme.format_of(role))
-                for name, weight in encoder.named_parameters() if (role := role_of(name)) is not None]
-    layers = [LayerCost(layer=layer, min_cosine=float(found.min()), mean_cosine=float(found.mean())) for layer, found in cosines.items()]
+    matrices = [
+        _matrix_cost(name, role, weight, scheme.format_of(role))
+        for name, weight in encoder.named_parameters()
+        if (role := role_of(name)) is not None
+    ]
+    layers = [
+        LayerCost(layer=layer, min_cosine=float(found.min()), mean_cosine=float(found.mean()))
+        for layer, found in cosines.items()
+    ]
     return QuantizationReport(
-        model=model, scheme=scheme.name, num_texts=len(rows), truncated=truncated, matrices=tuple(matrices), layers=tuple(layers),
+        model=model,
+        scheme=scheme.name,
+        num_texts=len(rows),
+        truncated=truncated,
+        matrices=tuple(matrices),
+        layers=tuple(layers),
         widths=tuple(_width_cost(dim, vectors, after, both) for dim in encoder.config.dims),
-        dev={name: (exact_scores[name], rounded_scores[name]) for name in exact_scores}, hint=hint)
+        dev={name: (exact_scores[name], rounded_scores[name]) for name in exact_scores},
+        hint=hint,
+    )
 
 
 def _matrix_cost(name: str, role: str, weight: Tensor, weight_format: Format) -> MatrixCost:
@@ -132,27 +185,45 @@ def _matrix_cost(name: str, role: str, weight: Tensor, weight_format: Format) ->
     clipped = 0
     for rows in weight.split(ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
         found = quantize(rows, weight_format)
-        groups = rows.view(*found.scales.shape, -1)                                      # (rows, G, g)
+        groups = rows.view(*found.scales.shape, -1)  # (rows, G, g)
         error = (found.dequantize().view_as(groups) - groups).double().square().sum(-1)  # (rows, G)
         energy = groups.double().square().sum(-1)
-        steps = groups / found.scales.unsqueeze(-1)  # a group of zeros under scale 0 gives NaN, which is not clipped
+        # a group of zeros under scale 0 gives NaN, which is not clipped
+        steps = groups / found.scales.unsqueeze(-1)
         clipped += int(((steps < lowest - 0.5) | (steps > highest + 0.5)).sum())
         lost, whole = lost + float(error.sum()), whole + float(energy.sum())
         if (energy > 0).any():
             worst = max(worst, float((error / energy)[energy > 0].max()))
-    return MatrixCost(name=name, role=role, bits=weight_format.bits, group_size=weight_format.group_size, error=lost / whole if whole else 0.0,
-                      worst_group=worst, clipped=clipped / weight.numel())
+    return MatrixCost(
+        name=name,
+        role=role,
+        bits=weight_format.bits,
+        group_size=weight_format.group_size,
+        error=lost / whole if whole else 0.0,
+        worst_group=worst,
+        clipped=clipped / weight.numel(),
+    )
 
 
 def _width_cost(dim: int, vectors: Tensor, after: Tensor, both: Tensor) -> WidthCost:
-    weights, activations = (torch.cosine_similarity(found[:, :dim], vectors[:, :dim], dim=-1) for found in (after, both))
-    return WidthCost(dim=dim, min_cosine=float(weights.min()), median_cosine=float(weights.quantile(0.5)),
-                     min_cosine_activations=float(activations.min()), median_cosine_activations=float(activations.quantile(0.5)))
+    weights, activations = (
+        torch.cosine_similarity(found[:, :dim], vectors[:, :dim], dim=-1) for found in (after, both)
+    )
+    return WidthCost(
+        dim=dim,
+        min_cosine=float(weights.min()),
+        median_cosine=float(weights.quantile(0.5)),
+        min_cosine_activations=float(activations.min()),
+        median_cosine_activations=float(activations.quantile(0.5)),
+    )
 
 
 def _hidden(encoder: Encoder, rows: Sequence[Ids]) -> Iterator[dict[str, Tensor]]:
     """Of each text the (T, D) outputs of the table and of each layer."""
-    named = [("embedding", encoder.embed_tokens), *((f"layer {number}", layer) for number, layer in enumerate(encoder.layers))]
+    named = [
+        ("embedding", encoder.embed_tokens),
+        *((f"layer {number}", layer) for number, layer in enumerate(encoder.layers)),
+    ]
     for row in rows:
         ids = torch.tensor([row], device=encoder.norm.weight.device)
         with _kept(named) as outputs:
@@ -179,10 +250,14 @@ def _kept(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Tensor
             handle.remove()
 
 
-def _layer_cosines(before: Sequence[dict[str, Tensor]], after: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _layer_cosines(
+    before: Sequence[dict[str, Tensor]], after: Iterator[dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """By layer, the cosine of each token of each text."""
     found: dict[str, list[Tensor]] = {}
     for exact, other in zip(before, after, strict=True):
         for layer in exact:
-            found.setdefault(layer, []).append(torch.cosine_similarity(exact[layer], other[layer], dim=-1))
+            found.setdefault(layer, []).append(
+                torch.cosine_similarity(exact[layer], other[layer], dim=-1)
+            )
     return {layer: torch.cat(parts) for layer, parts in found.items()}

@@ -1,6 +1,8 @@
-"""Quantization schemes: which weights get how many bits, and the one function that makes codes and scales.
+"""Quantization schemes: which weights get how many bits, and the one function that makes codes and
+scales.
 
-Training (straight-through) and both exporters use these codes and scales, so what is trained is what ships.
+Training (straight-through) and both exporters use these codes and scales, so what is trained is
+what ships.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ ROLES = ("embedding", "attention", "feed_forward", "projection")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """How one matrix (rows = output channels, or vocabulary rows) is stored: symmetric, no zero point."""
+    """How one matrix (rows = output channels, or vocabulary rows) is stored: symmetric, no zero
+    point.
+    """
 
-    bits: int                # 4: codes in [-8, 7]; 8: codes in [-127, 127]
-    group_size: int | None   # g, weights along the input axis that share a scale; None: the whole row
+    bits: int  # 4: codes in [-8, 7]; 8: codes in [-127, 127]
+    # g, weights along the input axis that share a scale; None: the whole row
+    group_size: int | None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -62,21 +67,35 @@ INT8_CHANNEL = WeightFormat(bits=8, group_size=None)
 INT4 = _uniform("int4", INT4_BLOCK)
 INT8 = _uniform("int8", INT8_BLOCK)
 INT8_PER_CHANNEL = _uniform("int8-per-channel", INT8_CHANNEL)
-MIXED = Scheme(name="mixed", embedding=INT4_CHANNEL, attention=INT8_CHANNEL, feed_forward=INT4_CHANNEL, projection=INT4_CHANNEL)
+MIXED = Scheme(
+    name="mixed",
+    embedding=INT4_CHANNEL,
+    attention=INT8_CHANNEL,
+    feed_forward=INT4_CHANNEL,
+    projection=INT4_CHANNEL,
+)
 
-# Google's published QAT checkpoints. In ggml-org's Q4_0 file the table is Q8_0; it has no dense head, which here is rounded as the other products.
-Q4_0 = Scheme(name="q4_0", embedding=GgmlFormat(bits=8), attention=GgmlFormat(bits=4), feed_forward=GgmlFormat(bits=4), projection=GgmlFormat(bits=4))
+# Google's published QAT checkpoints. In ggml-org's Q4_0 file the table is Q8_0; it has no dense
+# head, which here is rounded as the other products.
+Q4_0 = Scheme(
+    name="q4_0",
+    embedding=GgmlFormat(bits=8),
+    attention=GgmlFormat(bits=4),
+    feed_forward=GgmlFormat(bits=4),
+    projection=GgmlFormat(bits=4),
+)
 Q8_0 = _uniform("q8_0", GgmlFormat(bits=8))
 
 SCHEMES = {scheme.name: scheme for scheme in (INT4, INT8, INT8_PER_CHANNEL, MIXED, Q4_0, Q8_0)}
 
-# Candidate scales of a 4-bit group, as amax / divisor. 7 never clips; 8 uses the code -8 and clips +amax to 7.
-# The smallest squared error wins, so a group is never worse than plain amax / 7.
+# Candidate scales of a 4-bit group, as amax / divisor. 7 never clips; 8 uses the code -8 and clips
+# +amax to 7. The smallest squared error wins, so a group is never worse than plain amax / 7.
 INT4_DIVISORS = (7.0, 7.25, 7.5, 7.75, 8.0, 8.5)
 
 
-# Weights that are rounded at once. On a CPU their temporaries stay in its cache, 25 times as fast as 16,384 rows of 768; another device has an operation's start to
-# make good, and 64 MiB each for its temporaries. Codes and scales do not depend on it.
+# Weights that are rounded at once. On a CPU their temporaries stay in its cache, 25 times as fast
+# as 16,384 rows of 768; another device has an operation's start to make good, and 64 MiB each for
+# its temporaries. Codes and scales do not depend on it.
 PART_WEIGHTS, PART_WEIGHTS_ELSEWHERE = 2**17, 2**24
 
 
@@ -84,23 +103,29 @@ PART_WEIGHTS, PART_WEIGHTS_ELSEWHERE = 2**17, 2**24
 class Quantized:
     """A matrix as integers. Codes never travel without their scales."""
 
-    codes: Tensor   # (rows, columns) int8
-    scales: Tensor  # (rows, G) float32, each exactly a bfloat16 number and > 0; of a GgmlFormat a float16 number of any sign
+    codes: Tensor  # (rows, columns) int8
+    # (rows, G) float32, each exactly a bfloat16 number and > 0; of a GgmlFormat a float16 number of
+    # any sign
+    scales: Tensor
     format: Format
 
     def dequantize(self) -> Tensor:
-        """(rows, columns) float32: code times scale, one rounding. Exact: 4 or 8 bits times 8 bits fit into 24."""
+        """(rows, columns) float32: code times scale, one rounding.
+
+        Exact: 4 or 8 bits times 8 bits fit into 24.
+        """
         rows, columns = self.codes.shape
-        groups = self.codes.float().view(rows, self.scales.shape[1], -1)    # (rows, G, g)
-        return (groups * self.scales.unsqueeze(-1)).view(rows, columns)     # (rows, columns)
+        groups = self.codes.float().view(rows, self.scales.shape[1], -1)  # (rows, G, g)
+        return (groups * self.scales.unsqueeze(-1)).view(rows, columns)  # (rows, columns)
 
 
 @torch.no_grad()
 def quantize(weight: Tensor, weight_format: Format) -> Quantized:
     """Round a matrix to integers and scales.
 
-    Scales are bfloat16 numbers, because XNNPACK's blockwise 4-bit kernel stores them so; every other kernel holds
-    the same values in wider types. Codes are round-half-to-even of weight / scale, clipped. A GgmlFormat is rounded as ggml does it.
+    Scales are bfloat16 numbers, because XNNPACK's blockwise 4-bit kernel stores them so; every
+    other kernel holds the same values in wider types. Codes are round-half-to-even of weight /
+    scale, clipped. A GgmlFormat is rounded as ggml does it.
 
     Args:
         weight: (rows, columns), any float dtype, finite.
@@ -133,40 +158,55 @@ def round_(weight: Tensor, weight_format: Format) -> None:
         ConfigError: as `quantize`, or another dtype, which could not hold every code times scale.
     """
     if weight.dtype != torch.float32:
-        raise ConfigError(f"weights of dtype {weight.dtype}: only float32 holds every code times scale. Train float32 master weights.")
+        raise ConfigError(
+            f"weights of dtype {weight.dtype}: only float32 holds every code times scale. Train "
+            "float32 master weights."
+        )
     size = group_size_of(weight, weight_format)
     for part, codes, scales in _parts(weight, weight_format):
         weight[part].view(-1, size).copy_(codes.mul_(scales).t())
 
 
 def group_size_of(weight: Tensor, weight_format: Format) -> int:
-    """Weights that share a scale in this matrix; ConfigError if its rows do not divide into such groups."""
+    """Weights that share a scale in this matrix; ConfigError if its rows do not divide into such
+    groups.
+    """
     columns = weight.shape[1]
     size = weight_format.group_size or columns
     if columns % size:
-        raise ConfigError(f"{columns} columns do not divide into groups of {size}; choose a per-channel scheme.")
+        raise ConfigError(
+            f"{columns} columns do not divide into groups of {size}; choose a per-channel scheme."
+        )
     return size
 
 
 def _parts(weight: Tensor, weight_format: Format) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of the matrix, their codes (g, groups) float32 and scales (groups,) float32; codes are overwritten by the next part.
+    """Rows of the matrix, their codes (g, groups) float32 and scales (groups,) float32; codes are
+    overwritten by the next part.
 
-    A group is a column here, so that what it shares is one contiguous row: 1.5 times as fast as groups along rows.
+    A group is a column here, so that what it shares is one contiguous row: 1.5 times as fast as
+    groups along rows.
     """
     rows, columns = weight.shape
     size = group_size_of(weight, weight_format)
-    step = max(1, (PART_WEIGHTS if weight.device.type == "cpu" else PART_WEIGHTS_ELSEWHERE) // columns)
+    step = max(
+        1, (PART_WEIGHTS if weight.device.type == "cpu" else PART_WEIGHTS_ELSEWHERE) // columns
+    )
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        groups = weight[part].float().reshape(-1, size).t().contiguous()                # (g, groups)
-        amax = torch.maximum(groups.amax(0), -groups.amin(0))                           # (groups,)
+        groups = weight[part].float().reshape(-1, size).t().contiguous()  # (g, groups)
+        amax = torch.maximum(groups.amax(0), -groups.amin(0))  # (groups,)
         if not torch.isfinite(amax).all():
             raise ConfigError("a weight is NaN or infinite; the checkpoint is damaged.")
         codes = torch.empty_like(groups)
         if isinstance(weight_format, GgmlFormat):
             scales = into_codes(groups, weight_format.bits, codes)
         else:
-            scales = _as_scale(amax / 127) if weight_format.bits == 8 else _searched_scales(groups, amax, codes)
+            scales = (
+                _as_scale(amax / 127)
+                if weight_format.bits == 8
+                else _searched_scales(groups, amax, codes)
+            )
             _into_codes(groups, scales, weight_format.bits, codes)
         yield part, codes, scales
 
@@ -177,12 +217,14 @@ def _into_codes(groups: Tensor, scales: Tensor, bits: int, codes: Tensor) -> Non
 
 
 def _searched_scales(groups: Tensor, amax: Tensor, scratch: Tensor) -> Tensor:
-    """The 4-bit scale of each group that has the smallest squared error, the first of INT4_DIVISORS among equals."""
+    """The 4-bit scale of each group that has the smallest squared error, the first of INT4_DIVISORS
+    among equals.
+    """
     best_scale = best_error = None
     for divisor in INT4_DIVISORS:
         scale = _as_scale(amax / divisor)
         _into_codes(groups, scale, 4, scratch)
-        torch.addcmul(groups, scratch, scale, value=-1, out=scratch)                    # the product is exact
+        torch.addcmul(groups, scratch, scale, value=-1, out=scratch)  # the product is exact
         error = _sum_(scratch.square_())
         if best_scale is None or best_error is None:
             best_scale, best_error = scale, error
@@ -194,11 +236,13 @@ def _searched_scales(groups: Tensor, amax: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _sum_(values: Tensor) -> Tensor:
-    """(g, n) to (n,), in an order of our own: every device and thread count then picks the same scale. Overwrites `values`."""
+    """(g, n) to (n,), in an order of our own: every device and thread count then picks the same
+    scale. Overwrites `values`.
+    """
     count = values.shape[0]
     while count > 1:
         half = count // 2
-        values[:half] += values[half:2 * half]
+        values[:half] += values[half : 2 * half]
         if count % 2:
             values[0] += values[count - 1]
         count = half
@@ -206,6 +250,8 @@ def _sum_(values: Tensor) -> Tensor:
 
 
 def _as_scale(scale: Tensor) -> Tensor:
-    """The nearest bfloat16, normal and positive as XNNPACK demands; 1 for a group of zeros, whose codes are 0 anyway."""
+    """The nearest bfloat16, normal and positive as XNNPACK demands; 1 for a group of zeros, whose
+    codes are 0 anyway.
+    """
     rounded = scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16).float()
     return torch.where(scale == 0, torch.ones_like(rounded), rounded)

@@ -33,7 +33,9 @@ def quantize_encoder(encoder: Encoder, scheme: Scheme) -> dict[str, Quantized]:
 
 
 def with_weights(encoder: Encoder, quantized: dict[str, Quantized]) -> Encoder:
-    """A float32 copy of the encoder that computes with the dequantized weights: the fake-quantized reference."""
+    """A float32 copy of the encoder that computes with the dequantized weights: the fake-quantized
+    reference.
+    """
     reference = copy.deepcopy(encoder).float()
     with torch.no_grad():
         for name, weight in reference.named_parameters():

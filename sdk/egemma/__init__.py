@@ -57,8 +57,16 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {"Document": "index", "Embedder": "embedder", "Embedding": "embedder", "Embeddings": "embedder", "Hit": "index", "Hits": "index",
-          "Index": "index", "ModelIdentity": "identity"}
+_HOMES = {
+    "Document": "index",
+    "Embedder": "embedder",
+    "Embedding": "embedder",
+    "Embeddings": "embedder",
+    "Hit": "index",
+    "Hits": "index",
+    "Index": "index",
+    "ModelIdentity": "identity",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,9 @@ from egemma_core.errors import BundleError
 
 Item = TypeVar("Item")
 
-# In runs below this many tokens reading the weights takes the time, so padding is nearly free. Measured on 6 int4 layers, x86-64:
-# 0.55 ms a token in a run of 4, 0.30 in one of 32, 0.26 in one of 2048.
+# In runs below this many tokens reading the weights takes the time, so padding is nearly free.
+# Measured on 6 int4 layers, x86-64: 0.55 ms a token in a run of 4, 0.30 in one of 32, 0.26 in one
+# of 2048.
 FREE_TOKENS = 32
 # In larger ones each padded token costs as much as a real one.
 MOST_PADDING = 1 / 8
@@ -20,7 +21,9 @@ MOST_PADDING = 1 / 8
 
 @dataclass(frozen=True, kw_only=True)
 class BatchMemory:
-    """How much memory the activations of one run may take, and what the model's shape makes of it."""
+    """How much memory the activations of one run may take, and what the model's shape makes
+    of it.
+    """
 
     limit_bytes: int
     width: int
@@ -28,12 +31,14 @@ class BatchMemory:
     num_heads: int
 
     def run_bytes(self, texts: int, tokens: int) -> int:
-        """Estimated peak of a run over (B, T), in float32: the attention scores of a layer and the vectors around them.
+        """Estimated peak of a run over (B, T), in float32: the attention scores of a layer and the
+        vectors around them.
 
-        The T² term is what a limit on B · T alone would miss. Measured with ONNX Runtime at full width: 8 to 234 MB for runs of
-        (1, 256), (32, 64), (1, 1024) and (1, 2048), within a quarter of this.
+        The T² term is what a limit on B · T alone would miss. Measured with ONNX Runtime at full
+        width: 8 to 234 MB for runs of (1, 256), (32, 64), (1, 1024) and (1, 2048), within a quarter
+        of this.
         """
-        scores = 3 * self.num_heads * tokens * tokens       # q·k, its mask added, softmax
+        scores = 3 * self.num_heads * tokens * tokens  # q·k, its mask added, softmax
         vectors = tokens * (6 * self.width + 3 * self.ffn_width)
         return 4 * texts * (scores + vectors)
 
@@ -54,7 +59,10 @@ def memory_of(architecture: Mapping[str, Any], limit_bytes: int) -> BatchMemory:
     for name in ("width", "ffn_width", "num_heads"):
         value = architecture.get(name)
         if not isinstance(value, int) or value < 1:
-            raise BundleError(f"the manifest's architecture has {name}={value!r}: it must be a whole number. Export again.")
+            raise BundleError(
+                f"the manifest's architecture has {name}={value!r}: it must be a whole number. "
+                "Export again."
+            )
         shape[name] = value
     return BatchMemory(limit_bytes=limit_bytes, **shape)
 
@@ -66,16 +74,23 @@ def plan_batches(lengths: Sequence[int], memory: BatchMemory) -> list[list[int]]
         lengths: tokens of each text, its prompt and control tokens included.
 
     Returns:
-        Positions in `lengths`, each exactly once, longest run first. A text that alone exceeds the memory still gets a run,
-        by itself: the model reads it or does not, no plan changes that. The same lengths give the same plan.
+        Positions in `lengths`, each exactly once, longest run first. A text that alone exceeds the
+        memory still gets a run, by itself: the model reads it or does not, no plan changes that.
+        The same lengths give the same plan.
     """
     batches: list[list[int]] = []
     longest = padding = 0  # tokens of the batch being filled
-    for position in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
+    for position in sorted(
+        range(len(lengths)), key=lambda position: (-lengths[position], position)
+    ):
         length = lengths[position]
         texts = len(batches[-1]) + 1 if batches else 1
         padded = padding + longest - length
-        if batches and memory.fits(texts, longest) and (texts * longest <= FREE_TOKENS or padded <= MOST_PADDING * texts * longest):
+        if (
+            batches
+            and memory.fits(texts, longest)
+            and (texts * longest <= FREE_TOKENS or padded <= MOST_PADDING * texts * longest)
+        ):
             batches[-1].append(position)
             padding = padded
         else:

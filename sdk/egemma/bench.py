@@ -1,6 +1,8 @@
-"""How long does one text take on this machine, by its length, and how much memory does the process need?
+"""How long does one text take on this machine, by its length, and how much memory does the process
+need?
 
-Leaves out: tokenizing (the ids are drawn at random), batches, a cold disk cache, and what heat does to a phone after a minute.
+Leaves out: tokenizing (the ids are drawn at random), batches, a cold disk cache, and what heat does
+to a phone after a minute.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _WARM_UP_RUNS = 2
 class Latency:
     """Of one text with this many tokens."""
 
-    tokens: int        # BOS and EOS included
+    tokens: int  # BOS and EOS included
     median_ms: float
     p95_ms: float
 
@@ -36,30 +38,46 @@ class BenchReport:
 
     path: str
     target: str
-    runtime: str                # name and version
+    runtime: str  # name and version
     threads: int
-    runs: int                   # of each length, after two that do not count
-    load_ms: float              # opening the bundle, the hashes of its files included
-    peak_rss_mb: float | None   # of the whole process since it began; None where the system does not tell
+    runs: int  # of each length, after two that do not count
+    load_ms: float  # opening the bundle, the hashes of its files included
+    # of the whole process since it began; None where the system does not tell
+    peak_rss_mb: float | None
     latency: list[Latency]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def to_text(self) -> str:
-        lines = [f"{self.path}: {self.target} on {self.runtime}, {self.threads} threads, {self.runs} runs each", "",
-                 "tokens  median ms     p95 ms"]
-        lines += [f"{row.tokens:>6}  {row.median_ms:>9.2f}  {row.p95_ms:>9.2f}" for row in self.latency]
+        lines = [
+            f"{self.path}: {self.target} on {self.runtime}, {self.threads} threads, {self.runs} "
+            "runs each",
+            "",
+            "tokens  median ms     p95 ms",
+        ]
+        lines += [
+            f"{row.tokens:>6}  {row.median_ms:>9.2f}  {row.p95_ms:>9.2f}" for row in self.latency
+        ]
         memory = "not known here" if self.peak_rss_mb is None else f"{self.peak_rss_mb:.0f} MB"
-        return "\n".join([*lines, "", f"load {self.load_ms:.0f} ms, peak memory of the process {memory}"])
+        return "\n".join(
+            [*lines, "", f"load {self.load_ms:.0f} ms, peak memory of the process {memory}"]
+        )
 
 
-def bench(path: str | Path, *, tokens: Sequence[int] | None = None, runs: int = 20, threads: int | None = None) -> BenchReport:
+def bench(
+    path: str | Path,
+    *,
+    tokens: Sequence[int] | None = None,
+    runs: int = 20,
+    threads: int | None = None,
+) -> BenchReport:
     """Measure a bundle.
 
     Args:
         path: the bundle folder, or "builtin".
-        tokens: lengths, BOS and EOS included; None for those of DEFAULT_TOKENS that the model reads.
+        tokens: lengths, BOS and EOS included; None for those of DEFAULT_TOKENS that the model
+            reads.
         runs: how often each length is measured.
 
     Raises:
@@ -71,27 +89,51 @@ def bench(path: str | Path, *, tokens: Sequence[int] | None = None, runs: int = 
     start = time.perf_counter()
     with Embedder.open(path, threads=threads) as embedder:
         load_ms = 1000 * (time.perf_counter() - start)
-        lengths = [count for count in DEFAULT_TOKENS if count <= embedder.max_tokens] if tokens is None else list(tokens)
+        lengths = (
+            [count for count in DEFAULT_TOKENS if count <= embedder.max_tokens]
+            if tokens is None
+            else list(tokens)
+        )
         for count in lengths:
             if not 3 <= count <= embedder.max_tokens:
-                raise ConfigError(f"tokens={count}: the model reads 3 to {embedder.max_tokens}, BOS and EOS included.")
+                raise ConfigError(
+                    f"tokens={count}: the model reads 3 to {embedder.max_tokens}, BOS and EOS "
+                    "included."
+                )
         latency = [_measure(embedder, count, runs) for count in lengths]
-        return BenchReport(path=str(path), target=embedder.manifest.target, runtime=embedder.runtime, threads=embedder.threads, runs=runs,
-                           load_ms=round(load_ms, 1), peak_rss_mb=_peak_rss_mb(), latency=latency)
+        return BenchReport(
+            path=str(path),
+            target=embedder.manifest.target,
+            runtime=embedder.runtime,
+            threads=embedder.threads,
+            runs=runs,
+            load_ms=round(load_ms, 1),
+            peak_rss_mb=_peak_rss_mb(),
+            latency=latency,
+        )
 
 
 def _measure(embedder: Embedder, count: int, runs: int) -> Latency:
     facts, random = embedder.manifest.tokenizer, np.random.default_rng(count)
     times_ms = []
     for run in range(_WARM_UP_RUNS + runs):
-        # Fresh ids for each run, as a user's texts would be: the table of a real model is larger than any cache.
-        words = random.integers(max(facts["bos_id"], facts["eos_id"], facts["pad_id"]) + 1, facts["vocab_size"], size=count - 2)
+        # Fresh ids for each run, as a user's texts would be: the table of a real model is larger
+        # than any cache.
+        words = random.integers(
+            max(facts["bos_id"], facts["eos_id"], facts["pad_id"]) + 1,
+            facts["vocab_size"],
+            size=count - 2,
+        )
         ids = [facts["bos_id"], *words.tolist(), facts["eos_id"]]
         start = time.perf_counter()
         embedder.embed_ids([ids])
         if run >= _WARM_UP_RUNS:
             times_ms.append(1000 * (time.perf_counter() - start))
-    return Latency(tokens=count, median_ms=round(float(np.median(times_ms)), 3), p95_ms=round(float(np.percentile(times_ms, 95)), 3))
+    return Latency(
+        tokens=count,
+        median_ms=round(float(np.median(times_ms)), 3),
+        p95_ms=round(float(np.percentile(times_ms, 95)), 3),
+    )
 
 
 def _peak_rss_mb() -> float | None:

@@ -1,8 +1,9 @@
 """A long text as chunks that the model reads whole, cut where the text itself says so.
 
-Cuts depend on what stands near them, not on how far they are from the beginning: where a chunk is two fifths full or more the
-strongest boundary wins, and among equal ones the one whose next characters have the smallest checksum. So an edit moves the cuts
-beside it, and the chunks after that are the same as before (docs/decisions/0007-ingestion.md has the numbers).
+Cuts depend on what stands near them, not on how far they are from the beginning: where a chunk is
+two fifths full or more the strongest boundary wins, and among equal ones the one whose next
+characters have the smallest checksum. So an edit moves the cuts beside it, and the chunks after
+that are the same as before (docs/decisions/0007-ingestion.md has the numbers).
 """
 
 from __future__ import annotations
@@ -28,25 +29,29 @@ _BREAKS = re.compile(
 )
 _ENDS_A_SENTENCE = frozenset(".!?…。！？｡" + _CLOSERS.replace("\\", ""))
 _JOINERS = frozenset("\u200d\ufe0e\ufe0f\u20e3")
-_ANCHOR_CHARACTERS = 32       # what stands behind a boundary and decides between equal ones
-_TITLE_SHARE = 4              # a title takes at most this part of what the model reads
-_TITLE_CHARACTERS = 200       # of each heading in it
-_FULL_ENOUGH = 0.4            # from here on a chunk may end; lower, and more edits meet a cut that stays; higher, and there are fewer chunks
-_FEWEST_TEXT_TOKENS = 8       # beside prompt, title and overlap
+_ANCHOR_CHARACTERS = 32  # what stands behind a boundary and decides between equal ones
+_TITLE_SHARE = 4  # a title takes at most this part of what the model reads
+_TITLE_CHARACTERS = 200  # of each heading in it
+# from here on a chunk may end; lower, and more edits meet a cut that stays; higher, and there are
+# fewer chunks
+_FULL_ENOUGH = 0.4
+_FEWEST_TEXT_TOKENS = 8  # beside prompt, title and overlap
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """A part of a document that is embedded by itself.
 
-    The chunks of a document tile its text: the first starts at 0, the last stops at its end, and each starts at or before the stop of
-    the one before. What lies before that stop is overlap.
+    The chunks of a document tile its text: the first starts at 0, the last stops at its end, and
+    each starts at or before the stop of the one before. What lies before that stop is overlap.
     """
 
-    start: int          # code points in the document's text
+    start: int  # code points in the document's text
     stop: int
-    title: str | None   # embedded as its title: that of the document and the headings above it, "Guide > Install > Linux"
-    text: str           # document_text[start:stop]
+    # embedded as its title: that of the document and the headings above it, "Guide > Install >
+    # Linux"
+    title: str | None
+    text: str  # document_text[start:stop]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,8 @@ class ChunkedDocument:
     id: str
     title: str | None
     metadata: Mapping[str, Any] | None
-    source: Mapping[str, Any] | None   # where it came from and in which state, as JSON; None for what was not read from a file
+    # where it came from and in which state, as JSON; None for what was not read from a file
+    source: Mapping[str, Any] | None
     chunks: tuple[Chunk, ...]
 
 
@@ -64,13 +70,21 @@ class ChunkedDocument:
 class Heading:
     """Where a section begins."""
 
-    offset: int   # code points, of the heading itself
-    level: int    # 1 for the outermost
+    offset: int  # code points, of the heading itself
+    level: int  # 1 for the outermost
     title: str
 
 
-def split_text(text: str, *, title: str | None, count_tokens: Callable[[str], int], max_tokens: int, overlap_tokens: int = 0,
-               headings: Sequence[Heading] = (), prompt: Callable[[str | None], str] | None = None) -> list[Chunk]:
+def split_text(
+    text: str,
+    *,
+    title: str | None,
+    count_tokens: Callable[[str], int],
+    max_tokens: int,
+    overlap_tokens: int = 0,
+    headings: Sequence[Heading] = (),
+    prompt: Callable[[str | None], str] | None = None,
+) -> list[Chunk]:
     """Chunks of which none is longer than the model reads: each was counted as it will be embedded.
 
     Args:
@@ -78,13 +92,16 @@ def split_text(text: str, *, title: str | None, count_tokens: Callable[[str], in
         title: of the document, or None.
         count_tokens: of a string, as the model's tokenizer counts it.
         max_tokens: the most that `count_tokens` may give for one chunk.
-        overlap_tokens: how much of the chunk before is repeated, in whole sentences or lines; never across a heading.
+        overlap_tokens: how much of the chunk before is repeated, in whole sentences or lines; never
+            across a heading.
         headings: by rising offset.
-        prompt: what stands in front of a text with this title, such as `Prompts.document`; it is counted with every chunk. Without it
-            `count_tokens` and `max_tokens` are of the bare text, and the caller leaves room for what comes before it.
+        prompt: what stands in front of a text with this title, such as `Prompts.document`; it is
+            counted with every chunk. Without it `count_tokens` and `max_tokens` are of the bare
+            text, and the caller leaves room for what comes before it.
 
     Returns:
-        Chunks in the order of the text; none for an empty one. A chunk is blank only where the text is, for longer than a chunk.
+        Chunks in the order of the text; none for an empty one. A chunk is blank only where the text
+        is, for longer than a chunk.
 
     Raises:
         ConfigError: prompt, title and overlap leave no room for text.
@@ -92,15 +109,29 @@ def split_text(text: str, *, title: str | None, count_tokens: Callable[[str], in
         InputError: headings out of order.
     """
     splitter = _Splitter(text, count_tokens, max_tokens, overlap_tokens, prompt)
-    return [chunk for start, stop, path in _sections(text, title, headings) for chunk in splitter.split(start, stop, path)]
+    return [
+        chunk
+        for start, stop, path in _sections(text, title, headings)
+        for chunk in splitter.split(start, stop, path)
+    ]
 
 
-def _sections(text: str, title: str | None, headings: Sequence[Heading]) -> Iterator[tuple[int, int, list[str]]]:
-    """(start, stop, titles from the document's down to the section's). A heading without text of its own joins what follows it."""
+def _sections(
+    text: str, title: str | None, headings: Sequence[Heading]
+) -> Iterator[tuple[int, int, list[str]]]:
+    """(start, stop, titles from the document's down to the section's).
+
+    A heading without text of its own joins what follows it.
+    """
     outer = [_one_line(title)] if title and title.strip() else []
     starts = [heading.offset for heading in headings]
-    if any(later <= earlier for earlier, later in pairwise(starts)) or (starts and not 0 <= starts[0] <= starts[-1] <= len(text)):
-        raise InputError(f"headings at {starts[:8]}...: their offsets must rise, from 0 to the text's {len(text)} characters.")
+    if any(later <= earlier for earlier, later in pairwise(starts)) or (
+        starts and not 0 <= starts[0] <= starts[-1] <= len(text)
+    ):
+        raise InputError(
+            f"headings at {starts[:8]}...: their offsets must rise, from 0 to the text's "
+            f"{len(text)} characters."
+        )
     path = outer
     open_headings: list[Heading] = []
     start = starts[0] if headings and text[: starts[0]].strip() else 0
@@ -111,7 +142,8 @@ def _sections(text: str, title: str | None, headings: Sequence[Heading]) -> Iter
             open_headings.pop()
         open_headings.append(heading)
         inner = [_one_line(above.title) for above in open_headings]
-        path = outer + (inner[1:] if inner[:1] == outer else inner)  # a page's first heading often is its title
+        # a page's first heading often is its title
+        path = outer + (inner[1:] if inner[:1] == outer else inner)
         if _has_body(text, heading.offset, stop):
             yield start, stop, path
             start = stop
@@ -133,18 +165,36 @@ def _one_line(title: str) -> str:
 class _Splitter:
     """The numbers that all sections share, and the cutting of one section at a time."""
 
-    def __init__(self, text: str, count_tokens: Callable[[str], int], max_tokens: int, overlap_tokens: int,
-                 prompt: Callable[[str | None], str] | None) -> None:
+    def __init__(
+        self,
+        text: str,
+        count_tokens: Callable[[str], int],
+        max_tokens: int,
+        overlap_tokens: int,
+        prompt: Callable[[str | None], str] | None,
+    ) -> None:
         for name, value in (("max_tokens", max_tokens), ("overlap_tokens", overlap_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r}: a whole number of tokens.")
-        self._text, self._count, self._max, self._overlap = text, count_tokens, max_tokens, overlap_tokens
+        self._text, self._count, self._max, self._overlap = (
+            text,
+            count_tokens,
+            max_tokens,
+            overlap_tokens,
+        )
         self._prompt = prompt
         self._frame = count_tokens("")  # control tokens, which are counted once for every string
         self._untitled = self._count_framed(None, "")
-        if max_tokens - self._untitled - max_tokens // _TITLE_SHARE - overlap_tokens < _FEWEST_TEXT_TOKENS:
-            raise ConfigError(f"max_tokens={max_tokens}, overlap_tokens={overlap_tokens}: the prompt takes {self._untitled}, a title up to "
-                              f"{max_tokens // _TITLE_SHARE}; less than {_FEWEST_TEXT_TOKENS} are left for text. Raise max_tokens.")
+        if (
+            max_tokens - self._untitled - max_tokens // _TITLE_SHARE - overlap_tokens
+            < _FEWEST_TEXT_TOKENS
+        ):
+            raise ConfigError(
+                f"max_tokens={max_tokens}, overlap_tokens={overlap_tokens}: the prompt takes "
+                f"{self._untitled}, a title up to "
+                f"{max_tokens // _TITLE_SHARE}; less than {_FEWEST_TEXT_TOKENS} are left for text. "
+                "Raise max_tokens."
+            )
 
     def split(self, start: int, stop: int, path: list[str]) -> Iterator[Chunk]:
         """Chunks of one section."""
@@ -156,10 +206,15 @@ class _Splitter:
             begin = units.start(first)
             end = units.cut(first)
             overlapped = units.back(first, self._overlap, no_further_than=previous_start)
-            if overlapped < begin and self._count_framed(title, self._text[overlapped:units.stop(end)]) <= self._max:
+            if (
+                overlapped < begin
+                and self._count_framed(title, self._text[overlapped : units.stop(end)]) <= self._max
+            ):
                 yield self._chunk(overlapped, units.stop(end), title)
             else:
-                while (found := self._count_framed(title, self._text[begin:units.stop(end)])) > self._max:
+                while (
+                    found := self._count_framed(title, self._text[begin : units.stop(end)])
+                ) > self._max:
                     end = units.shorter(first, end, self._max / found)
                 yield self._chunk(begin, units.stop(end), title)
             first, previous_start = end, begin
@@ -180,7 +235,9 @@ class _Splitter:
             return None, self._untitled
         forms = [" > ".join(path), " > ".join([path[0], "…", path[-1]]), path[-1]]
         while len(forms[-1]) > 1:
-            forms.append(forms[-1][: len(forms[-1]) // 2].rstrip("… ") + "…" if len(forms[-1]) > 3 else "…")
+            forms.append(
+                forms[-1][: len(forms[-1]) // 2].rstrip("… ") + "…" if len(forms[-1]) > 3 else "…"
+            )
         for form in forms:
             overhead = self._count_framed(form, "") if self._prompt else self._frame
             taken = overhead - self._untitled if self._prompt else self._tokens(form)
@@ -190,14 +247,18 @@ class _Splitter:
 
 
 class _Units:
-    """A section as units: sentences and lines, and smaller pieces of those that would fill half a chunk.
+    """A section as units: sentences and lines, and smaller pieces of those that would fill half a
+    chunk.
 
     A unit is what stands in front of a possible cut, the blanks behind it included.
     """
 
-    def __init__(self, text: str, start: int, stop: int, tokens: Callable[[str], int], budget: int) -> None:
+    def __init__(
+        self, text: str, start: int, stop: int, tokens: Callable[[str], int], budget: int
+    ) -> None:
         self._text, self._begin, self._tokens, self._budget = text, start, tokens, budget
-        self._piece_characters = max(2, min(64, budget // 8))  # at most half a chunk, at four bytes and tokens a character
+        # at most half a chunk, at four bytes and tokens a character
+        self._piece_characters = max(2, min(64, budget // 8))
         self._stops: list[int] = []
         self._levels: list[int] = []
         self._costs: list[int] = []
@@ -228,8 +289,13 @@ class _Units:
             if filled > self._budget:
                 return best
             if filled >= _FULL_ENOUGH * self._budget and number + 1 < len(self):
-                # The strongest boundary; among those one that leaves no crumb; then the anchor, the later of equal ones.
-                rank = (self._levels[number], 4 * self._rests[number] >= self._budget, -self._anchor(number))
+                # The strongest boundary; among those one that leaves no crumb; then the anchor, the
+                # later of equal ones.
+                rank = (
+                    self._levels[number],
+                    4 * self._rests[number] >= self._budget,
+                    -self._anchor(number),
+                )
                 if best_rank is None or rank >= best_rank:
                     best, best_rank = number + 1, rank
             elif best_rank is None:
@@ -239,13 +305,19 @@ class _Units:
     def back(self, first: int, tokens: int, *, no_further_than: int) -> int:
         """Where an overlap of up to `tokens` in front of unit `first` starts."""
         number = first
-        while number > 0 and self._costs[number - 1] <= tokens and self.start(number - 1) > no_further_than:
+        while (
+            number > 0
+            and self._costs[number - 1] <= tokens
+            and self.start(number - 1) > no_further_than
+        ):
             number -= 1
             tokens -= self._costs[number]
         return self.start(number)
 
     def shorter(self, first: int, end: int, fits: float) -> int:
-        """An earlier end, after counting showed that only about this part fits; splits a unit where it stands alone."""
+        """An earlier end, after counting showed that only about this part fits; splits a unit where
+        it stands alone.
+        """
         if end == first + 1:
             return self._halve(first)
         filled = sum(self._costs[first:end])
@@ -258,11 +330,17 @@ class _Units:
     def _halve(self, number: int) -> int:
         start, stop = self.start(number), self._stops[number]
         if stop - start < 2:
-            raise TokenLimitError(f"the character U+{ord(self._text[start]):04X} at {start} alone is longer than a chunk may be. Raise max_tokens.")
+            raise TokenLimitError(
+                f"the character U+{ord(self._text[start]):04X} at {start} alone is longer than a "
+                "chunk may be. Raise max_tokens."
+            )
         middle = start + (stop - start) // 2
         self._stops.insert(number, middle)
         self._levels.insert(number, _CHARACTER)
-        self._costs[number : number + 1] = [self._tokens(self._text[start:middle]), self._tokens(self._text[middle:stop])]
+        self._costs[number : number + 1] = [
+            self._tokens(self._text[start:middle]),
+            self._tokens(self._text[middle:stop]),
+        ]
         self._rests.insert(number, self._rests[number] + self._costs[number + 1])
         return number + 1
 
@@ -270,8 +348,8 @@ class _Units:
         """Add the unit between the last one and `stop`.
 
         Args:
-            content: where the content of the last unit ended. A unit is counted with the blanks before it, not those behind it: that
-                is how the tokenizer's pieces lie ("▁word").
+            content: where the content of the last unit ended. A unit is counted with the blanks
+                before it, not those behind it: that is how the tokenizer's pieces lie ("▁word").
 
         Returns:
             Where the content of this one ended.
@@ -279,16 +357,24 @@ class _Units:
         start = self._stops[-1] if self._stops else self._begin
         whole = self._text[start:stop]
         content_stop = start + len(whole.rstrip()) if whole.strip() else stop
-        if len(whole) <= 4 * self._budget:  # a longer one would cost more tokens than half a chunk has
+        # a longer one would cost more tokens than half a chunk has
+        if len(whole) <= 4 * self._budget:
             cost = self._tokens(self._text[content:content_stop])
             if 2 * cost <= self._budget or len(whole) <= self._piece_characters:
                 self._add(stop, level, cost)
                 return content_stop
         for piece_stop in _pieces(self._text, start, stop, self._piece_characters):
-            piece_level = level if piece_stop == stop else _WORD if self._text[piece_stop - 1].isspace() else _CHARACTER
+            piece_level = (
+                level
+                if piece_stop == stop
+                else _WORD
+                if self._text[piece_stop - 1].isspace()
+                else _CHARACTER
+            )
             cost = self._tokens(self._text[content:piece_stop])
-            blank = self._stops and not self._text[self._stops[-1]:piece_stop].strip()
-            if blank and 2 * (self._costs[-1] + cost) <= self._budget:  # blanks belong to what they follow
+            blank = self._stops and not self._text[self._stops[-1] : piece_stop].strip()
+            # blanks belong to what they follow
+            if blank and 2 * (self._costs[-1] + cost) <= self._budget:
                 self._stops[-1], self._levels[-1] = piece_stop, max(self._levels[-1], piece_level)
                 self._costs[-1] += cost
             else:
@@ -303,7 +389,9 @@ class _Units:
 
     def _anchor(self, number: int) -> int:
         stop = self._stops[number]
-        return zlib.crc32(self._text[stop : stop + _ANCHOR_CHARACTERS].encode(errors="surrogatepass"))
+        return zlib.crc32(
+            self._text[stop : stop + _ANCHOR_CHARACTERS].encode(errors="surrogatepass")
+        )
 
 
 def _natural_units(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -313,7 +401,8 @@ def _natural_units(text: str, start: int, stop: int) -> Iterator[tuple[int, int]
     for match in _BREAKS.finditer(text, start, stop):
         end = match.end()
         level = _level(text, match) if match["lines"] else _SENTENCE
-        if not text[unit_start:end].strip():  # only blanks since the last boundary: that one lies behind them
+        # only blanks since the last boundary: that one lies behind them
+        if not text[unit_start:end].strip():
             if pending is not None:
                 pending, unit_start = (end, max(level, pending[1])), end
             continue
@@ -339,14 +428,17 @@ def _level(text: str, match: re.Match[str]) -> int:
 def _pieces(text: str, start: int, stop: int, size: int) -> Iterator[int]:
     """Stops of pieces of up to `size` characters, for text without sentences or lines.
 
-    A cut stands before the largest character of its window, so that an edit does not move all later ones; or at the blank nearest
-    to it, if the window has one. Letters and their accents, and joined emoji, stay together where they fit.
+    A cut stands before the largest character of its window, so that an edit does not move all later
+    ones; or at the blank nearest to it, if the window has one. Letters and their accents, and
+    joined emoji, stay together where they fit.
     """
     while stop - start > size:
         window = text[start + size // 2 : start + size]
         peak = window.index(max(window))
-        blank = next((at + 1 for at in range(peak, len(window)) if window[at].isspace()),
-                     next((at + 1 for at in range(peak - 1, -1, -1) if window[at].isspace()), None))
+        blank = next(
+            (at + 1 for at in range(peak, len(window)) if window[at].isspace()),
+            next((at + 1 for at in range(peak - 1, -1, -1) if window[at].isspace()), None),
+        )
         if blank is not None:
             start += size // 2 + blank
         else:
@@ -362,4 +454,9 @@ def _pieces(text: str, start: int, stop: int, size: int) -> Iterator[int]:
 def _joined(text: str, position: int) -> bool:
     """Whether a cut here would part one visible character."""
     before, after = text[position - 1], text[position]
-    return before == "\u200d" or after in _JOINERS or (before == "\r" and after == "\n") or unicodedata.combining(after) != 0
+    return (
+        before == "\u200d"
+        or after in _JOINERS
+        or (before == "\r" and after == "\n")
+        or unicodedata.combining(after) != 0
+    )

@@ -1,4 +1,6 @@
-"""Which model made a vector: what two stores, or a store and an embedder, compare before they mix vectors."""
+"""Which model made a vector: what two stores, or a store and an embedder, compare before they mix
+vectors.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +22,50 @@ PARTS = ("weights", "tokenizer", "prompts", "architecture", "scheme")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
-    """A model as a store knows it. Equal fingerprints mean vectors that may be compared, whatever the names say."""
+    """A model as a store knows it.
 
-    fingerprint: str           # 64 hexadecimal digits; see `egemma_core.bundle.fingerprint_of`
-    name: str                  # for people; not compared
-    dims: tuple[int, ...]      # trained widths, falling; the first is a vector's full width
-    parts: Mapping[str, str]   # PARTS -> the first 12 hexadecimal digits of each part's SHA-256, to say what differs
+    Equal fingerprints mean vectors that may be compared, whatever the names say.
+    """
+
+    fingerprint: str  # 64 hexadecimal digits; see `egemma_core.bundle.fingerprint_of`
+    name: str  # for people; not compared
+    dims: tuple[int, ...]  # trained widths, falling; the first is a vector's full width
+    # PARTS -> the first 12 hexadecimal digits of each part's SHA-256, to say what differs
+    parts: Mapping[str, str]
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", self.fingerprint):
-            raise ConfigError(f"fingerprint={self.fingerprint!r}: 64 hexadecimal digits, as `egemma inspect` prints them.")
+            raise ConfigError(
+                f"fingerprint={self.fingerprint!r}: 64 hexadecimal digits, as `egemma inspect` "
+                "prints them."
+            )
         falling = sorted(set(self.dims), reverse=True)
         if not self.dims or list(self.dims) != falling or falling[-1] < 1:
-            raise ConfigError(f"dims={self.dims}: the trained widths, from the full one down, such as (768, 512, 256, 128).")
+            raise ConfigError(
+                f"dims={self.dims}: the trained widths, from the full one down, such as (768, 512, "
+                "256, 128)."
+            )
 
     @classmethod
     def of(cls, embedder: Embedder) -> ModelIdentity:
         manifest = embedder.manifest
-        contents = {"weights": manifest.source.get("weights"), "tokenizer": manifest.files[TOKENIZER]["sha256"],
-                    "prompts": manifest.prompts, "architecture": manifest.architecture, "scheme": manifest.scheme}
-        name = f"{manifest.source.get('model', 'an unnamed model')} {manifest.target} ({embedder.fingerprint[:12]})"
-        return cls(fingerprint=embedder.fingerprint, name=name, dims=embedder.dims,
-                   parts={part: _digest(content) for part, content in contents.items()})
+        contents = {
+            "weights": manifest.source.get("weights"),
+            "tokenizer": manifest.files[TOKENIZER]["sha256"],
+            "prompts": manifest.prompts,
+            "architecture": manifest.architecture,
+            "scheme": manifest.scheme,
+        }
+        name = (
+            f"{manifest.source.get('model', 'an unnamed model')} {manifest.target} "
+            f"({embedder.fingerprint[:12]})"
+        )
+        return cls(
+            fingerprint=embedder.fingerprint,
+            name=name,
+            dims=embedder.dims,
+            parts={part: _digest(content) for part, content in contents.items()},
+        )
 
     @property
     def dim(self) -> int:
@@ -49,7 +73,14 @@ class ModelIdentity:
         return self.dims[0]
 
     def to_json(self) -> str:
-        return json.dumps({"fingerprint": self.fingerprint, "name": self.name, "dims": list(self.dims), "parts": dict(self.parts)})
+        return json.dumps(
+            {
+                "fingerprint": self.fingerprint,
+                "name": self.name,
+                "dims": list(self.dims),
+                "parts": dict(self.parts),
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> ModelIdentity:
@@ -60,14 +91,23 @@ class ModelIdentity:
         try:
             body = json.loads(text)
             strings = [body["fingerprint"], body["name"], *body["parts"], *body["parts"].values()]
-            if not all(isinstance(value, str) for value in strings) or not all(type(dim) is int for dim in body["dims"]):
+            if not all(isinstance(value, str) for value in strings) or not all(
+                type(dim) is int for dim in body["dims"]
+            ):
                 raise ValueError("a field has another type")
-            return cls(fingerprint=body["fingerprint"], name=body["name"], dims=tuple(body["dims"]), parts=body["parts"])
+            return cls(
+                fingerprint=body["fingerprint"],
+                name=body["name"],
+                dims=tuple(body["dims"]),
+                parts=body["parts"],
+            )
         except (KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
             raise ValueError(f"no model identity: {error}") from error
 
 
-def check_same_model(where: object, stored: ModelIdentity, mine: ModelIdentity, way_out: str) -> None:
+def check_same_model(
+    where: object, stored: ModelIdentity, mine: ModelIdentity, way_out: str
+) -> None:
     """
     Raises:
         IndexMismatchError: the fingerprints differ; says which parts do, and `way_out`.
@@ -75,7 +115,9 @@ def check_same_model(where: object, stored: ModelIdentity, mine: ModelIdentity, 
     if stored.fingerprint != mine.fingerprint:
         differs = [part for part in PARTS if stored.parts.get(part) != mine.parts.get(part)]
         what = f" They differ in {', '.join(differs)}." if differs and stored.parts else ""
-        raise IndexMismatchError(f"{where} holds vectors of {stored.name}, this is {mine.name}.{what} {way_out}")
+        raise IndexMismatchError(
+            f"{where} holds vectors of {stored.name}, this is {mine.name}.{what} {way_out}"
+        )
 
 
 def _digest(content: Any) -> str:

@@ -20,24 +20,36 @@ def check_threads(threads: int | None) -> int:
     """
     if threads is None:
         return min(available_cpus(), MOST_THREADS)
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
-        raise ConfigError(f"threads={threads!r}: a whole number from 1 to {MOST_THREADS}, or None for the {available_cpus()} CPUs here.")
+    if (
+        isinstance(threads, bool)
+        or not isinstance(threads, int)
+        or not 1 <= threads <= MOST_THREADS
+    ):
+        raise ConfigError(
+            f"threads={threads!r}: a whole number from 1 to {MOST_THREADS}, or None for the "
+            f"{available_cpus()} CPUs here."
+        )
     return threads
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """CPUs in this process's affinity mask, or fewer where its control group may use less time (as in a container).
+    """CPUs in this process's affinity mask, or fewer where its control group may use less time (as
+    in a container).
 
     Args:
         root: where /proc and /sys are, for tests.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     # 1.5 CPUs keep two threads busy for most of the time; one thread would waste a third.
     return max(1, min([allowed, *(math.ceil(cpus) for cpus in _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """CPUs granted by each control group from this process's own up to the topmost; every one of them binds."""
+    """CPUs granted by each control group from this process's own up to the topmost; every one of
+    them binds.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux

@@ -1,4 +1,6 @@
-"""The bundle folder: what is read back, what is refused, and that a half-written one cannot exist."""
+"""The bundle folder: what is read back, what is refused, and that a half-written one cannot
+exist.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,24 @@ def bundle(tmp_path: Path, tiny_spm: Path) -> Path:
     (folder / "model.onnx").write_bytes(b"weights" * 100)
     (folder / TOKENIZER).write_bytes(tiny_spm.read_bytes())
     (folder / GOLDEN).write_text("{}")
-    write_manifest(folder, Manifest(
-        target="onnx-int4", runtime="onnxruntime", fingerprint="f", source={"model": "m"}, architecture={"width": 96},
-        tokenizer={"bos_id": 2, "eos_id": 1, "pad_id": 0, "vocab_size": 4096, "max_tokens": 64},
-        prompts={"query": "q: ", "document": "d: "}, dims=(96, 32), scheme={"name": "int4"}, batch="dynamic",
-        verification={}, tools={}, files=describe_files(folder)))
+    write_manifest(
+        folder,
+        Manifest(
+            target="onnx-int4",
+            runtime="onnxruntime",
+            fingerprint="f",
+            source={"model": "m"},
+            architecture={"width": 96},
+            tokenizer={"bos_id": 2, "eos_id": 1, "pad_id": 0, "vocab_size": 4096, "max_tokens": 64},
+            prompts={"query": "q: ", "document": "d: "},
+            dims=(96, 32),
+            scheme={"name": "int4"},
+            batch="dynamic",
+            verification={},
+            tools={},
+            files=describe_files(folder),
+        ),
+    )
     return folder
 
 
@@ -81,8 +96,14 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an unknown runtime": (lambda b: b.update(runtime="tflite"), "tflite"),
     "no dims": (lambda b: b.update(dims=[]), "dims"),
     "a table that is a list": (lambda b: b.update(files=[]), "files is not a table"),
-    "a path that climbs": (lambda b: b["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "plain file name"),
-    "a model that is not listed": (lambda b: b["files"].pop("model.onnx"), "does not list model.onnx"),
+    "a path that climbs": (
+        lambda b: b["files"].update({"../x": {"bytes": 1, "sha256": ""}}),
+        "plain file name",
+    ),
+    "a model that is not listed": (
+        lambda b: b["files"].pop("model.onnx"),
+        "does not list model.onnx",
+    ),
     "a missing tokenizer field": (lambda b: b["tokenizer"].pop("max_tokens"), "tokenizer="),
 }
 
@@ -136,7 +157,9 @@ def test_a_killed_writer_leaves_no_bundle(tmp_path: Path) -> None:
             print("writing", flush=True)
             time.sleep(60)
     """)
-    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "b")], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "b")], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "writing\n"
     os.kill(child.pid, signal.SIGKILL)
@@ -164,12 +187,22 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_what_moves_vectors_and_nothing_else() -> None:
     def fingerprint(**changes: Any) -> str:
-        parts: dict[str, Any] = {"weights": {"model.safetensors": "1"}, "tokenizer_sha256": "2", "prompts": {"query": "q: "},
-                                 "architecture": {"window": 256}, "scheme": {"name": "int4"}}
+        parts: dict[str, Any] = {
+            "weights": {"model.safetensors": "1"},
+            "tokenizer_sha256": "2",
+            "prompts": {"query": "q: "},
+            "architecture": {"window": 256},
+            "scheme": {"name": "int4"},
+        }
         return fingerprint_of(**(parts | changes))
 
     base = fingerprint()
     assert base == fingerprint(prompts={"query": "q: "})
-    for change in ({"weights": {"model.safetensors": "9"}}, {"tokenizer_sha256": "9"}, {"prompts": {"query": "q:"}},
-                   {"architecture": {"window": 512}}, {"scheme": {"name": "int8"}}):
+    for change in (
+        {"weights": {"model.safetensors": "9"}},
+        {"tokenizer_sha256": "9"},
+        {"prompts": {"query": "q:"}},
+        {"architecture": {"window": 512}},
+        {"scheme": {"name": "int8"}},
+    ):
         assert fingerprint(**change) != base

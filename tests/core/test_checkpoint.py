@@ -1,4 +1,6 @@
-"""What a checkpoint folder must say, and that everything which would be computed wrongly is refused."""
+"""What a checkpoint folder must say, and that everything which would be computed wrongly is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from egemma_core.config import FULL, SLIDING
 from egemma_core.errors import CheckpointError
 from egemma_core.nn.load import load_encoder
 
-pytest.importorskip("sentence_transformers", reason="it writes the folders; pip install 'egemma[dev]'")
+pytest.importorskip(
+    "sentence_transformers", reason="it writes the folders; pip install 'egemma[dev]'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +66,18 @@ def test_the_older_spelling_of_the_config_means_the_same(folder: Path) -> None:
         body.update(rope_theta=1e6, rope_local_base_freq=1e4, _sliding_window_pattern=3)
 
     edit(folder / "config.json", older)
-    edit(folder / "1_Pooling/config.json",
-         lambda body: {"word_embedding_dimension": 96, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False})
-    edit(folder / "sentence_bert_config.json", lambda body: {"max_seq_length": 80, "do_lower_case": False})
+    edit(
+        folder / "1_Pooling/config.json",
+        lambda body: {
+            "word_embedding_dimension": 96,
+            "pooling_mode_mean_tokens": True,
+            "pooling_mode_cls_token": False,
+        },
+    )
+    edit(
+        folder / "sentence_bert_config.json",
+        lambda body: {"max_seq_length": 80, "do_lower_case": False},
+    )
     config = open_checkpoint(folder).config
     assert config.max_tokens == 80
     assert config.layer_types == newer.layer_types
@@ -81,27 +94,76 @@ def test_a_width_of_768_has_the_trained_dims_of_the_report(folder: Path) -> None
 REFUSED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "another architecture": ("config.json", set_to(model_type="bert"), "model_type='bert'"),
     "a causal model": ("config.json", set_to(use_bidirectional_attention=False), "adapted"),
-    "no word on causality": ("config.json", lambda body: body.pop("use_bidirectional_attention") and None, "adapted"),
+    "no word on causality": (
+        "config.json",
+        lambda body: body.pop("use_bidirectional_attention") and None,
+        "adapted",
+    ),
     "the halved window of a re-save": ("config.json", set_to(sliding_window=257), "512"),
     "another activation": ("config.json", set_to(hidden_activation="relu"), "relu"),
     "biases": ("config.json", set_to(attention_bias=True), "attention_bias"),
     "soft-capped scores": ("config.json", set_to(attn_logit_softcapping=50.0), "softcapping"),
-    "a missing rotary base": ("config.json", set_to(rope_parameters={FULL: {"rope_theta": 1e6}}), "rotary"),
-    "scaled positions": ("config.json", set_to(rope_parameters={FULL: {"rope_theta": 1e6, "rope_type": "linear"}, SLIDING: {"rope_theta": 1e4}}), "linear"),
+    "a missing rotary base": (
+        "config.json",
+        set_to(rope_parameters={FULL: {"rope_theta": 1e6}}),
+        "rotary",
+    ),
+    "scaled positions": (
+        "config.json",
+        set_to(
+            rope_parameters={
+                FULL: {"rope_theta": 1e6, "rope_type": "linear"},
+                SLIDING: {"rope_theta": 1e4},
+            }
+        ),
+        "linear",
+    ),
     "a number that is text": ("config.json", set_to(hidden_size="96"), "hidden_size='96'"),
     "too few layer types": ("config.json", set_to(layer_types=[FULL]), "layer_types"),
-    "dense modules that modules.json forgot": ("modules.json", lambda rows: [row for row in rows if "Dense" not in row["type"]], "2_Dense"),
-    "one dense module forgotten": ("modules.json", lambda rows: [row for row in rows if row["path"] != "3_Dense"], "3_Dense"),
-    "modules in another order": ("modules.json", lambda rows: [rows[0], *rows[2:4], rows[1], rows[4]], "Transformer, Pooling, Dense"),
-    "a module outside of the folder": ("modules.json", lambda rows: [rows[0], {**rows[1], "path": "../1_Pooling"}, *rows[2:]], "outside"),
-    "a dense activation": ("2_Dense/config.json", set_to(activation_function="torch.nn.modules.activation.Tanh"), "Tanh"),
+    "dense modules that modules.json forgot": (
+        "modules.json",
+        lambda rows: [row for row in rows if "Dense" not in row["type"]],
+        "2_Dense",
+    ),
+    "one dense module forgotten": (
+        "modules.json",
+        lambda rows: [row for row in rows if row["path"] != "3_Dense"],
+        "3_Dense",
+    ),
+    "modules in another order": (
+        "modules.json",
+        lambda rows: [rows[0], *rows[2:4], rows[1], rows[4]],
+        "Transformer, Pooling, Dense",
+    ),
+    "a module outside of the folder": (
+        "modules.json",
+        lambda rows: [rows[0], {**rows[1], "path": "../1_Pooling"}, *rows[2:]],
+        "outside",
+    ),
+    "a dense activation": (
+        "2_Dense/config.json",
+        set_to(activation_function="torch.nn.modules.activation.Tanh"),
+        "Tanh",
+    ),
     "a dense bias": ("2_Dense/config.json", set_to(bias=True), "bias=True"),
     "another pooling": ("1_Pooling/config.json", set_to(pooling_mode="max"), "max"),
-    "pooling without the prompt": ("1_Pooling/config.json", set_to(include_prompt=False), "include_prompt"),
+    "pooling without the prompt": (
+        "1_Pooling/config.json",
+        set_to(include_prompt=False),
+        "include_prompt",
+    ),
     "no prompts": ("config_sentence_transformers.json", set_to(prompts={}), "query"),
-    "only a query prompt": ("config_sentence_transformers.json", set_to(prompts={"query": "q: "}), "document"),
+    "only a query prompt": (
+        "config_sentence_transformers.json",
+        set_to(prompts={"query": "q: "}),
+        "document",
+    ),
     "lower case": ("sentence_bert_config.json", set_to(do_lower_case=True), "lower case"),
-    "a longer input than positions": ("sentence_bert_config.json", set_to(max_seq_length=4096), "4096"),
+    "a longer input than positions": (
+        "sentence_bert_config.json",
+        set_to(max_seq_length=4096),
+        "4096",
+    ),
 }
 
 
@@ -113,11 +175,24 @@ def test_what_would_be_computed_wrongly_is_refused(folder: Path, case: str) -> N
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "modules.json", "model.safetensors", "tokenizer.model", "2_Dense/model.safetensors",
-                                  "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "modules.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "2_Dense/model.safetensors",
+        "1_Pooling/config.json",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+    ],
+)
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=Path(name).parent.name if name.startswith("2") else Path(name).name):
+    with pytest.raises(
+        CheckpointError, match=Path(name).parent.name if name.startswith("2") else Path(name).name
+    ):
         open_checkpoint(folder)
 
 
@@ -142,7 +217,10 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
 
 
 WEIGHTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
-    "a missing tensor": (lambda w: w.pop("layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight"),
+    "a missing tensor": (
+        lambda w: w.pop("layers.1.mlp.up_proj.weight"),
+        "layers.1.mlp.up_proj.weight",
+    ),
     "a surplus tensor": (lambda w: w.update({"lm_head.weight": torch.zeros(2)}), "lm_head.weight"),
     "another shape": (lambda w: w.update({"norm.weight": torch.zeros(7)}), "norm.weight has shape"),
     "NaN": (lambda w: w["norm.weight"].fill_(float("nan")), "NaN"),
@@ -176,7 +254,9 @@ def test_another_models_tokenizer_is_refused(folder: Path, gemma_tokenizer: Path
         open_checkpoint(folder).tokenizer()
 
 
-def test_a_hub_id_is_read_from_the_cache_when_offline(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_read_from_the_cache_when_offline(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "hub" / "models--someone--tiny"
     shutil.copytree(folder, cached / "snapshots" / commit)

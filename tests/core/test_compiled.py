@@ -1,4 +1,6 @@
-"""Compiled layers compute what they computed before, in every kind of stage; what cannot be compiled says so."""
+"""Compiled layers compute what they computed before, in every kind of stage; what cannot be
+compiled says so.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def _graphs() -> Iterator[None]:
     import torch._dynamo
 
     torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit, fail_on_recompile_limit_hit=torch._dynamo.config.fail_on_recompile_limit_hit):
+    with torch._dynamo.config.patch(
+        recompile_limit=torch._dynamo.config.recompile_limit,
+        fail_on_recompile_limit_hit=torch._dynamo.config.fail_on_recompile_limit_hit,
+    ):
         yield
     torch.compiler.reset()
 
@@ -40,7 +45,11 @@ def gradients(objective: Objective, step: int) -> tuple[float, dict[str, Tensor]
     for weight in objective.parameters().values():
         weight.grad = None
     loss = objective.backward(step).losses["loss"]
-    return loss, {name: weight.grad.clone() for name, weight in objective.parameters().items() if weight.grad is not None}
+    return loss, {
+        name: weight.grad.clone()
+        for name, weight in objective.parameters().items()
+        if weight.grad is not None
+    }
 
 
 def compare(plain: Objective, fast: Objective, steps: int) -> None:
@@ -49,14 +58,31 @@ def compare(plain: Objective, fast: Objective, steps: int) -> None:
         assert fast_loss == pytest.approx(loss, rel=1e-5)
         assert found.keys() == wanted.keys()
         for name, gradient in wanted.items():
-            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name],
+                gradient,
+                atol=1e-6,
+                rtol=1e-3,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 @pytest.mark.timeout(600)
-def test_compiled_layers_give_the_gradients_of_plain_ones_also_of_rounded_weights(tiny_spm: Path) -> None:
-    """Chunks of one text and of several, first without gradients (recompute); the rounded weights are read anew each time."""
+def test_compiled_layers_give_the_gradients_of_plain_ones_also_of_rounded_weights(
+    tiny_spm: Path,
+) -> None:
+    """Chunks of one text and of several, first without gradients (recompute); the rounded weights
+    are read anew each time.
+    """
     config = replace(LOSS, recompute=True, chunk_tokens=60)
-    plain, fast = (contrast(tiny_spm, replace(config, compile=compile), through=lambda encoder: rounded(encoder, INT4)) for compile in (False, True))
+    plain, fast = (
+        contrast(
+            tiny_spm,
+            replace(config, compile=compile),
+            through=lambda encoder: rounded(encoder, INT4),
+        )
+        for compile in (False, True)
+    )
     assert is_compiled(fast.encoder)
     assert not is_compiled(plain.encoder)
     compare(plain, fast, 1)
@@ -69,7 +95,7 @@ def test_compiled_layers_give_the_gradients_of_plain_ones_also_of_rounded_weight
 
 @pytest.mark.timeout(600)
 def test_the_text_stages_are_compiled_too(tiny_spm: Path) -> None:
-    short: TextConfig = replace(SMALL, chunk_tokens=10**6)   # one chunk, one graph
+    short: TextConfig = replace(SMALL, chunk_tokens=10**6)  # one chunk, one graph
     fast = denoising(tiny_spm, replace(short, compile=True))
     assert is_compiled(fast.model.decoder)
     compare(denoising(tiny_spm, short), fast, 1)
@@ -86,12 +112,17 @@ def test_too_many_graphs_are_an_error_and_not_a_slow_run(monkeypatch: pytest.Mon
             encoder(torch.full((1, 5), 7), torch.ones(1, 5))
 
 
-def test_no_compiler_and_what_does_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_and_what_does_not_go_together_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     encoder = random_encoder(CONFIG, 0)
     with pytest.raises(RuntimeUnavailableError, match="Triton"):
         compile_layers(encoder.layers, torch.device("cuda"))
     compile_layers(encoder.layers, CPU)
-    with pytest.raises(ConfigError, match="compiled encoder"), rounded(encoder, INT4, activations=True):
+    with (
+        pytest.raises(ConfigError, match="compiled encoder"),
+        rounded(encoder, INT4, activations=True),
+    ):
         pass
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))

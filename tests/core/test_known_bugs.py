@@ -1,7 +1,8 @@
-"""The mistakes that other EmbeddingGemma ports made, put into ours on purpose: the parity check must see each one.
+"""The mistakes that other EmbeddingGemma ports made, put into ours on purpose: the parity check
+must see each one.
 
-A parity test that could not fail would prove nothing. So each bug is planted, and the difference to the reference must be
-far beyond the tolerance of test_parity.py.
+A parity test that could not fail would prove nothing. So each bug is planted, and the difference to
+the reference must be far beyond the tolerance of test_parity.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from tests.core.test_parity import TOLERANCE
 
-pytest.importorskip("sentence_transformers", reason="the parity reference; pip install 'egemma[dev]'")
+pytest.importorskip(
+    "sentence_transformers", reason="the parity reference; pip install 'egemma[dev]'"
+)
 
 FAR = 50 * TOLERANCE
 
@@ -59,7 +62,9 @@ def test_without_a_bug_the_difference_is_within_tolerance(encoder: Encoder, refe
     assert difference(encoder, reference) <= TOLERANCE
 
 
-def test_causal_attention_is_seen(encoder: Encoder, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_causal_attention_is_seen(
+    encoder: Encoder, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = encoder_module.attention_biases
 
     def causal(mask: Tensor, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -71,7 +76,11 @@ def test_causal_attention_is_seen(encoder: Encoder, reference: Any, monkeypatch:
     assert difference(encoder, reference) > FAR
 
 
-@pytest.mark.parametrize("window", [8, 5, 3, 2, 10**6], ids=["doubled", "one too wide", "one too narrow", "halved", "none"])
+@pytest.mark.parametrize(
+    "window",
+    [8, 5, 3, 2, 10**6],
+    ids=["doubled", "one too wide", "one too narrow", "halved", "none"],
+)
 def test_another_window_is_seen(encoder: Encoder, reference: Any, window: int) -> None:
     assert encoder.config.window == 4
     encoder.config = dataclasses.replace(encoder.config, window=window)
@@ -80,7 +89,9 @@ def test_another_window_is_seen(encoder: Encoder, reference: Any, window: int) -
 
 def test_swapped_rotary_bases_are_seen(encoder: Encoder, reference: Any) -> None:
     config = encoder.config
-    encoder.config = dataclasses.replace(config, rope_theta_full=config.rope_theta_sliding, rope_theta_sliding=config.rope_theta_full)
+    encoder.config = dataclasses.replace(
+        config, rope_theta_full=config.rope_theta_sliding, rope_theta_sliding=config.rope_theta_full
+    )
     assert difference(encoder, reference) > FAR
 
 
@@ -89,22 +100,35 @@ def test_a_dropped_dense_head_is_seen(encoder: Encoder, reference: Any) -> None:
     assert difference(encoder, reference) > FAR
 
 
-def test_pooling_over_padding_is_seen(encoder: Encoder, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pooling_over_padding_is_seen(
+    encoder: Encoder, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pooling, "mean_pool", lambda hidden, mask: hidden.float().mean(1))
     assert difference(encoder, reference) > FAR
 
 
-def test_attention_to_padding_is_seen(encoder: Encoder, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_to_padding_is_seen(
+    encoder: Encoder, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = encoder_module.attention_biases
-    monkeypatch.setattr(encoder_module, "attention_biases", lambda mask, window, dtype: honest(torch.ones_like(mask), window, dtype))
+    monkeypatch.setattr(
+        encoder_module,
+        "attention_biases",
+        lambda mask, window, dtype: honest(torch.ones_like(mask), window, dtype),
+    )
     assert difference(encoder, reference) > FAR
 
 
-def test_minus_infinity_as_a_mask_gives_nan_on_windows_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch's own attention survives a row of -inf; the softmax of a runtime does not, and exporters write this bias down.
+def test_minus_infinity_as_a_mask_gives_nan_on_windows_of_padding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # torch's own attention survives a row of -inf; the softmax of a runtime does not, and exporters
+    # write this bias down.
     mask = torch.zeros(1, 60, dtype=torch.bool)
     mask[0, :3] = True
-    assert torch.isfinite(encoder_module.attention_biases(mask, 4, torch.float32)[1].softmax(-1)).all()
+    assert torch.isfinite(
+        encoder_module.attention_biases(mask, 4, torch.float32)[1].softmax(-1)
+    ).all()
     monkeypatch.setattr(encoder_module, "MASKED", float("-inf"))
     assert torch.isnan(encoder_module.attention_biases(mask, 4, torch.float32)[1].softmax(-1)).any()
 
@@ -122,14 +146,23 @@ def _rounded_scale(module: torch.nn.Embedding, _inputs: Any, output: Tensor) -> 
 @pytest.mark.parametrize(
     "plant",
     [
-        lambda encoder: setattr(encoder.layers[0].self_attn, "scale", encoder.layers[0].self_attn.scale * 1.5),
+        lambda encoder: setattr(
+            encoder.layers[0].self_attn, "scale", encoder.layers[0].self_attn.scale * 1.5
+        ),
         lambda encoder: encoder.layers[1].self_attn.q_norm.weight.zero_(),
         lambda encoder: encoder.norm.weight.zero_(),
         lambda encoder: encoder.embed_tokens.register_forward_hook(_rounded_scale),
     ],
-    ids=["query scale", "query norm weight", "final norm weight", "bfloat16 constant in a float32 model"],
+    ids=[
+        "query scale",
+        "query norm weight",
+        "final norm weight",
+        "bfloat16 constant in a float32 model",
+    ],
 )
-def test_smaller_slips_are_seen(encoder: Encoder, reference: Any, plant: Callable[[Encoder], Any]) -> None:
+def test_smaller_slips_are_seen(
+    encoder: Encoder, reference: Any, plant: Callable[[Encoder], Any]
+) -> None:
     with torch.no_grad():
         plant(encoder)
     assert difference(encoder, reference) > 2 * TOLERANCE
@@ -141,5 +174,7 @@ def test_a_shortened_embedding_has_unit_length() -> None:
     vectors = np.random.default_rng(0).normal(size=(5, 768)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for dim in MATRYOSHKA_DIMS:
-        assert np.allclose(np.linalg.norm(shorten(vectors, dim, MATRYOSHKA_DIMS), axis=1), 1, atol=1e-6)
+        assert np.allclose(
+            np.linalg.norm(shorten(vectors, dim, MATRYOSHKA_DIMS), axis=1), 1, atol=1e-6
+        )
     assert np.linalg.norm(vectors[:, :256], axis=1).max() < 0.7  # what a caller would get without

@@ -1,4 +1,6 @@
-"""The float encoder against transformers + sentence-transformers, on folders that those libraries wrote."""
+"""The float encoder against transformers + sentence-transformers, on folders that those libraries
+wrote.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,12 @@ from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.encoder import Encoder, RMSNorm, rotary_tables, rotate
 from egemma_core.nn.load import load_encoder
 
-pytest.importorskip("sentence_transformers", reason="the parity reference; pip install 'egemma[dev]'")
+pytest.importorskip(
+    "sentence_transformers", reason="the parity reference; pip install 'egemma[dev]'"
+)
 
-# Unit vectors of 768 float32 channels, sums in another order. Measured: 3e-7 (tiny), 1e-6 (full size).
+# Unit vectors of 768 float32 channels, sums in another order. Measured: 3e-7 (tiny), 1e-6 (full
+# size).
 TOLERANCE = 2e-5
 
 
@@ -51,9 +56,11 @@ def test_a_ragged_batch_has_the_reference_vectors(tiny: tuple[Encoder, Any], sid
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_windows_that_are_all_padding_give_no_nan_and_move_nothing(tiny: tuple[Encoder, Any], side: str) -> None:
-    # 3 real tokens among 90: most rows of the sliding layers see padding only. transformers gives NaN or not depending on
-    # its release, so the short text alone is the reference.
+def test_windows_that_are_all_padding_give_no_nan_and_move_nothing(
+    tiny: tuple[Encoder, Any], side: str
+) -> None:
+    # 3 real tokens among 90: most rows of the sliding layers see padding only. transformers gives
+    # NaN or not depending on its release, so the short text alone is the reference.
     encoder, reference = tiny
     ids, mask = torch.full((1, 90), 7), torch.zeros(1, 90, dtype=torch.int64)
     part = slice(0, 3) if side == "right" else slice(87, 90)
@@ -67,8 +74,12 @@ def test_windows_that_are_all_padding_give_no_nan_and_move_nothing(tiny: tuple[E
 
 
 def test_several_key_value_heads_have_the_reference_vector(tmp_path: Path, tiny_spm: Path) -> None:
-    folder = write_checkpoint(tmp_path / "grouped", "tiny", tiny_spm, num_attention_heads=6, num_key_value_heads=2)
-    assert compare(load_encoder(open_checkpoint(folder)), load_reference(folder), [5, 33]) <= TOLERANCE
+    folder = write_checkpoint(
+        tmp_path / "grouped", "tiny", tiny_spm, num_attention_heads=6, num_key_value_heads=2
+    )
+    assert (
+        compare(load_encoder(open_checkpoint(folder)), load_reference(folder), [5, 33]) <= TOLERANCE
+    )
 
 
 def test_bfloat16_weights_stay_near_the_float_vectors(tmp_path: Path, tiny_spm: Path) -> None:
@@ -86,15 +97,24 @@ def test_bfloat16_weights_stay_near_the_float_vectors(tmp_path: Path, tiny_spm: 
 def test_every_gradient_is_the_references(tmp_path: Path, tiny_spm: Path) -> None:
     """Norms and rotations are differentiated by hand."""
     folder = write_checkpoint(tmp_path / "m", "tiny", tiny_spm)
-    encoder, model = load_encoder(open_checkpoint(folder)).requires_grad_(), load_reference_model(folder)
+    encoder, model = (
+        load_encoder(open_checkpoint(folder)).requires_grad_(),
+        load_reference_model(folder),
+    )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, encoder.config.vocab_size, (4, 30), generator=generator)
     mask = torch.arange(30)[None, :] < torch.tensor([30, 17, 2, 1])[:, None]
     outer = torch.randn(4, encoder.config.dims[0], generator=generator)
     (encoder(ids, mask) * outer).sum().backward()
-    (model.forward({"input_ids": ids, "attention_mask": mask.long()})["sentence_embedding"] * outer).sum().backward()
+    (
+        model.forward({"input_ids": ids, "attention_mask": mask.long()})["sentence_embedding"]
+        * outer
+    ).sum().backward()
     theirs = dict(model[0].auto_model.named_parameters())
-    theirs |= {f"dense.{index}.weight": model[2 + index].linear.weight for index in range(len(encoder.dense))}
+    theirs |= {
+        f"dense.{index}.weight": model[2 + index].linear.weight
+        for index in range(len(encoder.dense))
+    }
     ours = dict(encoder.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
@@ -108,10 +128,16 @@ def test_norms_and_rotations_keep_little_for_the_way_back(dtype: torch.dtype) ->
     x = torch.randn(2, 3, 7, 16).to(dtype).requires_grad_()
     tables = rotary_tables(7, 16, 1e4, torch.zeros(1))
     kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
         RMSNorm(16, 1e-6)(x)
         assert len(kept) == 3
-        assert {(tuple(tensor.shape), tensor.dtype) for tensor in kept} == {((2, 3, 7, 16), dtype), ((2, 3, 7, 1), torch.float32), ((16,), torch.float32)}
+        assert {(tuple(tensor.shape), tensor.dtype) for tensor in kept} == {
+            ((2, 3, 7, 16), dtype),
+            ((2, 3, 7, 1), torch.float32),
+            ((16,), torch.float32),
+        }
         kept.clear()
         rotate(x, tables)
     assert {tuple(tensor.shape) for tensor in kept} == {(7, 16)}
@@ -120,8 +146,16 @@ def test_norms_and_rotations_keep_little_for_the_way_back(dtype: torch.dtype) ->
 @pytest.mark.full_size
 @pytest.mark.timeout(1800)
 def test_the_full_size_has_the_reference_vectors(full_size_checkpoint: Path) -> None:
-    encoder, reference = load_encoder(open_checkpoint(full_size_checkpoint)), load_reference(full_size_checkpoint)
-    worst = {str(lengths): compare(encoder, reference, lengths)
-             for lengths in ([1], [2], [256], [257], [258], [600], [2048], [3, 258, 600], [2, 31, 300])}
-    print("\nlargest difference of unit vectors:", {key: f"{value:.1e}" for key, value in worst.items()})
+    encoder, reference = (
+        load_encoder(open_checkpoint(full_size_checkpoint)),
+        load_reference(full_size_checkpoint),
+    )
+    worst = {
+        str(lengths): compare(encoder, reference, lengths)
+        for lengths in ([1], [2], [256], [257], [258], [600], [2048], [3, 258, 600], [2, 31, 300])
+    }
+    print(
+        "\nlargest difference of unit vectors:",
+        {key: f"{value:.1e}" for key, value in worst.items()},
+    )
     assert max(worst.values()) <= TOLERANCE

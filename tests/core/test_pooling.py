@@ -1,4 +1,6 @@
-"""The four poolers: against sentence-transformers and torch's own attention, and untouched by padding on either side."""
+"""The four poolers: against sentence-transformers and torch's own attention, and untouched by
+padding on either side.
+"""
 
 from __future__ import annotations
 
@@ -34,24 +36,33 @@ def test_padding_on_either_side_changes_nothing(name: str, side: str) -> None:
     pooler = make_pooler(name, 8)
     texts = [torch.randn(length, 8) for length in (1, 3, 7)]
     together = pooler(*padded(texts, side))
-    alone = torch.cat([pooler(text[None], torch.ones(1, len(text), dtype=torch.bool)) for text in texts])
+    alone = torch.cat(
+        [pooler(text[None], torch.ones(1, len(text), dtype=torch.bool)) for text in texts]
+    )
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(mean_pool, "mean"), (first_pool, "cls"), (last_pool, "lasttoken")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(mean_pool, "mean"), (first_pool, "cls"), (last_pool, "lasttoken")]
+)
 def test_the_plain_poolers_equal_those_of_sentence_transformers(ours, theirs: str) -> None:  # type: ignore[no-untyped-def]
     modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     hidden, mask = padded([torch.randn(length, 8) for length in (2, 5, 6)], "right")
     hidden = hidden.nan_to_num(3.0)
-    wanted = modules.Pooling(8, theirs)({"token_embeddings": hidden, "attention_mask": mask.long()})["sentence_embedding"]
+    wanted = modules.Pooling(8, theirs)(
+        {"token_embeddings": hidden, "attention_mask": mask.long()}
+    )["sentence_embedding"]
     torch.testing.assert_close(ours(hidden, mask), wanted)
 
 
 def test_attention_pooling_is_the_reports_formula() -> None:
-    # softmax(q Kᵀ / sqrt(D)) V with K and V projected, 4 heads: torch's own attention with one query row per head and that scale.
+    # softmax(q Kᵀ / sqrt(D)) V with K and V projected, 4 heads: torch's own attention with one
+    # query row per head and that scale.
     pooler, hidden = AttentionPooler(8, heads=4), torch.randn(1, 5, 8)
     query = pooler.query.view(1, 4, 1, 2)
-    key, value = (layer(hidden).view(1, 5, 4, 2).transpose(1, 2) for layer in (pooler.key, pooler.value))
+    key, value = (
+        layer(hidden).view(1, 5, 4, 2).transpose(1, 2) for layer in (pooler.key, pooler.value)
+    )
     wanted = F.scaled_dot_product_attention(query, key, value, scale=8**-0.5).reshape(1, 8)
     torch.testing.assert_close(pooler(hidden, torch.ones(1, 5, dtype=torch.bool)), wanted)
 

@@ -18,8 +18,16 @@ def test_the_published_strings_keep_their_trailing_blank() -> None:
 
 
 def test_every_task_of_the_model_card_has_its_prompt() -> None:
-    for task in ("search result", "question answering", "fact checking", "classification", "clustering", "sentence similarity",
-                 "code retrieval", "summarization"):
+    for task in (
+        "search result",
+        "question answering",
+        "fact checking",
+        "classification",
+        "clustering",
+        "sentence similarity",
+        "code retrieval",
+        "summarization",
+    ):
         assert prompts.query(task) == f"task: {task} | query: "
 
 

@@ -1,4 +1,6 @@
-"""Mixtures are shares, the search resumes from its file to the very same proposal, and it finds better mixtures than chance does."""
+"""Mixtures are shares, the search resumes from its file to the very same proposal, and it finds
+better mixtures than chance does.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from egemma_core.errors import ConfigError, InputError
 from egemma_core.train.rates import Rates, RateSearch, dirichlet_rates, distance, even_rates
 
 NAMES = ("questions", "titles", "code", "similarity")
-BEST = (0.45, 0.05, 0.35, 0.15)   # the mixture that the made-up dev score wants
+BEST = (0.45, 0.05, 0.35, 0.15)  # the mixture that the made-up dev score wants
 
 
 def score(rates: Rates) -> float:
@@ -65,12 +67,18 @@ def test_a_resumed_search_proposes_what_an_unbroken_one_does(tmp_path: Path) -> 
         found.append(step(RateSearch(NAMES, tmp_path / "two.jsonl", seed=0, random=3)))
     assert found == expected
     assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
-    (tmp_path / "three.jsonl").write_text("".join((tmp_path / "one.jsonl").read_text().splitlines(keepends=True)[:5]))
-    assert RateSearch(NAMES, tmp_path / "three.jsonl", seed=1, random=0).propose() != expected[5], "the seed counts"
+    (tmp_path / "three.jsonl").write_text(
+        "".join((tmp_path / "one.jsonl").read_text().splitlines(keepends=True)[:5])
+    )
+    assert RateSearch(NAMES, tmp_path / "three.jsonl", seed=1, random=0).propose() != expected[5], (
+        "the seed counts"
+    )
 
 
 def test_the_search_beats_as_many_random_mixtures(tmp_path: Path) -> None:
-    """Mean over seeds of the best mixture's distance from the optimum, with noise of 0.02 on every score."""
+    """Mean over seeds of the best mixture's distance from the optimum, with noise of 0.02 on every
+    score.
+    """
     found, chance = [], []
     for seed in range(3):
         noise = np.random.default_rng(seed)
@@ -80,7 +88,9 @@ def test_the_search_beats_as_many_random_mixtures(tmp_path: Path) -> None:
             search.tell(rates, score(rates) + noise.normal(0, 0.02))
         found.append(score(search.best(1)[0].rates))
         drawn = [even_rates(NAMES), *dirichlet_rates(NAMES, 18, 1.0, seed)]
-        chance.append(score(drawn[int(np.argmax([score(rates) + noise.normal(0, 0.02) for rates in drawn]))]))
+        chance.append(
+            score(drawn[int(np.argmax([score(rates) + noise.normal(0, 0.02) for rates in drawn]))])
+        )
     assert np.mean(found) > np.mean(chance) / 2, f"search {found}, chance {chance}"
 
 
@@ -113,14 +123,19 @@ def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "study.jsonl").exists()
 
 
-@pytest.mark.parametrize(("rates", "message"), [
-    ({"a": 1.0}, r"this search is over \['a', 'b'\]"),
-    ({"a": 0.5, "b": 0.25, "c": 0.25}, r"mixture of \['a', 'b', 'c'\]"),
-    ({"a": 0.5, "b": 0.6}, "sum to 1.1"),
-    ({"a": 1.5, "b": -0.5}, "not negative"),
-    ({"a": float("nan"), "b": 0.5}, "not negative"),
-])
-def test_rates_that_are_no_mixture_of_these_datasets_are_refused(rates: Rates, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"a": 1.0}, r"this search is over \['a', 'b'\]"),
+        ({"a": 0.5, "b": 0.25, "c": 0.25}, r"mixture of \['a', 'b', 'c'\]"),
+        ({"a": 0.5, "b": 0.6}, "sum to 1.1"),
+        ({"a": 1.5, "b": -0.5}, "not negative"),
+        ({"a": float("nan"), "b": 0.5}, "not negative"),
+    ],
+)
+def test_rates_that_are_no_mixture_of_these_datasets_are_refused(
+    rates: Rates, message: str, tmp_path: Path
+) -> None:
     search = RateSearch(("a", "b"), tmp_path / "study.jsonl", seed=0)
     with pytest.raises(ConfigError, match=message):
         search.tell(rates, 0.5)
@@ -130,17 +145,22 @@ def test_rates_that_are_no_mixture_of_these_datasets_are_refused(rates: Rates, m
         RateSearch(("a", "a"), tmp_path / "study.jsonl", seed=0)
 
 
-@pytest.mark.parametrize(("second", "message"), [
-    ('{"rates": {"a": 0.5, "b": 0.5}}', "'score'"),
-    ('{"rates": {"a": 0.5, "x": 0.5}, "score": 1}', "this search is over"),
-    ('{"rates": {"a": 0.5, "b": 0.5}, "score": NaN}', "score=nan"),
-    ('{"rates": {"a": 0.5, "b": "half"}, "score": 1}', "not a scored mixture"),
-    ('["a"]', "not a scored mixture"),
-    ("", "not a scored mixture"),
-])
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ('{"rates": {"a": 0.5, "b": 0.5}}', "'score'"),
+        ('{"rates": {"a": 0.5, "x": 0.5}, "score": 1}', "this search is over"),
+        ('{"rates": {"a": 0.5, "b": 0.5}, "score": NaN}', "score=nan"),
+        ('{"rates": {"a": 0.5, "b": "half"}, "score": 1}', "not a scored mixture"),
+        ('["a"]', "not a scored mixture"),
+        ("", "not a scored mixture"),
+    ],
+)
 def test_a_bad_line_of_the_file_is_named(second: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
-    path.write_text(json.dumps({"rates": {"a": 0.4, "b": 0.6}, "score": 0.5}) + "\n" + second + "\n")
+    path.write_text(
+        json.dumps({"rates": {"a": 0.4, "b": 0.6}, "score": 0.5}) + "\n" + second + "\n"
+    )
     with pytest.raises(InputError, match=f"study.jsonl:2: .*{message}"):
         RateSearch(("a", "b"), path, seed=0)
 

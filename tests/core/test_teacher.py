@@ -1,4 +1,6 @@
-"""Teachers against sentence-transformers itself, their cache under kills, damage and company, and the space they are compared in by hand."""
+"""Teachers against sentence-transformers itself, their cache under kills, damage and company, and
+the space they are compared in by hand.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,13 @@ from egemma_core.train.teacher import (
 from egemma_core.train.teacher_cache import CachedTeacher
 
 ROOT = Path(__file__).parents[2]
-TEXTS = ["Water pumps should be greased twice a year.", "bread", "日本語の短い文です。", "How do I reset my password?"]
-LONG = "the pump and the hose and the slope " * 60   # more tokens than the tiny model reads
+TEXTS = [
+    "Water pumps should be greased twice a year.",
+    "bread",
+    "日本語の短い文です。",
+    "How do I reset my password?",
+]
+LONG = "the pump and the hose and the slope " * 60  # more tokens than the tiny model reads
 
 
 class HashTeacher:
@@ -45,7 +52,9 @@ class HashTeacher:
         self.asked: list[tuple[Role, list[str]]] = []
 
     def vector(self, role: Role, text: str) -> np.ndarray:
-        seed = int.from_bytes(hashlib.sha256(f"{self.name} {role} {text}".encode()).digest()[:8], "big")
+        seed = int.from_bytes(
+            hashlib.sha256(f"{self.name} {role} {text}".encode()).digest()[:8], "big"
+        )
         vector = np.random.default_rng(seed).standard_normal(self.dim).astype(np.float32)
         return vector / np.linalg.norm(vector)
 
@@ -58,7 +67,10 @@ class HashTeacher:
     def embed(self, role: Role, texts: Sequence[str]) -> Embedded:
         time.sleep(self.wait_s)
         self.asked.append((role, list(texts)))
-        return Embedded(np.stack([self.vector(role, text) for text in texts]), np.array([len(text) > 20 for text in texts]))
+        return Embedded(
+            np.stack([self.vector(role, text) for text in texts]),
+            np.array([len(text) > 20 for text in texts]),
+        )
 
     def identity(self, role: Role) -> str:
         return f"{self.name} {role}"
@@ -90,27 +102,35 @@ def reference(folder: Path) -> Any:
 def changed_prompts(folder: Path, to: Path, prompts: dict[str, str]) -> Path:
     shutil.copytree(folder, to)
     config = json.loads((to / "config_sentence_transformers.json").read_text())
-    (to / "config_sentence_transformers.json").write_text(json.dumps({**config, "prompts": prompts}))
+    (to / "config_sentence_transformers.json").write_text(
+        json.dumps({**config, "prompts": prompts})
+    )
     return to
 
 
 # ---- models
 
+
 @pytest.mark.parametrize("kind", [SentenceTransformerTeacher, LocalTeacher])
-def test_a_model_gives_the_vectors_of_sentence_transformers_with_the_models_own_prompts(kind: Any, folder: Path, reference: Any) -> None:
+def test_a_model_gives_the_vectors_of_sentence_transformers_with_the_models_own_prompts(
+    kind: Any, folder: Path, reference: Any
+) -> None:
     teacher = kind(folder)
     queries, documents = teacher.queries(TEXTS), teacher.documents(TEXTS)
     assert queries.dtype == documents.dtype == np.float32
     assert queries.shape == (4, teacher.dim)
-    np.testing.assert_allclose(queries, reference.encode_query(TEXTS), atol=2e-6)   # different batching and kernels, float32
+    # different batching and kernels, float32
+    np.testing.assert_allclose(queries, reference.encode_query(TEXTS), atol=2e-6)
     np.testing.assert_allclose(documents, reference.encode_document(TEXTS), atol=2e-6)
-    assert np.abs(queries - documents).max() > 1e-3   # the prompts differ
+    assert np.abs(queries - documents).max() > 1e-3  # the prompts differ
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-6)
     assert teacher.queries([]).shape == (0, teacher.dim)
 
 
 @pytest.mark.parametrize("kind", [SentenceTransformerTeacher, LocalTeacher])
-def test_a_text_that_is_cut_is_said_to_be_and_has_the_vector_of_its_beginning(kind: Any, folder: Path, reference: Any) -> None:
+def test_a_text_that_is_cut_is_said_to_be_and_has_the_vector_of_its_beginning(
+    kind: Any, folder: Path, reference: Any
+) -> None:
     teacher = kind(folder)
     embedded = teacher.embed("document", ["short", LONG, "bread"])
     assert embedded.truncated.tolist() == [False, True, False]
@@ -121,45 +141,84 @@ def test_a_text_of_exactly_the_limit_is_not_cut(folder: Path) -> None:
     """Both teachers draw the line at the same token."""
     local, other = LocalTeacher(folder), SentenceTransformerTeacher(folder)
     tokenizer = local._tokenizer
-    texts = ["1" * count for count in range(1, 2 * local.max_tokens)]   # a digit is a token
-    lengths = [tokenizer.encode(local.prompts["query"] + text, overflow="truncate").num_tokens for text in texts]
-    at, above = next(i for i, n in enumerate(lengths) if n == local.max_tokens), next(i for i, n in enumerate(lengths) if n > local.max_tokens)
+    texts = ["1" * count for count in range(1, 2 * local.max_tokens)]  # a digit is a token
+    lengths = [
+        tokenizer.encode(local.prompts["query"] + text, overflow="truncate").num_tokens
+        for text in texts
+    ]
+    at, above = (
+        next(i for i, n in enumerate(lengths) if n == local.max_tokens),
+        next(i for i, n in enumerate(lengths) if n > local.max_tokens),
+    )
     for teacher in (local, other):
         assert teacher.embed("query", [texts[at], texts[above]]).truncated.tolist() == [False, True]
 
 
-def test_prompts_are_a_text_or_a_name_and_a_name_given_as_text_is_refused(folder: Path, reference: Any, tmp_path: Path) -> None:
+def test_prompts_are_a_text_or_a_name_and_a_name_given_as_text_is_refused(
+    folder: Path, reference: Any, tmp_path: Path
+) -> None:
     said = SentenceTransformerTeacher(folder, query_prompt="find: ", document_prompt="")
-    np.testing.assert_allclose(said.queries(TEXTS), reference.encode(TEXTS, prompt="find: "), atol=2e-6)
+    np.testing.assert_allclose(
+        said.queries(TEXTS), reference.encode(TEXTS, prompt="find: "), atol=2e-6
+    )
     np.testing.assert_allclose(said.documents(TEXTS), reference.encode(TEXTS, prompt=""), atol=2e-6)
     known = reference.prompts
-    name = next(name for name in known if known[name] and known[name] != known["query"] and name != "document")
-    np.testing.assert_allclose(SentenceTransformerTeacher(folder, query_prompt_name=name).queries(TEXTS), reference.encode(TEXTS, prompt_name=name), atol=2e-6)
-    for arguments, message in (({"query_prompt": name}, "is the name of a prompt"), ({"query_prompt_name": "no such"}, "the teacher has the prompts"),
-                               ({"document_prompt": "a", "document_prompt_name": name}, "give one of the two")):
+    name = next(
+        name
+        for name in known
+        if known[name] and known[name] != known["query"] and name != "document"
+    )
+    np.testing.assert_allclose(
+        SentenceTransformerTeacher(folder, query_prompt_name=name).queries(TEXTS),
+        reference.encode(TEXTS, prompt_name=name),
+        atol=2e-6,
+    )
+    for arguments, message in (
+        ({"query_prompt": name}, "is the name of a prompt"),
+        ({"query_prompt_name": "no such"}, "the teacher has the prompts"),
+        ({"document_prompt": "a", "document_prompt_name": name}, "give one of the two"),
+    ):
         with pytest.raises(ConfigError, match=message):
             SentenceTransformerTeacher(folder, **arguments)
-    passage = SentenceTransformerTeacher(changed_prompts(folder, tmp_path / "passage", {"query": "query: ", "passage": "passage: "}))
+    passage = SentenceTransformerTeacher(
+        changed_prompts(folder, tmp_path / "passage", {"query": "query: ", "passage": "passage: "})
+    )
     assert passage.prompts == {"query": "query: ", "document": "passage: "}
     none = SentenceTransformerTeacher(changed_prompts(folder, tmp_path / "none", {}))
     assert (none.described()["query_prompt"], none.described()["document_prompt"]) == ("", "")
     np.testing.assert_allclose(none.queries(TEXTS), reference.encode(TEXTS, prompt=""), atol=2e-6)
 
 
-def test_identity_follows_weights_prompt_and_role_and_not_the_place(folder: Path, tmp_path: Path) -> None:
+def test_identity_follows_weights_prompt_and_role_and_not_the_place(
+    folder: Path, tmp_path: Path
+) -> None:
     for kind in (SentenceTransformerTeacher, LocalTeacher):
         teacher = kind(folder)
         moved = shutil.copytree(folder, tmp_path / kind.__name__ / "moved")
         (moved / "README.md").write_text("new")
-        assert kind(moved).identity("query") == teacher.identity("query") != teacher.identity("document")
+        assert (
+            kind(moved).identity("query")
+            == teacher.identity("query")
+            != teacher.identity("document")
+        )
         weights = load_file(moved / "2_Dense/model.safetensors")
-        save_file({"linear.weight": weights["linear.weight"] * 1.01}, moved / "2_Dense/model.safetensors", {"format": "pt"})
+        save_file(
+            {"linear.weight": weights["linear.weight"] * 1.01},
+            moved / "2_Dense/model.safetensors",
+            {"format": "pt"},
+        )
         assert kind(moved).identity("query") != teacher.identity("query")
-    assert SentenceTransformerTeacher(folder, query_prompt="x").identity("query") != SentenceTransformerTeacher(folder).identity("query")
-    assert LocalTeacher(folder, task="clustering").identity("query") != LocalTeacher(folder).identity("query")
+    assert SentenceTransformerTeacher(folder, query_prompt="x").identity(
+        "query"
+    ) != SentenceTransformerTeacher(folder).identity("query")
+    assert LocalTeacher(folder, task="clustering").identity("query") != LocalTeacher(
+        folder
+    ).identity("query")
 
 
-def test_a_hub_id_is_known_by_the_commit_that_it_means(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_known_by_the_commit_that_it_means(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the hub's own cache layout, offline."""
     from huggingface_hub import constants
 
@@ -180,12 +239,20 @@ def test_a_hub_id_is_known_by_the_commit_that_it_means(folder: Path, tmp_path: P
 def test_a_model_that_gives_no_number_is_an_error(folder: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(folder, tmp_path / "broken")
     weight = load_file(broken / "2_Dense/model.safetensors")["linear.weight"]
-    save_file({"linear.weight": weight * float("nan")}, broken / "2_Dense/model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"4 of 4 vectors are zero, NaN or infinite, such as that of 'Water"):
+    save_file(
+        {"linear.weight": weight * float("nan")},
+        broken / "2_Dense/model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        InputError, match=r"4 of 4 vectors are zero, NaN or infinite, such as that of 'Water"
+    ):
         SentenceTransformerTeacher(broken).queries(TEXTS)
 
 
-def test_without_sentence_transformers_the_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sentence_transformers_the_error_says_what_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'egemma\[train\]'"):
         SentenceTransformerTeacher(folder)
@@ -194,21 +261,34 @@ def test_without_sentence_transformers_the_error_says_what_to_install(folder: Pa
 
 # ---- files of vectors
 
+
 def write_vectors(path: Path, vectors: torch.Tensor, rows: Sequence[dict[str, str]]) -> Path:
     save_file({"vectors": vectors}, path)
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.with_suffix(".jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
-ROWS = [{"role": "query", "text": "a"}, {"role": "document", "text": "a"}, {"role": "document", "text": "line\u2028separator"}]
+ROWS = [
+    {"role": "query", "text": "a"},
+    {"role": "document", "text": "a"},
+    {"role": "document", "text": "line\u2028separator"},
+]
 
 
 def test_a_file_of_vectors_gives_them_back_by_role_and_text_at_length_one(tmp_path: Path) -> None:
-    teacher = open_teacher(write_vectors(tmp_path / "v.safetensors", torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]]), ROWS))
+    teacher = open_teacher(
+        write_vectors(
+            tmp_path / "v.safetensors", torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]]), ROWS
+        )
+    )
     assert teacher.dim == 2
     assert teacher.queries(["a", "a"]).tolist() == [[np.float32(0.6), np.float32(0.8)]] * 2
     assert teacher.documents(["line\u2028separator", "a"]).tolist() == [[1, 0], [0, 1]]
-    with pytest.raises(InputError, match=r"2 of 3 query texts have no vector, such as \['b', 'c'\]"):
+    with pytest.raises(
+        InputError, match=r"2 of 3 query texts have no vector, such as \['b', 'c'\]"
+    ):
         teacher.queries(["b", "a", "c", "b"])
 
 
@@ -245,10 +325,13 @@ def test_what_the_name_of_a_teacher_means(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="own prompts"):
         open_teacher(f"egemma:{folder}", query_prompt="x")
     with pytest.raises(ConfigError, match="finished vectors"):
-        open_teacher(write_vectors(tmp_path / "v.safetensors", torch.eye(3), ROWS), document_prompt="x")
+        open_teacher(
+            write_vectors(tmp_path / "v.safetensors", torch.eye(3), ROWS), document_prompt="x"
+        )
 
 
 # ---- the cache
+
 
 def test_a_text_is_embedded_once_in_all_runs_whatever_the_order(tmp_path: Path) -> None:
     first = HashTeacher()
@@ -262,7 +345,8 @@ def test_a_text_is_embedded_once_in_all_runs_whatever_the_order(tmp_path: Path) 
     np.testing.assert_array_equal(again.queries(texts[::-1]), got.vectors[::-1])
     assert again.embed("query", texts).truncated.tolist() == got.truncated.tolist()
     assert second.asked == []
-    np.testing.assert_array_equal(again.documents(["a"]), [first.vector("document", "a")])   # another role is another vector
+    # another role is another vector
+    np.testing.assert_array_equal(again.documents(["a"]), [first.vector("document", "a")])
     assert again.fill("query", ["a", "new"]) == 1
     assert second.asked == [("document", ["a"]), ("query", ["new"])]
     assert again.queries([]).shape == (0, 8)
@@ -273,12 +357,20 @@ def test_teachers_share_a_folder_and_no_vectors(tmp_path: Path) -> None:
     CachedTeacher(one, tmp_path).queries(["a"])
     assert CachedTeacher(two, tmp_path).queries(["a"]).shape == (1, 4)
     assert two.asked == [("query", ["a"])]
-    assert sorted(json.loads(path.read_text())["name"] for path in tmp_path.glob("*/teacher.json")) == ["one", "two"]
+    assert sorted(
+        json.loads(path.read_text())["name"] for path in tmp_path.glob("*/teacher.json")
+    ) == ["one", "two"]
 
 
-def test_a_real_teacher_behind_the_cache_gives_the_same_vectors(folder: Path, tmp_path: Path) -> None:
+def test_a_real_teacher_behind_the_cache_gives_the_same_vectors(
+    folder: Path, tmp_path: Path
+) -> None:
     teacher = LocalTeacher(folder)
-    np.testing.assert_allclose(CachedTeacher(teacher, tmp_path).documents([*TEXTS, LONG]), teacher.documents([*TEXTS, LONG]), atol=2e-6)
+    np.testing.assert_allclose(
+        CachedTeacher(teacher, tmp_path).documents([*TEXTS, LONG]),
+        teacher.documents([*TEXTS, LONG]),
+        atol=2e-6,
+    )
     assert CachedTeacher(LocalTeacher(folder), tmp_path).fill("document", [*TEXTS, LONG]) == 0
 
 
@@ -292,7 +384,12 @@ def test_damage_is_seen_before_a_vector_is_given_out(tmp_path: Path) -> None:
     cached = CachedTeacher(HashTeacher(), tmp_path)
     with pytest.raises(CheckpointError, match=f"{vectors.name}: row 1 is damaged"):
         cached.queries(["a", "b"])
-    for path, content in ((vectors, good_vectors[:-1]), (keys, good_keys[:-1]), (keys, good_keys[:20]), (vectors, good_keys)):
+    for path, content in (
+        (vectors, good_vectors[:-1]),
+        (keys, good_keys[:-1]),
+        (keys, good_keys[:20]),
+        (vectors, good_keys),
+    ):
         vectors.write_bytes(good_vectors)
         keys.write_bytes(good_keys)
         path.write_bytes(content)
@@ -301,14 +398,16 @@ def test_damage_is_seen_before_a_vector_is_given_out(tmp_path: Path) -> None:
     vectors.unlink()
     keys.unlink()
     again = HashTeacher()
-    np.testing.assert_array_equal(CachedTeacher(again, tmp_path).queries(["a"]), [again.vector("query", "a")])
+    np.testing.assert_array_equal(
+        CachedTeacher(again, tmp_path).queries(["a"]), [again.vector("query", "a")]
+    )
 
 
 def test_what_a_dead_process_left_is_neither_read_nor_kept_for_ever(tmp_path: Path) -> None:
     cached = CachedTeacher(HashTeacher(), tmp_path)
     cached.queries(["a"])
     fresh, old = cached.folder / "fresh.tmp", cached.folder / "old.tmp"
-    orphan = cached.folder / "0.vectors.npy"   # its keys were never written
+    orphan = cached.folder / "0.vectors.npy"  # its keys were never written
     for path in (fresh, old, orphan):
         path.write_bytes(b"half a f")
     for path in (old, orphan):
@@ -332,7 +431,12 @@ cached.fill("query", [f"text {i}" for i in range(int(sys.argv[2]))])
 
 
 def start(folder: Path, texts: int) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", FILL, str(folder), str(texts)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", FILL, str(folder), str(texts)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_after_a_kill_all_that_is_there_is_right_and_the_next_run_goes_on(tmp_path: Path) -> None:
@@ -348,7 +452,8 @@ def test_after_a_kill_all_that_is_there_is_right_and_the_next_run_goes_on(tmp_pa
     stored = 5 * len(list(tmp_path.glob("*/*.keys.npy")))
     assert stored < 10_000
     teacher = HashTeacher(dim=256)
-    texts = sorted((f"text {i}" for i in range(10_000)), key=len, reverse=True)[: stored + 7]   # the order in which they are embedded
+    # the order in which they are embedded
+    texts = sorted((f"text {i}" for i in range(10_000)), key=len, reverse=True)[: stored + 7]
     got = CachedTeacher(teacher, tmp_path).queries(texts)
     assert sum(len(asked) for _, asked in teacher.asked) == 7
     np.testing.assert_array_equal(got, [teacher.vector("query", text) for text in texts])
@@ -359,7 +464,10 @@ def test_two_processes_at_once_leave_one_good_cache(tmp_path: Path) -> None:
     assert [process.wait(60) for process in processes] == [0, 0]
     teacher = HashTeacher(dim=256)
     texts = [f"text {i}" for i in range(100)]
-    np.testing.assert_array_equal(CachedTeacher(teacher, tmp_path).queries(texts), [teacher.vector("query", text) for text in texts])
+    np.testing.assert_array_equal(
+        CachedTeacher(teacher, tmp_path).queries(texts),
+        [teacher.vector("query", text) for text in texts],
+    )
     assert teacher.asked == []
     assert list(tmp_path.glob("*/*.tmp")) == []
 
@@ -394,6 +502,7 @@ def test_what_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> Non
 
 # ---- the space
 
+
 def test_equal_widths_are_compared_as_they_are() -> None:
     space = TeacherSpace(2, 2)
     vectors = torch.tensor([[3.0, 4.0]])
@@ -403,7 +512,10 @@ def test_equal_widths_are_compared_as_they_are() -> None:
 
 
 def test_different_widths_need_a_choice() -> None:
-    with pytest.raises(ConfigError, match=r"student has 2 channels, the teacher 3: say match='prefix' .* or match='linear'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"student has 2 channels, the teacher 3: say match='prefix' .* or match='linear'",
+    ):
         TeacherSpace(2, 3)
     with pytest.raises(ConfigError, match="student has 2"):
         TeacherSpace(2, 3, "same")
@@ -416,14 +528,17 @@ def test_different_widths_need_a_choice() -> None:
 def test_a_prefix_of_the_teacher_has_length_one() -> None:
     space = TeacherSpace(2, 4, "prefix")
     teacher = torch.tensor([[0.3, 0.4, 0.5, 0.7]], requires_grad=True)
-    assert torch.allclose(space.teacher(teacher), torch.tensor([[0.6, 0.8]]))   # 0.3 and 0.4 over 0.5
+    # 0.3 and 0.4 over 0.5
+    assert torch.allclose(space.teacher(teacher), torch.tensor([[0.6, 0.8]]))
     assert not space.teacher(teacher).requires_grad
     assert torch.allclose(space.student(torch.tensor([[0.0, 2.0]])), torch.tensor([[0.0, 1.0]]))
 
 
 def test_a_linear_map_is_trained_and_starts_with_the_students_cosines() -> None:
     space = TeacherSpace(3, 5, "linear", seed=1)
-    vectors = torch.nn.functional.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    vectors = torch.nn.functional.normalize(
+        torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     mapped = space.student(vectors)
     assert mapped.shape == (4, 5)
     assert torch.allclose(mapped @ mapped.T, vectors @ vectors.T, atol=1e-6)
@@ -433,5 +548,10 @@ def test_a_linear_map_is_trained_and_starts_with_the_students_cosines() -> None:
     assert space.map.weight.grad is not None
     assert torch.equal(TeacherSpace(3, 5, "linear", seed=1).map.weight, space.map.weight)  # type: ignore[union-attr]
     with torch.no_grad():
-        space.map.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 2.0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]))
-    assert torch.allclose(space.student(torch.tensor([[3.0, 2.0, 9.0]])), torch.tensor([[0.6, 0.8, 0, 0, 0]]))   # (3, 4) over 5
+        space.map.weight.copy_(
+            torch.tensor([[1.0, 0, 0], [0, 2.0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+        )
+    # (3, 4) over 5
+    assert torch.allclose(
+        space.student(torch.tensor([[3.0, 2.0, 9.0]])), torch.tensor([[0.6, 0.8, 0, 0, 0]])
+    )

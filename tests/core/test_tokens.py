@@ -1,4 +1,6 @@
-"""Token ids: the published golden values with the real tokenizer, and the accounting of what was cut."""
+"""Token ids: the published golden values with the real tokenizer, and the accounting of what was
+cut.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +8,72 @@ from pathlib import Path
 
 import pytest
 
-from egemma_core.errors import BundleError, CheckpointError, ConfigError, InputError, TokenLimitError
+from egemma_core.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    TokenLimitError,
+)
 from egemma_core.tokens import Tokenizer
 
-# Source: QuixiAI/embeddinggemma.c testdata/goldens-tokens.json (MIT), ids of the published EmbeddingGemma tokenizer.
+# Source: QuixiAI/embeddinggemma.c testdata/goldens-tokens.json (MIT), ids of the published
+# EmbeddingGemma tokenizer.
 GOLDEN = {
     "": [2, 1],
     "a": [2, 236746, 1],
     "Hello, world!": [2, 9259, 236764, 1902, 236888, 1],
-    "clustering: memory systems for artificial agents": [2, 178509, 236787, 6571, 3797, 573, 16477, 11362, 1],
+    "clustering: memory systems for artificial agents": [
+        2,
+        178509,
+        236787,
+        6571,
+        3797,
+        573,
+        16477,
+        11362,
+        1,
+    ],
     "classification: I feel wonderful today": [2, 59137, 236787, 564, 2597, 10455, 3124, 1],
-    "search_query: what powers the cell": [2, 2305, 236779, 3278, 236787, 1144, 13361, 506, 2145, 1],
+    "search_query: what powers the cell": [
+        2,
+        2305,
+        236779,
+        3278,
+        236787,
+        1144,
+        13361,
+        506,
+        2145,
+        1,
+    ],
     "search_document: Café naïveté — résumé 日本語のテキスト 🎉": [
-        2, 2305, 236779, 7565, 236787, 62367, 104214, 8959, 236859, 2192, 118515, 33375, 238582, 236945, 95830, 204906, 1],
+        2,
+        2305,
+        236779,
+        7565,
+        236787,
+        62367,
+        104214,
+        8959,
+        236859,
+        2192,
+        118515,
+        33375,
+        238582,
+        236945,
+        95830,
+        204906,
+        1,
+    ],
 }
 
 
 @pytest.fixture(scope="module")
 def gemma(gemma_tokenizer: Path) -> Tokenizer:
-    return Tokenizer(gemma_tokenizer, bos_id=2, eos_id=1, pad_id=0, vocab_size=262144, max_tokens=2048)
+    return Tokenizer(
+        gemma_tokenizer, bos_id=2, eos_id=1, pad_id=0, vocab_size=262144, max_tokens=2048
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +151,18 @@ def test_an_unknown_overflow_policy_is_refused(tiny: Tokenizer) -> None:
         tiny.encode("a", overflow="wrap")  # type: ignore[arg-type]
 
 
-def test_a_tokenizer_that_disagrees_with_the_config_is_refused(tiny_spm: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_disagrees_with_the_config_is_refused(
+    tiny_spm: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match="another model"):
         Tokenizer(tiny_spm, bos_id=1, eos_id=2, pad_id=0, vocab_size=4096, max_tokens=64)
     with pytest.raises(CheckpointError, match="10 rows"):
         Tokenizer(tiny_spm, bos_id=2, eos_id=1, pad_id=0, vocab_size=10, max_tokens=64)
     (tmp_path / "t.model").write_bytes(b"not a model")
     with pytest.raises(BundleError, match="not a readable SentencePiece model"):
-        Tokenizer(tmp_path / "t.model", bos_id=2, eos_id=1, pad_id=0, vocab_size=4096, max_tokens=64)
+        Tokenizer(
+            tmp_path / "t.model", bos_id=2, eos_id=1, pad_id=0, vocab_size=4096, max_tokens=64
+        )
 
 
 def test_a_megabyte_is_counted_and_cut(tiny: Tokenizer) -> None:

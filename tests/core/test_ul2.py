@@ -15,19 +15,33 @@ from egemma_core.tokens import Tokenizer
 from egemma_core.train.ul2 import TASKS, SpecialTokens, denoise, draw_spans, restore
 from tests.tiny import BOS, EOS, MAX_TOKENS, PAD, VOCAB
 
-SPECIAL = SpecialTokens(tasks=(900, 901, 902, 903, 904), sentinels=tuple(range(905, 1005)), eos_id=1)
+SPECIAL = SpecialTokens(
+    tasks=(900, 901, 902, 903, 904), sentinels=tuple(range(905, 1005)), eos_id=1
+)
 
 
-@given(st.lists(st.integers(10, 800), min_size=4, max_size=300), st.integers(0, 2**32 - 1), st.sampled_from([None, 0, 1, 2, 3, 4]))
-def test_source_and_target_together_are_the_text(ids: list[int], seed: int, task: int | None) -> None:
+@given(
+    st.lists(st.integers(10, 800), min_size=4, max_size=300),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([None, 0, 1, 2, 3, 4]),
+)
+def test_source_and_target_together_are_the_text(
+    ids: list[int], seed: int, task: int | None
+) -> None:
     example = denoise(ids, SPECIAL, np.random.default_rng(seed), task)
     assert restore(example, SPECIAL) == tuple(ids)
     assert task in (None, example.task)
     assert example.source[0] == SPECIAL.tasks[example.task]
     assert (example.source[-1], example.target[-1]) == (1, 1)
     sentinels = [token for token in example.source if token in SPECIAL.sentinels]
-    assert sentinels == [token for token in example.target if token in SPECIAL.sentinels] == list(SPECIAL.sentinels[: len(sentinels)])
-    assert len(example.target) - len(sentinels) - 1 == min(len(ids) - 1, max(1, round(len(ids) * TASKS[example.task].rate)))
+    assert (
+        sentinels
+        == [token for token in example.target if token in SPECIAL.sentinels]
+        == list(SPECIAL.sentinels[: len(sentinels)])
+    )
+    assert len(example.target) - len(sentinels) - 1 == min(
+        len(ids) - 1, max(1, round(len(ids) * TASKS[example.task].rate))
+    )
 
 
 @pytest.mark.parametrize(("task", "spans"), [(0, 13), (1, 11), (2, 1), (3, 4), (4, 1)])
@@ -44,9 +58,13 @@ def test_the_last_task_takes_the_end() -> None:
 
 
 def test_every_placement_of_spans_is_as_likely() -> None:
-    """5 tokens, 2 taken out in 2 spans, kept first: kept parts 1 + 2 or 2 + 1, taken parts 1 + 1."""
+    """5 tokens, 2 taken out in 2 spans, kept first: kept parts 1 + 2 or 2 + 1, taken parts 1
+    + 1.
+    """
     draw = np.random.default_rng(1)
-    seen = Counter("".join("x" if out else "." for out in draw_spans(5, 2, 2, draw)) for _ in range(4000))
+    seen = Counter(
+        "".join("x" if out else "." for out in draw_spans(5, 2, 2, draw)) for _ in range(4000)
+    )
     assert set(seen) == {".x..x", "..x.x"}
     assert abs(seen[".x..x"] - 2000) < 200
 
@@ -60,8 +78,12 @@ def test_tasks_are_drawn_one_to_four() -> None:
 
 def test_the_same_draw_gives_the_same_example() -> None:
     ids = list(range(10, 100))
-    assert denoise(ids, SPECIAL, np.random.default_rng(7)) == denoise(ids, SPECIAL, np.random.default_rng(7))
-    assert denoise(ids, SPECIAL, np.random.default_rng(7)) != denoise(ids, SPECIAL, np.random.default_rng(8))
+    assert denoise(ids, SPECIAL, np.random.default_rng(7)) == denoise(
+        ids, SPECIAL, np.random.default_rng(7)
+    )
+    assert denoise(ids, SPECIAL, np.random.default_rng(7)) != denoise(
+        ids, SPECIAL, np.random.default_rng(8)
+    )
 
 
 def test_what_cannot_be_denoised_is_refused() -> None:
@@ -72,9 +94,15 @@ def test_what_cannot_be_denoised_is_refused() -> None:
 
 
 def test_special_tokens_are_the_vocabularys_unused_pieces(tiny_spm: Path) -> None:
-    tokenizer = Tokenizer(tiny_spm, bos_id=BOS, eos_id=EOS, pad_id=PAD, vocab_size=VOCAB, max_tokens=MAX_TOKENS)
+    tokenizer = Tokenizer(
+        tiny_spm, bos_id=BOS, eos_id=EOS, pad_id=PAD, vocab_size=VOCAB, max_tokens=MAX_TOKENS
+    )
     special = SpecialTokens.of(tokenizer)
-    assert tokenizer.encode("<unused0><unused4><unused5>").ids[1:-1] == (special.tasks[0], special.tasks[4], special.sentinels[0])
+    assert tokenizer.encode("<unused0><unused4><unused5>").ids[1:-1] == (
+        special.tasks[0],
+        special.tasks[4],
+        special.sentinels[0],
+    )
     assert special.sentinels == tuple(tokenizer.spare_ids()[5:])
     tokenizer.spare_ids = lambda: [7, 8, 9, 10, 11]  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match="at least one for a span"):
@@ -82,8 +110,10 @@ def test_special_tokens_are_the_vocabularys_unused_pieces(tiny_spm: Path) -> Non
 
 
 def test_gemmas_vocabulary_has_thousands_to_spare(gemma_tokenizer: Path) -> None:
-    tokenizer = Tokenizer(gemma_tokenizer, bos_id=2, eos_id=1, pad_id=0, vocab_size=262144, max_tokens=2048)
+    tokenizer = Tokenizer(
+        gemma_tokenizer, bos_id=2, eos_id=1, pad_id=0, vocab_size=262144, max_tokens=2048
+    )
     special = SpecialTokens.of(tokenizer)
     assert (len(special.tasks), len(special.sentinels)) == (5, 100)
-    assert special.tasks[0] == 6   # <unused0>, shared/data/README.md
+    assert special.tasks[0] == 6  # <unused0>, shared/data/README.md
     assert len(tokenizer.spare_ids()) == 6242

@@ -1,4 +1,6 @@
-"""A vocabulary of our own, and the start of a small model: what it means before the first step, and what sixty steps teach it."""
+"""A vocabulary of our own, and the start of a small model: what it means before the first step, and
+what sixty steps teach it.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,49 @@ from egemma_core.train.vocabulary import FILLER, initialize, token_vectors, trai
 
 COLOURS = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
 THINGS = ("apple", "river", "house", "engine", "garden", "window", "letter", "mountain")
-# The question names the thing by another word than the answer does, so equal words alone do not find it.
+# The question names the thing by another word than the answer does, so equal words alone do not
+# find it.
 OTHER_WORDS = ("fruit", "stream", "home", "motor", "flowers", "glass", "mail", "peak")
 TOY = Dataset(
     DatasetConfig(name="toy", path=("toy.jsonl",), kind="pairs", task="question answering"),
-    tuple(Row(f"what is the {colour} {other}?", f"There is one {thing}, and it is {colour}.", (f"There is one {thing}, and it is old.",))
-          for colour in COLOURS for thing, other in zip(THINGS, OTHER_WORDS, strict=True)),
-    {})
+    tuple(
+        Row(
+            f"what is the {colour} {other}?",
+            f"There is one {thing}, and it is {colour}.",
+            (f"There is one {thing}, and it is old.",),
+        )
+        for colour in COLOURS
+        for thing, other in zip(THINGS, OTHER_WORDS, strict=True)
+    ),
+    {},
+)
 CONFIG = EncoderConfig(
-    vocab_size=480, width=64, ffn_width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, query_scale=0.25,
-    norm_eps=1e-6, layer_types=(SLIDING, FULL), window=4, rope_theta_full=1e6, rope_theta_sliding=1e4, max_tokens=64,
-    bos_id=2, eos_id=1, pad_id=0, pooling="mean", dense=((64, 96), (96, 64)), dims=(64, 32))
-TEXTS = [text for row in TOY.rows for text in (EMBEDDING_GEMMA.query() + row.query, EMBEDDING_GEMMA.document() + row.positive)] * 4 + ["1,234.50 and 1234"] * 40
+    vocab_size=480,
+    width=64,
+    ffn_width=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    query_scale=0.25,
+    norm_eps=1e-6,
+    layer_types=(SLIDING, FULL),
+    window=4,
+    rope_theta_full=1e6,
+    rope_theta_sliding=1e4,
+    max_tokens=64,
+    bos_id=2,
+    eos_id=1,
+    pad_id=0,
+    pooling="mean",
+    dense=((64, 96), (96, 64)),
+    dims=(64, 32),
+)
+TEXTS = [
+    text
+    for row in TOY.rows
+    for text in (EMBEDDING_GEMMA.query() + row.query, EMBEDDING_GEMMA.document() + row.positive)
+] * 4 + ["1,234.50 and 1234"] * 40
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +81,36 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_start() -> torch.Tensor:
-    return F.normalize(torch.randn(CONFIG.vocab_size, CONFIG.width, generator=torch.Generator().manual_seed(3)), dim=-1)
+    return F.normalize(
+        torch.randn(CONFIG.vocab_size, CONFIG.width, generator=torch.Generator().manual_seed(3)),
+        dim=-1,
+    )
 
 
-def test_a_vocabulary_has_gemmas_control_ids_and_loses_no_character(vocabulary: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_has_gemmas_control_ids_and_loses_no_character(
+    vocabulary: Path, tmp_path: Path
+) -> None:
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
-    assert [pieces.id_to_piece(token) for token in range(5)] == ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    assert [pieces.id_to_piece(token) for token in range(5)] == [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+    ]
     assert len(pieces) == CONFIG.vocab_size
-    for text in ("what is the red fruit?", "two  blanks,\n\na line and\ta tab", "Žluťoučký kůň 🐎 漢字", " in front", "5 + 12"):
+    for text in (
+        "what is the red fruit?",
+        "two  blanks,\n\na line and\ta tab",
+        "Žluťoučký kůň 🐎 漢字",
+        " in front",
+        "5 + 12",
+    ):
         assert pieces.decode(pieces.encode(text)) == text
         assert pieces.unk_id() not in pieces.encode(text)
-    assert pieces.encode("red", out_type=str) != pieces.encode(" red", out_type=str), "no blank is put in front"
+    assert pieces.encode("red", out_type=str) != pieces.encode(" red", out_type=str), (
+        "no blank is put in front"
+    )
     assert pieces.encode("1234", out_type=str) == ["1", "2", "3", "4"]
     assert pieces.encode("\n\n\n", out_type=str) == ["\n\n\n"]
     learned = [piece for piece in map(pieces.id_to_piece, range(len(pieces))) if piece.strip("▁\n")]
@@ -73,7 +125,9 @@ def test_spare_pieces_come_from_nothing_but_their_names(tmp_path: Path) -> None:
     spare = [pieces.piece_to_id(f"<unused{number}>") for number in range(6)]
     assert pieces.unk_id() not in spare
     assert not {token for text in TEXTS for token in pieces.encode(text)} & set(spare)
-    assert [pieces.encode(f"<unused{number}>") for number in range(6)] == [[token] for token in spare]
+    assert [pieces.encode(f"<unused{number}>") for number in range(6)] == [
+        [token] for token in spare
+    ]
 
 
 def test_tokens_of_similar_use_start_near_each_other_and_frequent_ones_mean_little() -> None:
@@ -92,7 +146,7 @@ def test_tokens_of_similar_use_start_near_each_other_and_frequent_ones_mean_litt
 def test_meanings_are_those_of_the_weighted_neighbours_of_a_token() -> None:
     rows = [[4, 5, 6, 7, 0, 1, 2, 3, 4], [6, 7, 7, 5], [0, 2, 1], [3, 3, 5, 0]]
     near = np.zeros((8, 8))
-    for row in rows:   # a neighbour at distance d counts 1 / d; texts end where they end
+    for row in rows:  # a neighbour at distance d counts 1 / d; texts end where they end
         for i, j in itertools.permutations(range(len(row)), 2):
             near[row[i], row[j]] += 1 / abs(i - j) if abs(i - j) <= 5 else 0
     context = near.sum(0) ** 0.75
@@ -101,8 +155,10 @@ def test_meanings_are_those_of_the_weighted_neighbours_of_a_token() -> None:
     left, strength, _ = np.linalg.svd(information)
     wanted = left * np.sqrt(strength)
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-    found = token_vectors(rows, vocab_size=8, width=8 + FILLER, rare=1e9)[:, :-FILLER].numpy()   # all of the length is meaning
-    np.testing.assert_allclose(found @ found.T, wanted @ wanted.T, atol=1e-3)   # singular vectors have no sign
+    # all of the length is meaning
+    found = token_vectors(rows, vocab_size=8, width=8 + FILLER, rare=1e9)[:, :-FILLER].numpy()
+    # singular vectors have no sign
+    np.testing.assert_allclose(found @ found.T, wanted @ wanted.T, atol=1e-3)
 
 
 def test_an_initialized_encoder_starts_as_the_mean_of_its_tokens_meanings() -> None:
@@ -114,20 +170,46 @@ def test_an_initialized_encoder_starts_as_the_mean_of_its_tokens_meanings() -> N
     ids = torch.tensor([[2, 30, 40, 50, 1]])
     meaning = rows[ids[0]].mean(0)
     meaning[-FILLER:] = 0.0
-    # The head turns forth and back; all rows have the same length, so the norms only leave out the filler.
+    # The head turns forth and back; all rows have the same length, so the norms only leave out the
+    # filler.
     wanted = F.normalize(meaning, dim=0)
-    torch.testing.assert_close(encoder(ids, torch.ones(1, 5, dtype=torch.bool))[0], wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        encoder(ids, torch.ones(1, 5, dtype=torch.bool))[0], wanted, atol=1e-5, rtol=0
+    )
 
 
 def test_sixty_steps_teach_the_toy_what_its_words_mean(vocabulary: Path, tmp_path: Path) -> None:
     encoder = Encoder(CONFIG)
     initialize(encoder, random_start(), seed=3)
-    tokenizer = Tokenizer(vocabulary, bos_id=2, eos_id=1, pad_id=0, vocab_size=CONFIG.vocab_size, max_tokens=CONFIG.max_tokens)
+    tokenizer = Tokenizer(
+        vocabulary,
+        bos_id=2,
+        eos_id=1,
+        pad_id=0,
+        vocab_size=CONFIG.vocab_size,
+        max_tokens=CONFIG.max_tokens,
+    )
     dev = DevSets((), tmp_path, tokenizer, EMBEDDING_GEMMA, held_out=[TOY])
-    batches = Batches([TOY], tokenizer, EMBEDDING_GEMMA, BatchConfig(batch_size=16, max_query_tokens=32, max_document_tokens=48, hard_negatives=True, seed=5))
-    objective = Contrast(encoder, batches, ContrastConfig(), tokenizer_path=vocabulary, prompts=EMBEDDING_GEMMA, dev=dev)
+    batches = Batches(
+        [TOY],
+        tokenizer,
+        EMBEDDING_GEMMA,
+        BatchConfig(
+            batch_size=16, max_query_tokens=32, max_document_tokens=48, hard_negatives=True, seed=5
+        ),
+    )
+    objective = Contrast(
+        encoder,
+        batches,
+        ContrastConfig(),
+        tokenizer_path=vocabulary,
+        prompts=EMBEDDING_GEMMA,
+        dev=dev,
+    )
     before = dev.score(encoder)
-    finished = run(objective, LoopConfig(steps=60, warmup_steps=3, learning_rate=2e-3), tmp_path / "run")
+    finished = run(
+        objective, LoopConfig(steps=60, warmup_steps=3, learning_rate=2e-3), tmp_path / "run"
+    )
     assert before["score"] < 0.3
     assert finished.scores["score"] > 0.9  # 1.0 where this was written
     assert dev.score(load_encoder(open_checkpoint(finished.model))) == finished.scores

@@ -1,4 +1,6 @@
-"""The ONNX graph computes what the encoder computes, and holds the integers that the quantizer made."""
+"""The ONNX graph computes what the encoder computes, and holds the integers that the quantizer
+made.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,31 @@ from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Scheme, We
 from egemma_quant.weights import quantize_encoder, with_weights
 
 CONFIG = EncoderConfig(
-    vocab_size=200, width=64, ffn_width=96, num_layers=3, num_heads=3, num_kv_heads=1, head_dim=32, query_scale=0.2, norm_eps=1e-6,
-    layer_types=(SLIDING, FULL, SLIDING), window=4, rope_theta_full=1e6, rope_theta_sliding=1e2, max_tokens=64, bos_id=2, eos_id=1,
-    pad_id=0, pooling="mean", dense=((64, 128), (128, 64)), dims=(64, 32))
+    vocab_size=200,
+    width=64,
+    ffn_width=96,
+    num_layers=3,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=32,
+    query_scale=0.2,
+    norm_eps=1e-6,
+    layer_types=(SLIDING, FULL, SLIDING),
+    window=4,
+    rope_theta_full=1e6,
+    rope_theta_sliding=1e2,
+    max_tokens=64,
+    bos_id=2,
+    eos_id=1,
+    pad_id=0,
+    pooling="mean",
+    dense=((64, 128), (128, 64)),
+    dims=(64, 32),
+)
 TWO_KV_HEADS = dataclasses.replace(CONFIG, num_heads=4, num_kv_heads=2)
 ALL_SCHEMES = [INT4, INT8, INT8_PER_CHANNEL, MIXED]
-# Activations are rounded to 8 bits, which turns these small random vectors by up to 1.6e-2 radians (cosine 0.99988 measured).
+# Activations are rounded to 8 bits, which turns these small random vectors by up to 1.6e-2 radians
+# (cosine 0.99988 measured).
 ROUNDED_ACTIVATIONS = 0.9995
 # Float32 sums in another order; measured 2e-7.
 FLOAT_SUMS = 1e-5
@@ -39,7 +60,9 @@ Vectors = NDArray[np.float32]
 
 
 def tiny_encoder(config: EncoderConfig = CONFIG, seed: int = 0) -> Encoder:
-    """Random, with norms and attention far from trivial, so that no part of the graph could be left out unseen."""
+    """Random, with norms and attention far from trivial, so that no part of the graph could be left
+    out unseen.
+    """
     torch.manual_seed(seed)
     encoder = Encoder(config).eval()
     with torch.no_grad():
@@ -54,7 +77,9 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def embed(runtime: onnxruntime.InferenceSession, ids: Tensor, mask: Tensor) -> Vectors:
-    return runtime.run(["sentence_embedding"], {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()})[0]
+    return runtime.run(
+        ["sentence_embedding"], {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()}
+    )[0]
 
 
 def reference(encoder: Encoder, ids: Tensor, mask: Tensor) -> Vectors:
@@ -82,13 +107,17 @@ def cosines(one: Vectors, other: Vectors) -> Vectors:
 
 
 @pytest.mark.parametrize("config", [CONFIG, TWO_KV_HEADS], ids=["one_kv_head", "two_kv_heads"])
-def test_the_float_graph_equals_the_encoder_within_and_beyond_the_window(config: EncoderConfig, tmp_path: Path) -> None:
+def test_the_float_graph_equals_the_encoder_within_and_beyond_the_window(
+    config: EncoderConfig, tmp_path: Path
+) -> None:
     encoder = tiny_encoder(config)
     write_onnx(encoder, None, tmp_path / "model.onnx")
     runtime = session(tmp_path / "model.onnx")
     for length in (1, 2, 5, 6, 17, 64):  # the window reaches 4 tokens to each side
         ids, mask = padded(texts(length, length), "right")
-        np.testing.assert_allclose(embed(runtime, ids, mask), reference(encoder, ids, mask), atol=FLOAT_SUMS)
+        np.testing.assert_allclose(
+            embed(runtime, ids, mask), reference(encoder, ids, mask), atol=FLOAT_SUMS
+        )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -111,7 +140,9 @@ def test_a_bfloat16_encoder_is_written_in_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [CONFIG, TWO_KV_HEADS], ids=["one_kv_head", "two_kv_heads"])
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
-def test_a_quantized_graph_is_near_the_encoder_with_the_same_weights(scheme: Scheme, config: EncoderConfig, tmp_path: Path) -> None:
+def test_a_quantized_graph_is_near_the_encoder_with_the_same_weights(
+    scheme: Scheme, config: EncoderConfig, tmp_path: Path
+) -> None:
     encoder = tiny_encoder(config)
     write_onnx(encoder, scheme, tmp_path / "model.onnx")
     ids, mask = padded(texts(1, 3, 30, 12), "left")
@@ -121,11 +152,18 @@ def test_a_quantized_graph_is_near_the_encoder_with_the_same_weights(scheme: Sch
 
 
 @pytest.mark.parametrize("scheme", [INT4, INT8], ids=lambda scheme: scheme.name)
-def test_block_weights_are_exact_when_activations_are_not_rounded(scheme: Scheme, tmp_path: Path) -> None:
+def test_block_weights_are_exact_when_activations_are_not_rounded(
+    scheme: Scheme, tmp_path: Path
+) -> None:
     encoder = tiny_encoder()
     write_onnx(encoder, scheme, tmp_path / "model.onnx")
     model = onnx.load(str(tmp_path / "model.onnx"))
-    levels = [attribute for node in model.graph.node for attribute in node.attribute if attribute.name == "accuracy_level"]
+    levels = [
+        attribute
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    ]
     assert levels
     for level in levels:
         level.i = 1  # float32 activations
@@ -137,7 +175,9 @@ def test_block_weights_are_exact_when_activations_are_not_rounded(scheme: Scheme
 
 
 @pytest.mark.parametrize("scheme", [MIXED, INT8_PER_CHANNEL], ids=lambda scheme: scheme.name)
-def test_per_channel_weights_are_exact_under_the_same_rounding_of_each_token(scheme: Scheme, tmp_path: Path) -> None:
+def test_per_channel_weights_are_exact_under_the_same_rounding_of_each_token(
+    scheme: Scheme, tmp_path: Path
+) -> None:
     encoder = tiny_encoder()
     write_onnx(encoder, scheme, tmp_path / "model.onnx")
     rounding = with_weights(encoder, quantize_encoder(encoder, scheme))
@@ -145,7 +185,9 @@ def test_per_channel_weights_are_exact_under_the_same_rounding_of_each_token(sch
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs: (_rounded_per_token(inputs[0]),))
     ids, mask = padded(texts(*range(1, 12)), "right")
-    found = cosines(embed(session(tmp_path / "model.onnx"), ids, mask), reference(rounding, ids, mask))
+    found = cosines(
+        embed(session(tmp_path / "model.onnx"), ids, mask), reference(rounding, ids, mask)
+    )
     # An activation on the edge between two codes may fall to either side; most texts have none.
     assert np.median(found) > 1 - 1e-6
     assert found.min() > 1 - 1e-4
@@ -158,7 +200,9 @@ def _rounded_per_token(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("config", [CONFIG, TWO_KV_HEADS], ids=["one_kv_head", "two_kv_heads"])
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
-def test_the_codes_and_scales_in_the_file_are_those_of_the_quantizer(scheme: Scheme, config: EncoderConfig, tmp_path: Path) -> None:
+def test_the_codes_and_scales_in_the_file_are_those_of_the_quantizer(
+    scheme: Scheme, config: EncoderConfig, tmp_path: Path
+) -> None:
     encoder = tiny_encoder(config)
     write_onnx(encoder, scheme, tmp_path / "model.onnx")
     found, wanted = read_onnx_weights(tmp_path / "model.onnx"), quantize_encoder(encoder, scheme)
@@ -173,11 +217,17 @@ def test_a_damaged_code_is_seen_in_the_file(tmp_path: Path) -> None:
     encoder = tiny_encoder()
     write_onnx(encoder, INT4, tmp_path / "model.onnx")
     model = onnx.load(str(tmp_path / "model.onnx"))
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "layers.1.self_attn.qkv.codes")
+    tensor = next(
+        tensor
+        for tensor in model.graph.initializer
+        if tensor.name == "layers.1.self_attn.qkv.codes"
+    )
     tensor.raw_data = bytes([tensor.raw_data[0] ^ 1]) + tensor.raw_data[1:]
     onnx.save(model, str(tmp_path / "model.onnx"))
     found, wanted = read_onnx_weights(tmp_path / "model.onnx"), quantize_encoder(encoder, INT4)
-    assert [name for name in wanted if not torch.equal(found[name].codes, wanted[name].codes)] == ["layers.1.self_attn.q_proj.weight"]
+    assert [name for name in wanted if not torch.equal(found[name].codes, wanted[name].codes)] == [
+        "layers.1.self_attn.q_proj.weight"
+    ]
 
 
 def test_the_reader_refuses_files_of_other_writers(tmp_path: Path) -> None:
@@ -187,24 +237,37 @@ def test_the_reader_refuses_files_of_other_writers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e-6, 1e6])
-def test_embedding_scales_that_leave_half_precision_are_kept_in_float32(factor: float, tmp_path: Path) -> None:
+def test_embedding_scales_that_leave_half_precision_are_kept_in_float32(
+    factor: float, tmp_path: Path
+) -> None:
     encoder = tiny_encoder()
     with torch.no_grad():
         encoder.embed_tokens.weight.mul_(factor)
     write_onnx(encoder, INT4, tmp_path / "model.onnx")
-    tensors = {tensor.name: tensor for tensor in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
+    tensors = {
+        tensor.name: tensor for tensor in onnx.load(str(tmp_path / "model.onnx")).graph.initializer
+    }
     half = tensors["embed_tokens.scales"].data_type == onnx.TensorProto.FLOAT16
     assert half == (factor == 1.0)
     wanted = quantize_encoder(encoder, INT4)["embed_tokens.weight"]
-    assert torch.equal(read_onnx_weights(tmp_path / "model.onnx")["embed_tokens.weight"].scales, wanted.scales)
+    assert torch.equal(
+        read_onnx_weights(tmp_path / "model.onnx")["embed_tokens.weight"].scales, wanted.scales
+    )
     ids, mask = padded(texts(9), "right")
     expected = reference(with_weights(encoder, quantize_encoder(encoder, INT4)), ids, mask)
-    assert cosines(embed(session(tmp_path / "model.onnx"), ids, mask), expected).min() > ROUNDED_ACTIVATIONS
+    assert (
+        cosines(embed(session(tmp_path / "model.onnx"), ids, mask), expected).min()
+        > ROUNDED_ACTIVATIONS
+    )
 
 
-@pytest.mark.parametrize("scheme", [None, *ALL_SCHEMES], ids=lambda scheme: scheme.name if scheme else "float32")
+@pytest.mark.parametrize(
+    "scheme", [None, *ALL_SCHEMES], ids=lambda scheme: scheme.name if scheme else "float32"
+)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_vector_does_not_depend_on_the_other_texts_of_its_batch(scheme: Scheme | None, side: str, tmp_path: Path) -> None:
+def test_a_vector_does_not_depend_on_the_other_texts_of_its_batch(
+    scheme: Scheme | None, side: str, tmp_path: Path
+) -> None:
     encoder = tiny_encoder()
     with torch.no_grad():  # an outlier as Gemma has them: one token with one huge channel
         encoder.embed_tokens.weight[7] *= 0.01
@@ -215,21 +278,27 @@ def test_a_vector_does_not_depend_on_the_other_texts_of_its_batch(scheme: Scheme
     together = embed(runtime, *padded(rows, side))
     alone = np.concatenate([embed(runtime, *padded([row], side)) for row in rows])
     differences = np.abs(together - alone).max(axis=1)
-    # A sum in another order may push an activation over the edge between two codes, in few of the texts. One scale for
-    # the whole batch moves every text (median 1.5e-2 measured).
+    # A sum in another order may push an activation over the edge between two codes, in few of the
+    # texts. One scale for the whole batch moves every text (median 1.5e-2 measured).
     assert np.median(differences) < FLOAT_SUMS
     assert differences.max() < (1e-2 if scheme else FLOAT_SUMS)
 
 
-@pytest.mark.parametrize("scheme", [None, *ALL_SCHEMES], ids=lambda scheme: scheme.name if scheme else "float32")
+@pytest.mark.parametrize(
+    "scheme", [None, *ALL_SCHEMES], ids=lambda scheme: scheme.name if scheme else "float32"
+)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_windows_that_hold_only_padding_give_no_nan(scheme: Scheme | None, side: str, tmp_path: Path) -> None:
+def test_windows_that_hold_only_padding_give_no_nan(
+    scheme: Scheme | None, side: str, tmp_path: Path
+) -> None:
     encoder = tiny_encoder()
     write_onnx(encoder, scheme, tmp_path / "model.onnx")
     runtime = session(tmp_path / "model.onnx")
     row = texts(2)[0]
     found = embed(runtime, *padded([row], side, tokens=40))
-    assert cosines(found, embed(runtime, *padded([row], side))).min() > (ROUNDED_ACTIVATIONS if scheme else 1 - 1e-6)
+    assert cosines(found, embed(runtime, *padded([row], side))).min() > (
+        ROUNDED_ACTIVATIONS if scheme else 1 - 1e-6
+    )
 
 
 @pytest.mark.parametrize("scheme", ALL_SCHEMES, ids=lambda scheme: scheme.name)
@@ -259,7 +328,9 @@ def test_a_mask_of_another_length_is_an_error(tmp_path: Path) -> None:
 
 def test_other_poolings_and_group_sizes_without_a_kernel_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="pooling='last'"):
-        write_onnx(tiny_encoder(dataclasses.replace(CONFIG, pooling="last")), None, tmp_path / "model.onnx")
+        write_onnx(
+            tiny_encoder(dataclasses.replace(CONFIG, pooling="last")), None, tmp_path / "model.onnx"
+        )
     odd = WeightFormat(bits=4, group_size=96)
     scheme = Scheme(name="odd", embedding=odd, attention=odd, feed_forward=odd, projection=odd)
     config = dataclasses.replace(CONFIG, width=96, dense=((96, 96),), dims=(96,))
@@ -268,9 +339,12 @@ def test_other_poolings_and_group_sizes_without_a_kernel_are_refused(tmp_path: P
     assert not (tmp_path / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("scheme", [None, INT4, MIXED], ids=lambda scheme: scheme.name if scheme else "float32")
+@pytest.mark.parametrize(
+    "scheme", [None, INT4, MIXED], ids=lambda scheme: scheme.name if scheme else "float32"
+)
 def test_weights_in_a_second_file_change_nothing(scheme: Scheme | None, tmp_path: Path) -> None:
-    encoder = tiny_encoder(dataclasses.replace(CONFIG, vocab_size=4000))  # a table large enough to be moved
+    # a table large enough to be moved
+    encoder = tiny_encoder(dataclasses.replace(CONFIG, vocab_size=4000))
     write_onnx(encoder, scheme, tmp_path / "one.onnx")
     report = write_onnx(encoder, scheme, tmp_path / "two.onnx", weights_beside=True)
     assert report.files == ("two.onnx", "two.onnx.data")
@@ -288,14 +362,24 @@ def test_the_report_counts_what_was_written(tmp_path: Path) -> None:
     lines: list[str] = []
     report = write_onnx(tiny_encoder(), INT4, tmp_path / "model.onnx", progress=lines.append)
     assert report.file_bytes == (tmp_path / "model.onnx").stat().st_size
-    assert report.nodes["MatMulNBits"] == 3 * 4 + 2  # qkv, o, gate_up, down of three layers, and the dense head
+    # qkv, o, gate_up, down of three layers, and the dense head
+    assert report.nodes["MatMulNBits"] == 3 * 4 + 2
     assert report.nodes["GatherBlockQuantized"] == 1
     assert "layer 3 of 3" in lines
 
 
 def test_the_integers_add_almost_nothing_to_the_file(tmp_path: Path) -> None:
-    """4-bit per-channel weights take half a byte each in the file, although the runtime multiplies them as 8 bits."""
+    """4-bit per-channel weights take half a byte each in the file, although the runtime multiplies
+    them as 8 bits.
+    """
     encoder = tiny_encoder()
-    mixed, int8 = (write_onnx(encoder, scheme, tmp_path / f"{scheme.name}.onnx").file_bytes for scheme in (MIXED, INT8_PER_CHANNEL))
-    halved = sum(weight.numel() for name, weight in encoder.named_parameters() if ".mlp." in name or name.startswith(("embed", "dense")))
+    mixed, int8 = (
+        write_onnx(encoder, scheme, tmp_path / f"{scheme.name}.onnx").file_bytes
+        for scheme in (MIXED, INT8_PER_CHANNEL)
+    )
+    halved = sum(
+        weight.numel()
+        for name, weight in encoder.named_parameters()
+        if ".mlp." in name or name.startswith(("embed", "dense"))
+    )
     assert int8 - mixed == pytest.approx(halved / 2, rel=0.05)

@@ -29,11 +29,14 @@ from egemma_export.mistakes import MISTAKES, mistaken_vectors
 from egemma_export.pipeline import ExportConfig, export
 from egemma_export.targets import TARGETS
 
-pytest.importorskip("sentence_transformers", reason="it writes the checkpoints; pip install 'egemma[dev]'")
+pytest.importorskip(
+    "sentence_transformers", reason="it writes the checkpoints; pip install 'egemma[dev]'"
+)
 pytestmark = pytest.mark.timeout(300)
 
 BUILTIN = Path(__file__).resolve().parents[2] / "models" / "egemma-small"
-# A random three-layer model is not trained for any rounding; the bounds of trained weights do not apply to it.
+# A random three-layer model is not trained for any rounding; the bounds of trained weights do not
+# apply to it.
 LOOSE = {"min_cosine_float": 0.5, "min_cosine_quantized": 0.9}
 
 
@@ -47,7 +50,9 @@ def run(checkpoint: Path, out: Path, target: str, **changes: Any) -> pipeline.Ex
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, pipeline.ExportReport]]:
+def exported(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, pipeline.ExportReport]]:
     """A target's bundle and report; each is made once, because lowering takes seconds."""
     folder = tmp_path_factory.mktemp("bundles")
     made: dict[str, tuple[Path, pipeline.ExportReport]] = {}
@@ -55,7 +60,9 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     def get(target: str) -> tuple[Path, pipeline.ExportReport]:
         if target not in made:
             made[target] = folder / target, run(checkpoint, folder / target, target)
-            assert sorted(path.name for path in folder.iterdir()) == sorted(made), "no scratch folder is left"
+            assert sorted(path.name for path in folder.iterdir()) == sorted(made), (
+                "no scratch folder is left"
+            )
         return made[target]
 
     return get
@@ -74,10 +81,19 @@ def test_every_target_gives_a_verified_bundle(exported: Exported, target: str) -
     assert manifest.tokenizer["max_tokens"] == 96
     assert manifest.verification["measured"]["passed"] is True
     assert report.worst_cosine_quantized > 0.98
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*manifest.files, "manifest.json"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [*manifest.files, "manifest.json"]
+    )
     golden = read_bundle(folder).golden()
     assert golden["measured"]["cases"]
-    assert {case["name"] for case in golden["cases"]} >= {"empty", "cjk", "code", "emoji", "past the window", "cut at the limit"}
+    assert {case["name"] for case in golden["cases"]} >= {
+        "empty",
+        "cjk",
+        "code",
+        "emoji",
+        "past the window",
+        "cut at the limit",
+    }
 
 
 WITHOUT_TORCH = """
@@ -95,8 +111,15 @@ sys.exit(main(["verify", sys.argv[1], "--json"]))
 
 
 @pytest.mark.parametrize("target", ["android-int4", "onnx-int4"])
-def test_a_bundle_keeps_its_bounds_where_nothing_but_the_base_install_can_be_imported(exported: Exported, target: str) -> None:
-    ended = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(exported(target)[0])], capture_output=True, text=True, check=False)
+def test_a_bundle_keeps_its_bounds_where_nothing_but_the_base_install_can_be_imported(
+    exported: Exported, target: str
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(exported(target)[0])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout)["passed"] is True
 
@@ -111,24 +134,37 @@ def test_golden_texts_go_past_the_window_and_past_the_limit(exported: Exported) 
 
 
 def test_the_same_scheme_has_one_fingerprint_whatever_the_runtime(exported: Exported) -> None:
-    prints = {target: read_bundle(exported(target)[0]).manifest.fingerprint for target in ("android-int4", "onnx-int4", "onnx-int8")}
+    prints = {
+        target: read_bundle(exported(target)[0]).manifest.fingerprint
+        for target in ("android-int4", "onnx-int4", "onnx-int8")
+    }
     assert prints["android-int4"] == prints["onnx-int4"] != prints["onnx-int8"]
 
 
 def causal(encoder: Encoder) -> None:
-    """A graph cannot be made causal by its config; every token seeing only itself is the nearest slip that can."""
-    encoder.config = dataclasses.replace(encoder.config, layer_types=(encoder.config.layer_types[0],) * 3, window=0)
+    """A graph cannot be made causal by its config; every token seeing only itself is the nearest
+    slip that can.
+    """
+    encoder.config = dataclasses.replace(
+        encoder.config, layer_types=(encoder.config.layer_types[0],) * 3, window=0
+    )
 
 
 BUGS: dict[str, Callable[[Encoder], Any]] = {
     "window doubled": lambda e: setattr(e, "config", dataclasses.replace(e.config, window=8)),
     "window halved": lambda e: setattr(e, "config", dataclasses.replace(e.config, window=2)),
     "no context": causal,
-    "all layers full": lambda e: setattr(e, "config", dataclasses.replace(e.config, layer_types=(FULL,) * 3)),
-    "rotary bases swapped": lambda e: setattr(e, "config", dataclasses.replace(e.config, rope_theta_full=1e4, rope_theta_sliding=1e6)),
+    "all layers full": lambda e: setattr(
+        e, "config", dataclasses.replace(e.config, layer_types=(FULL,) * 3)
+    ),
+    "rotary bases swapped": lambda e: setattr(
+        e, "config", dataclasses.replace(e.config, rope_theta_full=1e4, rope_theta_sliding=1e6)
+    ),
     "a norm weight lost": lambda e: e.layers[1].post_feedforward_layernorm.weight.zero_(),
     "a layer lost": lambda e: e.layers[2].mlp.down_proj.weight.zero_(),
-    "a dense layer replaced": lambda e: e.dense[0].weight.copy_(torch.randn_like(e.dense[0].weight) * 0.05),
+    "a dense layer replaced": lambda e: e.dense[0].weight.copy_(
+        torch.randn_like(e.dense[0].weight) * 0.05
+    ),
 }
 
 
@@ -153,12 +189,19 @@ def test_a_graph_that_computes_something_else_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mistake", [name for name in MISTAKES if name not in ("causal attention", "no dense head")])
-def test_a_rounded_file_with_a_mistake_is_not_taken_for_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
-    # In a trained model a doubled window moves a vector by no more than int4 does (cosine 0.9993): no bound on the cosine could see it.
-    # (The graph has no place for the two others: it is not causal by construction, and has the width of the dense head.)
+@pytest.mark.parametrize(
+    "mistake", [name for name in MISTAKES if name not in ("causal attention", "no dense head")]
+)
+def test_a_rounded_file_with_a_mistake_is_not_taken_for_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    # In a trained model a doubled window moves a vector by no more than int4 does (cosine 0.9993):
+    # no bound on the cosine could see it. (The graph has no place for the two others: it is not
+    # causal by construction, and has the width of the dense head.)
     honest = pipeline._write_model
-    monkeypatch.setattr(pipeline, "_write_model", lambda encoder, *rest: honest(MISTAKES[mistake](encoder), *rest))
+    monkeypatch.setattr(
+        pipeline, "_write_model", lambda encoder, *rest: honest(MISTAKES[mistake](encoder), *rest)
+    )
     with pytest.raises(ExportError, match=f"computes like a model with {mistake}"):
         export(ExportConfig(target="onnx-int4", model=str(BUILTIN), out=tmp_path / "b"))
     assert list(tmp_path.iterdir()) == []
@@ -181,7 +224,13 @@ def test_the_mistakes_are_other_models_and_leave_the_right_one_alone(checkpoint:
     # What transformers itself computes when it is told to be causal.
     ids = torch.tensor([next(text.tokens.ids for text in texts if text.name == "titled document")])
     model = load_reference(checkpoint, use_bidirectional_attention=False)
-    assert np.abs(model(ids, torch.ones_like(ids))[0].numpy() - found["causal attention"]["titled document"]).max() < 2e-5
+    assert (
+        np.abs(
+            model(ids, torch.ones_like(ids))[0].numpy()
+            - found["causal attention"]["titled document"]
+        ).max()
+        < 2e-5
+    )
 
 
 def test_a_failed_export_says_which_layer_lost_what(checkpoint: Path, tmp_path: Path) -> None:
@@ -202,7 +251,9 @@ def test_a_failed_export_leaves_the_bundle_that_was_there(checkpoint: Path, tmp_
         run(checkpoint, tmp_path / "b", "onnx-fp32")
 
 
-def test_the_bundle_answers_as_the_float_model_through_the_sdk(checkpoint: Path, exported: Exported) -> None:
+def test_the_bundle_answers_as_the_float_model_through_the_sdk(
+    checkpoint: Path, exported: Exported
+) -> None:
     from egemma import Embedder
     from egemma_core.checkpoint import open_checkpoint
     from egemma_core.nn.load import load_encoder
@@ -214,8 +265,13 @@ def test_the_bundle_answers_as_the_float_model_through_the_sdk(checkpoint: Path,
         found = embedder.embed_documents(texts)
         for row, text in enumerate(texts):
             ids = torch.tensor([tokenizer.encode("title: none | text: " + text).ids])
-            assert np.abs(encoder(ids, torch.ones_like(ids))[0].numpy() - found.vectors[row]).max() < 1e-5
-        assert not np.allclose(embedder.embed_query("short").vector, found.vectors[0], atol=1e-3), "the prompts differ"
+            assert (
+                np.abs(encoder(ids, torch.ones_like(ids))[0].numpy() - found.vectors[row]).max()
+                < 1e-5
+            )
+        assert not np.allclose(embedder.embed_query("short").vector, found.vectors[0], atol=1e-3), (
+            "the prompts differ"
+        )
 
 
 def test_impossible_settings_are_refused(tmp_path: Path) -> None:
@@ -248,7 +304,9 @@ def test_list_targets_says_what_is_done_instead(capsys: pytest.CaptureFixture[st
         (["--target", "onnx-fp32", "--model", "/etc/hostname"], "no such folder"),
     ],
 )
-def test_mistakes_are_one_clear_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
+def test_mistakes_are_one_clear_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert told in error
@@ -263,12 +321,28 @@ def test_missing_arguments_are_a_usage_error() -> None:
 
 
 def command(checkpoint: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "egemma_export", "--target", "onnx-int4", "--model", str(checkpoint), "--out", str(out),
-            "--min-cosine-float", "0.5", "--min-cosine-quantized", "0.9", *more]
+    return [
+        sys.executable,
+        "-m",
+        "egemma_export",
+        "--target",
+        "onnx-int4",
+        "--model",
+        str(checkpoint),
+        "--out",
+        str(out),
+        "--min-cosine-float",
+        "0.5",
+        "--min-cosine-quantized",
+        "0.9",
+        *more,
+    ]
 
 
 def test_the_command_prints_one_json_document(checkpoint: Path, tmp_path: Path) -> None:
-    ended = subprocess.run(command(checkpoint, tmp_path / "b", "--json"), capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        command(checkpoint, tmp_path / "b", "--json"), capture_output=True, text=True, check=True
+    )
     report = json.loads(ended.stdout)
     assert report["target"] == "onnx-int4"
     assert report["latency_ms"]
@@ -276,7 +350,9 @@ def test_the_command_prints_one_json_document(checkpoint: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_export_leaves_no_bundle(checkpoint: Path, tmp_path: Path, sent: signal.Signals) -> None:
+def test_an_interrupted_export_leaves_no_bundle(
+    checkpoint: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
     child = subprocess.Popen(command(checkpoint, tmp_path / "b"), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
@@ -285,8 +361,8 @@ def test_an_interrupted_export_leaves_no_bundle(checkpoint: Path, tmp_path: Path
     _, error = child.communicate(timeout=60)
     assert not (tmp_path / "b").exists()
     if sent == signal.SIGINT:
-        # A shell sees 130 either way. Python ends itself by the signal, after our own exit code, where the interrupt hit an exec() of
-        # a string, as libraries run while they are imported.
+        # A shell sees 130 either way. Python ends itself by the signal, after our own exit code,
+        # where the interrupt hit an exec() of a string, as libraries run while they are imported.
         assert child.returncode in (130, -signal.SIGINT), error
         assert error.strip().endswith("egemma-export: stopped; nothing was written.")
         assert list(tmp_path.iterdir()) == []
@@ -296,8 +372,14 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(checkpoint: Path, tmp_
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    ended = subprocess.run(command(checkpoint, tmp_path / "b"), capture_output=True, text=True, preexec_fn=small_files, check=False,
-                           env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    ended = subprocess.run(
+        command(checkpoint, tmp_path / "b"),
+        capture_output=True,
+        text=True,
+        preexec_fn=small_files,
+        check=False,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )
     assert ended.returncode == 1
     assert ended.stderr.strip().splitlines()[-1].startswith("egemma-export: ")
     assert "Traceback" not in ended.stderr

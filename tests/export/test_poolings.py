@@ -18,8 +18,15 @@ from tests.core.test_save import CONFIG
 
 @pytest.mark.parametrize("pooling", ["attention", "last"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_checkpoint_that_pools_otherwise_is_not_exported(tiny_spm: Path, tmp_path: Path, target: str, pooling: str) -> None:
-    save_checkpoint(random_encoder(replace(CONFIG, ffn_width=64, pooling=pooling), 3), tiny_spm, EMBEDDING_GEMMA, tmp_path / "model")
+def test_a_checkpoint_that_pools_otherwise_is_not_exported(
+    tiny_spm: Path, tmp_path: Path, target: str, pooling: str
+) -> None:
+    save_checkpoint(
+        random_encoder(replace(CONFIG, ffn_width=64, pooling=pooling), 3),
+        tiny_spm,
+        EMBEDDING_GEMMA,
+        tmp_path / "model",
+    )
     with pytest.raises(ExportError, match=f"pooling='{pooling}'"):
         export(ExportConfig(target=target, model=str(tmp_path / "model"), out=tmp_path / "bundle"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,4 +1,6 @@
-"""What quantization-aware training computed with is what stands in the finished files, to the last bit, after real optimizer steps."""
+"""What quantization-aware training computed with is what stands in the finished files, to the last
+bit, after real optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from tests.export.test_executorch import ONE_KEY_HEAD, make_encoder
 
 
 def trained(scheme: Scheme) -> tuple[Encoder, dict[str, torch.Tensor]]:
-    """An encoder after three steps of Adam on random texts, and the weights with which a fourth forward pass computes."""
+    """An encoder after three steps of Adam on random texts, and the weights with which a fourth
+    forward pass computes.
+    """
     encoder = make_encoder(ONE_KEY_HEAD)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-2)
     random = torch.Generator().manual_seed(0)
@@ -40,34 +44,58 @@ def trained(scheme: Scheme) -> tuple[Encoder, dict[str, torch.Tensor]]:
 
 def computed_with(encoder: Encoder, scheme: Scheme) -> dict[str, torch.Tensor]:
     with rounded(encoder, scheme):
-        return {name: weight.detach().clone() for name, weight in encoder.named_parameters() if weight.ndim == 2}
+        return {
+            name: weight.detach().clone()
+            for name, weight in encoder.named_parameters()
+            if weight.ndim == 2
+        }
 
 
 @pytest.mark.parametrize("scheme", [INT4, INT8_PER_CHANNEL, MIXED], ids=lambda scheme: scheme.name)
 def test_the_trained_weights_are_those_in_the_pte(tmp_path: Path, scheme: Scheme) -> None:
     encoder, weights = trained(scheme)
     write_pte(encoder, scheme, tmp_path / "model.pte")
-    check(weights, {name: read.dequantize() for name, read in read_pte_weights(tmp_path / "model.pte").items()})
+    check(
+        weights,
+        {
+            name: read.dequantize()
+            for name, read in read_pte_weights(tmp_path / "model.pte").items()
+        },
+    )
 
 
 @pytest.mark.parametrize("scheme", [INT4, INT8, MIXED, Q4_0, Q8_0], ids=lambda scheme: scheme.name)
 def test_the_trained_weights_are_those_in_the_onnx_file(tmp_path: Path, scheme: Scheme) -> None:
     encoder, weights = trained(scheme)
     write_onnx(encoder, scheme, tmp_path / "model.onnx")
-    check(weights, {name: read.dequantize() for name, read in read_onnx_weights(tmp_path / "model.onnx").items()})
+    check(
+        weights,
+        {
+            name: read.dequantize()
+            for name, read in read_onnx_weights(tmp_path / "model.onnx").items()
+        },
+    )
 
 
 def test_onnx_runtime_computes_with_ggmls_negative_scales(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
     encoder, weights = trained(Q4_0)
-    assert all((quantize(weight, Q4_0.format_of("attention")).scales < 0).float().mean() > 0.3 for weight in weights.values())
+    assert all(
+        (quantize(weight, Q4_0.format_of("attention")).scales < 0).float().mean() > 0.3
+        for weight in weights.values()
+    )
     write_onnx(encoder, Q4_0, tmp_path / "model.onnx")
     session = ort.InferenceSession(str(tmp_path / "model.onnx"))
     ids = torch.randint(3, 200, (8, 16), generator=torch.Generator().manual_seed(1))
-    vectors = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})[0])
+    vectors = torch.from_numpy(
+        session.run(
+            None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+        )[0]
+    )
     with torch.no_grad(), rounded(encoder, Q4_0):
         wanted = encoder(ids, torch.ones_like(ids, dtype=torch.bool))
-    # What differs is that activations are rounded to 8 bits, as for int4: a scale taken as positive turns products around.
+    # What differs is that activations are rounded to 8 bits, as for int4: a scale taken as positive
+    # turns products around.
     assert torch.cosine_similarity(vectors, wanted).min() > 0.998
 
 

@@ -25,26 +25,45 @@ ROWS = [(2, 5, 9, 1), (2, 77, 130, 8, 8, 45, 1), (2, 1), tuple(range(3, 40))]
 
 def embed(encoder: Encoder) -> np.ndarray:
     with torch.no_grad():
-        return np.concatenate([encoder(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool)).numpy() for row in ROWS]).astype(np.float64)
+        return np.concatenate(
+            [
+                encoder(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool)).numpy()
+                for row in ROWS
+            ]
+        ).astype(np.float64)
 
 
 def test_matrix_errors_are_those_of_numpy() -> None:
     encoder = make_encoder()
     with torch.no_grad():
-        encoder.layers[0].mlp.up_proj.weight[3, :32] = 0  # a group without energy has no relative error
+        # a group without energy has no relative error
+        encoder.layers[0].mlp.up_proj.weight[3, :32] = 0
     for scheme in (INT4, INT8, Q4_0):
         report = measure(encoder, scheme, ROWS, model="m")
         cost = next(cost for cost in report.matrices if cost.name == "layers.0.mlp.up_proj.weight")
         weight = encoder.layers[0].mlp.up_proj.weight.detach()
         found = quantize(weight, scheme.feed_forward)
-        exact, after = weight.double().numpy().reshape(-1, 32), found.dequantize().double().numpy().reshape(-1, 32)
-        assert cost.error == pytest.approx(((after - exact) ** 2).sum() / (exact**2).sum(), rel=1e-6)
+        exact, after = (
+            weight.double().numpy().reshape(-1, 32),
+            found.dequantize().double().numpy().reshape(-1, 32),
+        )
+        assert cost.error == pytest.approx(
+            ((after - exact) ** 2).sum() / (exact**2).sum(), rel=1e-6
+        )
         kept = (exact**2).sum(1) > 0
-        assert cost.worst_group == pytest.approx((((after - exact) ** 2).sum(1)[kept] / (exact**2).sum(1)[kept]).max(), rel=1e-6)
+        assert cost.worst_group == pytest.approx(
+            (((after - exact) ** 2).sum(1)[kept] / (exact**2).sum(1)[kept]).max(), rel=1e-6
+        )
         # Clipped means further from its value than half a step.
         half = np.abs(found.scales.double().numpy().reshape(-1, 1)) / 2
-        assert cost.clipped == pytest.approx((np.abs(after - exact) > half * (1 + 1e-4)).mean(), abs=2e-4)
-        assert (cost.bits, cost.group_size, cost.role) == (scheme.feed_forward.bits, 32, "feed_forward")
+        assert cost.clipped == pytest.approx(
+            (np.abs(after - exact) > half * (1 + 1e-4)).mean(), abs=2e-4
+        )
+        assert (cost.bits, cost.group_size, cost.role) == (
+            scheme.feed_forward.bits,
+            32,
+            "feed_forward",
+        )
 
 
 def test_cosines_are_those_of_the_two_models_at_every_width() -> None:
@@ -60,19 +79,33 @@ def test_cosines_are_those_of_the_two_models_at_every_width() -> None:
         assert width.min_cosine_activations > 0.9 * width.min_cosine
     assert [width.dim for width in report.widths] == [64, 32]
     assert [layer.layer for layer in report.layers] == ["embedding", "layer 0", "layer 1"]
-    table = quantize(encoder.embed_tokens.weight, INT4.embedding).dequantize()[list(sum(ROWS, ()))].double()
+    table = (
+        quantize(encoder.embed_tokens.weight, INT4.embedding)
+        .dequantize()[list(sum(ROWS, ()))]
+        .double()
+    )
     tokens = encoder.embed_tokens.weight.detach()[list(sum(ROWS, ()))].double()
     wanted = torch.cosine_similarity(table, tokens, dim=-1)
     assert report.layers[0].mean_cosine == pytest.approx(float(wanted.mean()), abs=1e-6)
     assert report.layers[0].min_cosine == pytest.approx(float(wanted.min()), abs=1e-6)
 
 
-def test_dev_scores_are_asked_of_the_float_and_of_the_rounded_model_and_the_encoder_stays_as_it_was() -> None:
+def test_dev_scores_are_asked_of_the_float_and_of_the_rounded_model_and_the_encoder_stays_as_it_was() -> (
+    None
+):
     encoder = make_encoder()
     before = {name: weight.clone() for name, weight in encoder.named_parameters()}
-    report = measure(encoder, INT4, ROWS, model="m", score=lambda seen: {"sum": float(seen.dense[0].weight.detach().abs().sum())})
+    report = measure(
+        encoder,
+        INT4,
+        ROWS,
+        model="m",
+        score=lambda seen: {"sum": float(seen.dense[0].weight.detach().abs().sum())},
+    )
     rounded = quantize(before["dense.0.weight"], INT4.projection).dequantize()
-    assert report.dev == {"sum": (float(before["dense.0.weight"].detach().abs().sum()), float(rounded.abs().sum()))}
+    assert report.dev == {
+        "sum": (float(before["dense.0.weight"].detach().abs().sum()), float(rounded.abs().sum()))
+    }
     assert all(torch.equal(weight, before[name]) for name, weight in encoder.named_parameters())
     text = report.to_text()
     assert max(len(line) for line in text.splitlines()) <= 120
@@ -83,7 +116,10 @@ def test_dev_scores_are_asked_of_the_float_and_of_the_rounded_model_and_the_enco
 
 
 def test_a_rounded_checkpoint_holds_the_dequantized_weights(tmp_path: Path) -> None:
-    assert main(["round", "--model", str(MODEL), "--scheme", "q4_0", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["round", "--model", str(MODEL), "--scheme", "q4_0", "--out", str(tmp_path / "out")])
+        == 0
+    )
     found = load_encoder(open_checkpoint(tmp_path / "out"))
     for name, quantized in quantize_encoder(load_encoder(open_checkpoint(MODEL)), Q4_0).items():
         assert torch.equal(found.get_parameter(name), quantized.dequantize()), name
@@ -91,18 +127,34 @@ def test_a_rounded_checkpoint_holds_the_dequantized_weights(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
 def test_a_rounded_model_rounds_to_itself(scheme: Scheme) -> None:
-    # Of 4 bits the largest code is 7 or -8, so amax / 7 or amax / 8 is the scale again, and leaves no error to improve on.
+    # Of 4 bits the largest code is 7 or -8, so amax / 7 or amax / 8 is the scale again, and leaves
+    # no error to improve on.
     once = quantize_encoder(load_encoder(open_checkpoint(MODEL)), scheme)
     for name, quantized in once.items():
-        assert torch.equal(quantize(quantized.dequantize(), quantized.format).dequantize(), quantized.dequantize()), name
+        assert torch.equal(
+            quantize(quantized.dequantize(), quantized.format).dequantize(), quantized.dequantize()
+        ), name
 
 
-def test_the_command_reports_and_fails_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_and_fails_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("one text\nanother text\n", encoding="utf-8")
-    assert main(["report", "--model", str(MODEL), "--scheme", "mixed", "--texts", str(texts), "--json"]) == 0
+    assert (
+        main(
+            ["report", "--model", str(MODEL), "--scheme", "mixed", "--texts", str(texts), "--json"]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
-    assert (found["scheme"], found["num_texts"], found["truncated"], found["hint"], found["dev"]) == ("mixed", 2, 0, None, {})
+    assert (
+        found["scheme"],
+        found["num_texts"],
+        found["truncated"],
+        found["hint"],
+        found["dev"],
+    ) == ("mixed", 2, 0, None, {})
     texts.write_text("one text\n" + "word " * 600 + "\n", encoding="utf-8")
     assert main(["report", "--model", str(MODEL), "--scheme", "int4", "--texts", str(texts)]) == 0
     assert "2 texts, 1 of them cut at the limit" in capsys.readouterr().out
@@ -111,10 +163,19 @@ def test_the_command_reports_and_fails_in_one_line(tmp_path: Path, capsys: pytes
     absent, out = tmp_path / "absent", tmp_path / "out"
     out.mkdir()
     for arguments, message in (
-        (["report", "--model", str(MODEL), "--scheme", "int4", "--texts", str(texts)], "line 2: blank"),
-        (["report", "--model", str(MODEL), "--scheme", "int4", "--texts", str(absent)], "No such file"),
+        (
+            ["report", "--model", str(MODEL), "--scheme", "int4", "--texts", str(texts)],
+            "line 2: blank",
+        ),
+        (
+            ["report", "--model", str(MODEL), "--scheme", "int4", "--texts", str(absent)],
+            "No such file",
+        ),
         (["report", "--model", str(MODEL), "--scheme", "int5"], "one of int4, int8"),
-        (["report", "--model", str(MODEL), "--scheme", "int4", "--data", str(tmp_path)], "--dev is absent"),
+        (
+            ["report", "--model", str(MODEL), "--scheme", "int4", "--data", str(tmp_path)],
+            "--dev is absent",
+        ),
         (["report", "--model", str(absent), "--scheme", "int4"], "no such folder"),
         (["round", "--model", str(MODEL), "--scheme", "int4", "--out", str(out)], "exists"),
     ):

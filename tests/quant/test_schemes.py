@@ -1,4 +1,6 @@
-"""The one function that rounds weights: against values worked by hand, against torch's own fake quantization, and its promises."""
+"""The one function that rounds weights: against values worked by hand, against torch's own fake
+quantization, and its promises.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def weights(rows: int = 40, columns: int = 96) -> torch.Tensor:
 
 
 def test_int8_codes_by_hand() -> None:
-    # amax 127/64 -> scale 1/64, a bfloat16 number; -1/128 is half a step and rounds to even, 0; 3/128 is 1.5 steps, to 2.
+    # amax 127/64 -> scale 1/64, a bfloat16 number; -1/128 is half a step and rounds to even, 0;
+    # 3/128 is 1.5 steps, to 2.
     row = torch.zeros(1, 32)
     row[0, :5] = torch.tensor([127 / 64, -127 / 64, 1 / 64, -1 / 128, 3 / 128])
     found = quantize(row, INT8_BLOCK)
@@ -46,15 +49,24 @@ def test_int4_codes_by_hand() -> None:
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_codes_equal_torchs_fake_quantization_on_the_same_scales(weight_format: WeightFormat) -> None:
+def test_codes_equal_torchs_fake_quantization_on_the_same_scales(
+    weight_format: WeightFormat,
+) -> None:
     weight = weights()
     found = quantize(weight, weight_format)
     size = weight_format.group_size or weight.shape[1]
     lowest, highest = (-8, 7) if weight_format.bits == 4 else (-127, 127)
     scales = found.scales.flatten()
     wanted = torch.fake_quantize_per_channel_affine(
-        weight.view(-1, size), scales, torch.zeros(len(scales), dtype=torch.int32), 0, lowest, highest)
-    # torch multiplies by 1/scale where we divide; a weight on the edge between two codes may fall the other way.
+        weight.view(-1, size),
+        scales,
+        torch.zeros(len(scales), dtype=torch.int32),
+        0,
+        lowest,
+        highest,
+    )
+    # torch multiplies by 1/scale where we divide; a weight on the edge between two codes may fall
+    # the other way.
     differing = (found.dequantize().view(-1, size) != wanted).float().mean()
     assert differing < 0.002
 
@@ -70,7 +82,9 @@ def test_scales_are_positive_bfloat16_numbers(weight_format: WeightFormat) -> No
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_dequantizing_rounds_nothing(weight_format: WeightFormat) -> None:
     found = quantize(weights(), weight_format)
-    exact = found.codes.double().view(40, found.scales.shape[1], -1) * found.scales.double().unsqueeze(-1)
+    exact = found.codes.double().view(
+        40, found.scales.shape[1], -1
+    ) * found.scales.double().unsqueeze(-1)
     assert torch.equal(found.dequantize().double(), exact.view(40, 96))
 
 
@@ -105,7 +119,9 @@ def test_rounding_in_parts_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("weight_format", [*FORMATS, GgmlFormat(bits=4), GgmlFormat(bits=8)])
-def test_rounding_in_place_gives_the_dequantized_weights(weight_format: WeightFormat | GgmlFormat) -> None:
+def test_rounding_in_place_gives_the_dequantized_weights(
+    weight_format: WeightFormat | GgmlFormat,
+) -> None:
     weight = torch.randn(PART_WEIGHTS // 96 + 50, 96, generator=torch.Generator().manual_seed(4))
     wanted = quantize(weight, weight_format).dequantize()
     round_(weight, weight_format)
@@ -119,11 +135,16 @@ def test_no_divisor_has_a_smaller_error_than_the_chosen_one(columns: int) -> Non
     weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(5))
     for weight_format in (INT4_BLOCK, INT4_CHANNEL):
         groups = weight.double().view(-1, weight_format.group_size or columns)
-        error = (quantize(weight, weight_format).dequantize().double().view_as(groups) - groups).square().sum(-1)
+        error = (
+            (quantize(weight, weight_format).dequantize().double().view_as(groups) - groups)
+            .square()
+            .sum(-1)
+        )
         for divisor in INT4_DIVISORS:
             scale = (groups.float().abs().amax(-1, keepdim=True) / divisor).bfloat16().double()
             other = ((groups / scale).round().clamp(-8, 7) * scale - groups).square().sum(-1)
-            assert (error <= other * (1 + 1e-5)).all(), divisor   # float32 sums tell errors closer than that not apart
+            # float32 sums tell errors closer than that not apart
+            assert (error <= other * (1 + 1e-5)).all(), divisor
 
 
 def test_bad_weights_are_refused() -> None:
@@ -138,8 +159,15 @@ def test_bad_weights_are_refused() -> None:
 
 
 def test_the_mixed_scheme_is_the_reports() -> None:
-    # arXiv:2509.20354 section 2.3: int4 per channel for embedding, feed-forward and projection, int8 for attention.
-    assert [MIXED.format_of(role).bits for role in ("embedding", "feed_forward", "projection", "attention")] == [4, 4, 4, 8]
-    assert all(MIXED.format_of(role).group_size is None for role in ("embedding", "feed_forward", "projection", "attention"))
+    # arXiv:2509.20354 section 2.3: int4 per channel for embedding, feed-forward and projection,
+    # int8 for attention.
+    assert [
+        MIXED.format_of(role).bits
+        for role in ("embedding", "feed_forward", "projection", "attention")
+    ] == [4, 4, 4, 8]
+    assert all(
+        MIXED.format_of(role).group_size is None
+        for role in ("embedding", "feed_forward", "projection", "attention")
+    )
     with pytest.raises(ConfigError, match="role='norm'"):
         MIXED.format_of("norm")

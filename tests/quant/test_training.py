@@ -1,4 +1,6 @@
-"""A quantization-aware run: training and dev scores are of the rounded weights, states hold the float ones."""
+"""A quantization-aware run: training and dev scores are of the rounded weights, states hold the
+float ones.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,17 @@ class Dev:
         return {"score": encoder.dense[0].weight[0, 0].item()}
 
 
-def test_training_and_scores_see_the_grid_and_states_hold_the_floats(tiny_spm: Path, tmp_path: Path) -> None:
+def test_training_and_scores_see_the_grid_and_states_hold_the_floats(
+    tiny_spm: Path, tmp_path: Path
+) -> None:
     dev, forward = Dev(), []
     made = objective(tiny_spm, LOSS, through=through_of("int4", False), dev=dev)
     made.encoder.register_forward_pre_hook(lambda encoder, _: forward.append(weights(encoder)))
 
     class Watched(Contrast):
-        """Compares what every pass of a step computed with to what the files would hold of the weights before it."""
+        """Compares what every pass of a step computed with to what the files would hold of the
+        weights before it.
+        """
 
         def backward(self, step: int) -> object:  # type: ignore[override]
             forward.clear()
@@ -85,14 +91,19 @@ def test_the_gradient_is_that_of_a_model_whose_weights_are_the_rounded_ones(tiny
             for name, weight in grid(shipped.encoder).items():
                 shipped.encoder.get_parameter(name).copy_(weight)
         losses, expected = gradients(shipped)
-        found_losses, found = gradients(objective(tiny_spm, config, through=through_of("int4", False)))
+        found_losses, found = gradients(
+            objective(tiny_spm, config, through=through_of("int4", False))
+        )
         assert found_losses == losses != float_losses
         for name, gradient in expected.items():
             assert torch.equal(found[name], gradient), name
 
 
 def test_rounded_activations_are_another_loss(tiny_spm: Path) -> None:
-    weights_only, both = (gradients(objective(tiny_spm, through=through_of("int4", activations)))[0]["loss"] for activations in (False, True))
+    weights_only, both = (
+        gradients(objective(tiny_spm, through=through_of("int4", activations)))[0]["loss"]
+        for activations in (False, True)
+    )
     assert both == pytest.approx(weights_only, rel=0.2)
     assert both != weights_only
 

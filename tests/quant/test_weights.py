@@ -1,4 +1,6 @@
-"""Which parameters are rounded, and that a rounded encoder is the same encoder with other weights."""
+"""Which parameters are rounded, and that a rounded encoder is the same encoder with other
+weights.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,16 @@ from egemma_core.nn.load import load_encoder
 from egemma_quant.schemes import INT4, MIXED
 from egemma_quant.weights import quantize_encoder, role_of, with_weights
 
-pytest.importorskip("sentence_transformers", reason="it writes the folders; pip install 'egemma[dev]'")
+pytest.importorskip(
+    "sentence_transformers", reason="it writes the folders; pip install 'egemma[dev]'"
+)
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory, tiny_spm: Path) -> Encoder:
-    return load_encoder(open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("m"), "tiny", tiny_spm)))
+    return load_encoder(
+        open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("m"), "tiny", tiny_spm))
+    )
 
 
 def test_every_matrix_has_a_role_and_no_norm_has(encoder: Encoder) -> None:
@@ -44,7 +50,9 @@ def test_a_rounded_encoder_leaves_the_original_alone_and_stays_near(encoder: Enc
     quantized = quantize_encoder(encoder, INT4)
     rounded = with_weights(encoder, quantized)
     assert torch.equal(encoder.layers[0].mlp.up_proj.weight, before)
-    assert torch.equal(rounded.layers[0].mlp.up_proj.weight, quantized["layers.0.mlp.up_proj.weight"].dequantize())
+    assert torch.equal(
+        rounded.layers[0].mlp.up_proj.weight, quantized["layers.0.mlp.up_proj.weight"].dequantize()
+    )
     assert torch.equal(rounded.norm.weight, encoder.norm.weight)
     ids = torch.randint(3, 500, (4, 30), generator=torch.Generator().manual_seed(0))
     cosine = (encoder(ids, torch.ones_like(ids)) * rounded(ids, torch.ones_like(ids))).sum(-1)

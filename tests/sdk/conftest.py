@@ -28,11 +28,26 @@ def pte_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_spm: Path) -> Path
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("executorch") is None:
         pytest.skip("making a .pte needs the export extra")
     folder = tmp_path_factory.mktemp("pte")
-    return tiny_bundle(folder / "bundle", runtime="executorch", tokenizer=tiny_spm, model=tiny_pte(folder / "tiny.pte"))
+    return tiny_bundle(
+        folder / "bundle",
+        runtime="executorch",
+        tokenizer=tiny_spm,
+        model=tiny_pte(folder / "tiny.pte"),
+    )
 
 
-def run_python(script: str, *arguments: object, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own, which may crash; a variable set to None is left out of its environment."""
+def run_python(
+    script: str, *arguments: object, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, which may crash; a variable set to None is left out of
+    its environment.
+    """
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment}
-    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=120,
-                          env={name: value for name, value in variables.items() if value is not None})
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={name: value for name, value in variables.items() if value is not None},
+    )

@@ -21,27 +21,46 @@ from egemma_core.vectors import check_dim, shorten
 
 DIMS = (64, 32, 16)
 MAX_TOKENS = 48
-TEXTS = ["the cat sat on the mat", "a dog barked at the moon", "rain fell on the quiet harbour", "she fixed the bicycle chain"]
+TEXTS = [
+    "the cat sat on the mat",
+    "a dog barked at the moon",
+    "rain fell on the quiet harbour",
+    "she fixed the bicycle chain",
+]
 
 
 class WordEmbedder:
-    """Keeps the contract of `egemma.Embedder`: each word is a fixed random direction, a text the sum of its words and its title's.
+    """Keeps the contract of `egemma.Embedder`: each word is a fixed random direction, a text the
+    sum of its words and its title's.
 
-    A token is a word. The prompt's words are counted as tokens, but point nowhere, so a query finds its own words with a cosine of 1.
+    A token is a word. The prompt's words are counted as tokens, but point nowhere, so a query finds
+    its own words with a cosine of 1.
     """
 
-    def __init__(self, name: str = "words-1", *, dims: Sequence[int] = DIMS, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(
+        self, name: str = "words-1", *, dims: Sequence[int] = DIMS, max_tokens: int = MAX_TOKENS
+    ) -> None:
         self.fingerprint = hashlib.sha256(name.encode()).hexdigest()
-        self._salt = "" if name == "words-1" else name   # two models put a word into different directions
+        # two models put a word into different directions
+        self._salt = "" if name == "words-1" else name
         self.dims, self.dim, self.max_tokens = tuple(dims), dims[0], max_tokens
         self.tasks = ("question answering", DEFAULT_TASK)
-        self.prompts = Prompts(by_name={"query": f"task: {DEFAULT_TASK} | query: ", "document": "title: none | text: "})
+        self.prompts = Prompts(
+            by_name={"query": f"task: {DEFAULT_TASK} | query: ", "document": "title: none | text: "}
+        )
         self.manifest = SimpleNamespace(
-            fingerprint=self.fingerprint, dims=self.dims, source={"model": name, "weights": self.fingerprint}, target="test",
-            files={TOKENIZER: {"sha256": "0" * 64}}, prompts=dict(self.prompts.by_name), architecture={"max_tokens": max_tokens}, scheme={})
-        self.embedded: list[str] = []                    # every document's text that was embedded, in order
-        self.calls = 0                                   # of embed_documents
-        self.broken: NDArray[np.float32] | None = None   # given out instead of what the words say
+            fingerprint=self.fingerprint,
+            dims=self.dims,
+            source={"model": name, "weights": self.fingerprint},
+            target="test",
+            files={TOKENIZER: {"sha256": "0" * 64}},
+            prompts=dict(self.prompts.by_name),
+            architecture={"max_tokens": max_tokens},
+            scheme={},
+        )
+        self.embedded: list[str] = []  # every document's text that was embedded, in order
+        self.calls = 0  # of embed_documents
+        self.broken: NDArray[np.float32] | None = None  # given out instead of what the words say
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())
@@ -49,23 +68,52 @@ class WordEmbedder:
     def document_prompt(self, title: str | None = None) -> str:
         return self.prompts.document(title)
 
-    def embed_query(self, text: str, *, task: str = DEFAULT_TASK, dim: int | None = None, overflow: str = "error") -> Embedding:
+    def embed_query(
+        self,
+        text: str,
+        *,
+        task: str = DEFAULT_TASK,
+        dim: int | None = None,
+        overflow: str = "error",
+    ) -> Embedding:
         return self.embed_queries([text], task=task, dim=dim, overflow=overflow)[0]
 
-    def embed_queries(self, texts: Iterable[str], *, task: str = DEFAULT_TASK, dim: int | None = None, overflow: str = "error") -> Embeddings:
+    def embed_queries(
+        self,
+        texts: Iterable[str],
+        *,
+        task: str = DEFAULT_TASK,
+        dim: int | None = None,
+        overflow: str = "error",
+    ) -> Embeddings:
         prompt = self.prompts.query(task)
         return self._embed([("", prompt, text) for text in texts], dim, overflow)
 
-    def embed_documents(self, texts: Iterable[str], *, titles: Iterable[str | None] | None = None, dim: int | None = None,
-                        overflow: str = "error") -> Embeddings:
+    def embed_documents(
+        self,
+        texts: Iterable[str],
+        *,
+        titles: Iterable[str | None] | None = None,
+        dim: int | None = None,
+        overflow: str = "error",
+    ) -> Embeddings:
         texts = list(texts)
-        rows = [(title or "", self.document_prompt(title), text)
-                for title, text in zip([None] * len(texts) if titles is None else titles, texts, strict=True)]
+        rows = [
+            (title or "", self.document_prompt(title), text)
+            for title, text in zip(
+                [None] * len(texts) if titles is None else titles, texts, strict=True
+            )
+        ]
         embeddings = self._embed(rows, dim, overflow)
         self.calls += 1
         self.embedded += texts
         if self.broken is not None:
-            return Embeddings(vectors=self.broken, num_tokens=embeddings.num_tokens, truncated=embeddings.truncated, fingerprint=self.fingerprint)
+            return Embeddings(
+                vectors=self.broken,
+                num_tokens=embeddings.num_tokens,
+                truncated=embeddings.truncated,
+                fingerprint=self.fingerprint,
+            )
         return embeddings
 
     def vector(self, text: str, title: str = "") -> NDArray[np.float32]:
@@ -75,22 +123,37 @@ class WordEmbedder:
     def close(self) -> None:
         pass
 
-    def _embed(self, rows: Sequence[tuple[str, str, str]], dim: int | None, overflow: str) -> Embeddings:
+    def _embed(
+        self, rows: Sequence[tuple[str, str, str]], dim: int | None, overflow: str
+    ) -> Embeddings:
         lengths = tuple(self.count_tokens(prompt + text) for _, prompt, text in rows)
         cut = tuple(length > self.max_tokens for length in lengths)
         if overflow == "error" and any(cut):
-            raise TokenLimitError(f"text {cut.index(True)} has {lengths[cut.index(True)]} tokens, the model reads {self.max_tokens}.")
+            raise TokenLimitError(
+                f"text {cut.index(True)} has {lengths[cut.index(True)]} tokens, the model reads "
+                f"{self.max_tokens}."
+            )
         vectors = np.empty((len(rows), self.dim), np.float32)
         for row, (title, prompt, text) in enumerate(rows):
-            words = title.split() + text.split()[: max(0, self.max_tokens - self.count_tokens(prompt))]
-            vectors[row] = np.sum([_direction(self._salt + word, self.dim) for word in words or [""]], axis=0)
-        return Embeddings(vectors=shorten(vectors, check_dim(dim, self.dims), self.dims), num_tokens=lengths, truncated=cut,
-                          fingerprint=self.fingerprint)
+            words = (
+                title.split() + text.split()[: max(0, self.max_tokens - self.count_tokens(prompt))]
+            )
+            vectors[row] = np.sum(
+                [_direction(self._salt + word, self.dim) for word in words or [""]], axis=0
+            )
+        return Embeddings(
+            vectors=shorten(vectors, check_dim(dim, self.dims), self.dims),
+            num_tokens=lengths,
+            truncated=cut,
+            fingerprint=self.fingerprint,
+        )
 
 
 @lru_cache(maxsize=10_000)
 def _direction(word: str, dim: int) -> NDArray[np.float64]:
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")).normal(size=dim)
+    return np.random.default_rng(
+        int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+    ).normal(size=dim)
 
 
 def open_index(path: Path, name: str = "words-1", **settings: Any) -> Index:

@@ -1,4 +1,7 @@
-"""Batches are plans over lengths: pure functions, checked on plain numbers. Threads are counted from files."""
+"""Batches are plans over lengths: pure functions, checked on plain numbers.
+
+Threads are counted from files.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,11 @@ def test_every_text_is_in_exactly_one_batch(lengths: list[int]) -> None:
 def test_no_batch_of_several_texts_exceeds_the_memory(lengths: list[int], memory_mb: int) -> None:
     memory = memory_of(SHAPE, memory_mb * 2**20)
     for batch in plan_batches(lengths, memory):
-        assert len(batch) == 1 or memory.run_bytes(len(batch), max(lengths[position] for position in batch)) <= memory_mb * 2**20
+        assert (
+            len(batch) == 1
+            or memory.run_bytes(len(batch), max(lengths[position] for position in batch))
+            <= memory_mb * 2**20
+        )
 
 
 @given(LENGTHS)
@@ -63,7 +70,8 @@ def test_a_text_above_the_memory_still_gets_a_run() -> None:
 
 
 def test_attention_counts_quadratically() -> None:
-    # 4 bytes * (3 heads * 3 score tables * 1000 * 1000 + 1000 * (6 * 768 + 3 * 1152)) = 36,000,000 + 32,256,000
+    # 4 bytes * (3 heads * 3 score tables * 1000 * 1000 + 1000 * (6 * 768 + 3 * 1152)) = 36,000,000
+    # + 32,256,000
     assert ROOMY.run_bytes(1, 1000) == 68_256_000
     few = BatchMemory(limit_bytes=68_256_000, width=768, ffn_width=1152, num_heads=3)
     assert plan_batches([1000, 1000], few) == [[0], [1]]
@@ -101,19 +109,30 @@ def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(16)), raising=False)
 
 
-@pytest.mark.parametrize(("limit", "cpus"), [("max 100000", 16), ("200000 100000", 2), ("150000 100000", 2), ("10000 100000", 1),
-                                             ("9900000 100000", 16)])
+@pytest.mark.parametrize(
+    ("limit", "cpus"),
+    [
+        ("max 100000", 16),
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("10000 100000", 1),
+        ("9900000 100000", 16),
+    ],
+)
 @pytest.mark.usefixtures("sixteen_cpus")
 def test_a_container_limits_the_cpus(tmp_path: Path, limit: str, cpus: int) -> None:
     write(tmp_path / "proc/self/cgroup", "0::/app/worker\n")
     write(tmp_path / "sys/fs/cgroup/app/worker/cpu.max", "max 100000\n")
-    write(tmp_path / "sys/fs/cgroup/app/cpu.max", limit + "\n")  # of the parent group: it binds as well
+    # of the parent group: it binds as well
+    write(tmp_path / "sys/fs/cgroup/app/cpu.max", limit + "\n")
     assert available_cpus(tmp_path) == cpus
 
 
 @pytest.mark.parametrize(("quota", "cpus"), [("-1", 16), ("250000", 3)])
 @pytest.mark.usefixtures("sixteen_cpus")
-def test_a_container_of_the_first_kind_limits_the_cpus(tmp_path: Path, quota: str, cpus: int) -> None:
+def test_a_container_of_the_first_kind_limits_the_cpus(
+    tmp_path: Path, quota: str, cpus: int
+) -> None:
     write(tmp_path / "proc/self/cgroup", "4:memory:/docker/1\n3:cpu,cpuacct:/docker/1\n")
     write(tmp_path / "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", quota + "\n")
     write(tmp_path / "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000\n")

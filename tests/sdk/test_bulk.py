@@ -1,4 +1,6 @@
-"""Bulk embedding in one process: its vectors against the embedder's, everything that can stop it, and everything that an input can be."""
+"""Bulk embedding in one process: its vectors against the embedder's, everything that can stop it,
+and everything that an input can be.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,22 @@ TOO_LONG = "water " * MAX_TOKENS
 
 def texts_of(count: int, seed: int = 0) -> list[str]:
     chance = random.Random(seed)
-    return [" ".join(chance.choices(LINES, k=1) + chance.choices(LINES[0].split(), k=chance.randrange(9))) for _ in range(count)]
+    return [
+        " ".join(
+            chance.choices(LINES, k=1) + chance.choices(LINES[0].split(), k=chance.randrange(9))
+        )
+        for _ in range(count)
+    ]
 
 
-def write(path: Path, rows: int | list[Any] = 100, *, seed: int = 0, row_group: int = 37, **columns: Any) -> Path:
+def write(
+    path: Path, rows: int | list[Any] = 100, *, seed: int = 0, row_group: int = 37, **columns: Any
+) -> Path:
     texts = texts_of(rows, seed) if isinstance(rows, int) else rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"text": pa.array(texts, pa.string()), **columns}), path, row_group_size=row_group)
+    pq.write_table(
+        pa.table({"text": pa.array(texts, pa.string()), **columns}), path, row_group_size=row_group
+    )
     return path
 
 
@@ -90,19 +101,27 @@ def embedder(onnx_bundle: Path) -> Any:
 @pytest.fixture
 def run(onnx_bundle: Path, tmp_path: Path) -> Any:
     def embed(source: Any, out: str = "out", **settings: Any) -> Any:
-        return embed_parquet(source, tmp_path / out, **{"bundle": onnx_bundle, "threads_per_worker": 1, "shard_rows": 64, **settings})
+        return embed_parquet(
+            source,
+            tmp_path / out,
+            **{"bundle": onnx_bundle, "threads_per_worker": 1, "shard_rows": 64, **settings},
+        )
 
     return embed
 
 
-def test_vectors_are_those_of_embed_documents_in_the_order_of_the_rows(run: Any, tmp_path: Path, embedder: Embedder) -> None:
+def test_vectors_are_those_of_embed_documents_in_the_order_of_the_rows(
+    run: Any, tmp_path: Path, embedder: Embedder
+) -> None:
     texts = texts_of(1300)
     write(tmp_path / "in" / "a.parquet", texts[:1200], row_group=500)
     write(tmp_path / "in" / "deep" / "b.parquet", texts[1200:])
     report = run(tmp_path / "in", shard_rows=2 * WINDOW_TEXTS)
     table = read(tmp_path / "out")
     assert table.column("text").to_pylist() == texts
-    assert table.column("id").to_pylist() == [f"a.parquet:{row}" for row in range(1200)] + [f"deep/b.parquet:{row}" for row in range(100)]
+    assert table.column("id").to_pylist() == [f"a.parquet:{row}" for row in range(1200)] + [
+        f"deep/b.parquet:{row}" for row in range(100)
+    ]
     # The same texts in the same runs: bit for bit. All at once, other texts share a run.
     streamed = [*embedder.stream_documents(texts[:1200]), *embedder.stream_documents(texts[1200:])]
     assert np.array_equal(vectors(table), np.concatenate([part.vectors for part in streamed]))
@@ -112,27 +131,65 @@ def test_vectors_are_those_of_embed_documents_in_the_order_of_the_rows(run: Any,
     assert table.column("truncated").to_pylist() == [False] * 1300
     assert table.column("error").null_count == 1300
     assert table.schema.field("vector").type == pa.list_(pa.field("element", pa.float32()), WIDTH)
-    assert (report.rows, report.tokens, report.shards, report.embedded, report.embedded_rows) == (1300, sum(together.num_tokens), 3, 3, 1300)
+    assert (report.rows, report.tokens, report.shards, report.embedded, report.embedded_rows) == (
+        1300,
+        sum(together.num_tokens),
+        3,
+        3,
+        1300,
+    )
 
 
 def test_titles_ids_and_kept_columns_go_along(run: Any, tmp_path: Path, embedder: Embedder) -> None:
     texts, titles = texts_of(100), [None, "Pumps", "", "Öl"] * 25
-    source = write(tmp_path / "in.parquet", texts, name=pa.array(titles), key=pa.array(range(100)), lang=pa.array(["en", None] * 50).dictionary_encode())
+    source = write(
+        tmp_path / "in.parquet",
+        texts,
+        name=pa.array(titles),
+        key=pa.array(range(100)),
+        lang=pa.array(["en", None] * 50).dictionary_encode(),
+    )
     run(source, title_column="name", id_column="key", keep=["lang"], dim=8)
     table = read(tmp_path / "out")
-    assert table.column_names == ["key", "name", "text", "lang", "vector", "num_tokens", "truncated", "error"]
+    assert table.column_names == [
+        "key",
+        "name",
+        "text",
+        "lang",
+        "vector",
+        "num_tokens",
+        "truncated",
+        "error",
+    ]
     assert table.column("key").to_pylist() == list(range(100))
-    assert (table.column("name").to_pylist(), table.column("lang").to_pylist()) == (titles, ["en", None] * 50)
+    assert (table.column("name").to_pylist(), table.column("lang").to_pylist()) == (
+        titles,
+        ["en", None] * 50,
+    )
     expected = embedder.embed_documents(texts, titles=titles, dim=8)
     assert np.abs(vectors(table) - expected.vectors).max() < BOUND
     run(source, "vectors-only", keep_text=False, title_column="name")
-    assert read(tmp_path / "vectors-only").column_names == ["id", "vector", "num_tokens", "truncated", "error"]
+    assert read(tmp_path / "vectors-only").column_names == [
+        "id",
+        "vector",
+        "num_tokens",
+        "truncated",
+        "error",
+    ]
 
 
-def test_queries_are_embedded_behind_the_prompt_of_their_task(run: Any, tmp_path: Path, embedder: Embedder) -> None:
+def test_queries_are_embedded_behind_the_prompt_of_their_task(
+    run: Any, tmp_path: Path, embedder: Embedder
+) -> None:
     texts = texts_of(60)
     run(write(tmp_path / "in.parquet", texts), role="query", task="clustering")
-    assert np.abs(vectors(read(tmp_path / "out")) - embedder.embed_queries(texts, task="clustering").vectors).max() < BOUND
+    assert (
+        np.abs(
+            vectors(read(tmp_path / "out"))
+            - embedder.embed_queries(texts, task="clustering").vectors
+        ).max()
+        < BOUND
+    )
     job = read_job(tmp_path / "out")
     assert job is not None
     assert job.prompt == PROMPTS["Clustering"]
@@ -141,19 +198,34 @@ def test_queries_are_embedded_behind_the_prompt_of_their_task(run: Any, tmp_path
 def test_each_file_says_which_model_made_it(run: Any, tmp_path: Path, embedder: Embedder) -> None:
     run(write(tmp_path / "in.parquet"))
     facts = json.loads(pq.read_schema(shards(tmp_path / "out")[1]).metadata[b"egemma"])
-    assert (facts["fingerprint"], facts["dim"], facts["prompt"]) == (embedder.fingerprint, WIDTH, PROMPTS["document"])
+    assert (facts["fingerprint"], facts["dim"], facts["prompt"]) == (
+        embedder.fingerprint,
+        WIDTH,
+        PROMPTS["document"],
+    )
     assert (facts["source"], facts["first_row"], facts["result"]["rows"]) == ("in.parquet", 64, 36)
 
 
-def test_a_long_text_is_cut_when_asked_and_the_row_says_so(run: Any, tmp_path: Path, embedder: Embedder) -> None:
+def test_a_long_text_is_cut_when_asked_and_the_row_says_so(
+    run: Any, tmp_path: Path, embedder: Embedder
+) -> None:
     texts = [*texts_of(5), TOO_LONG, "short"]
     report = run(write(tmp_path / "in.parquet", texts), overflow="truncate")
     table = read(tmp_path / "out")
-    assert (report.truncated, table.column("truncated").to_pylist()) == (1, [False] * 5 + [True, False])
-    assert np.array_equal(vectors(table), embedder.embed_documents(texts, overflow="truncate").vectors)
+    assert (report.truncated, table.column("truncated").to_pylist()) == (
+        1,
+        [False] * 5 + [True, False],
+    )
+    assert np.array_equal(
+        vectors(table), embedder.embed_documents(texts, overflow="truncate").vectors
+    )
 
 
-BAD = {"null": (None, "null", InputError), "blank": (" \n", "blank", InputError), "too long": (TOO_LONG, "tokens", TokenLimitError)}
+BAD = {
+    "null": (None, "null", InputError),
+    "blank": (" \n", "blank", InputError),
+    "too long": (TOO_LONG, "tokens", TokenLimitError),
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -162,12 +234,19 @@ def test_a_bad_row_is_named_and_what_is_finished_stays(run: Any, tmp_path: Path,
     texts = texts_of(200)
     texts[150], texts[180] = bad, bad
     source = write(tmp_path / "in.parquet", texts, row_group=60)
-    with pytest.raises(error, match=rf"in\.parquet, row group 2, row 30 \(row 150 of the file\): .*{word}"):
+    with pytest.raises(
+        error, match=rf"in\.parquet, row group 2, row 30 \(row 150 of the file\): .*{word}"
+    ):
         run(source)
-    assert [path.name for path in shards(tmp_path / "out")] == ["shard-000000.parquet", "shard-000001.parquet"]
+    assert [path.name for path in shards(tmp_path / "out")] == [
+        "shard-000000.parquet",
+        "shard-000001.parquet",
+    ]
 
 
-def test_bad_rows_may_stay_without_a_vector_and_say_why(run: Any, tmp_path: Path, embedder: Embedder) -> None:
+def test_bad_rows_may_stay_without_a_vector_and_say_why(
+    run: Any, tmp_path: Path, embedder: Embedder
+) -> None:
     texts: list[Any] = texts_of(200)
     good = [row for row in range(200) if row not in (3, 70, 190)]
     texts[3], texts[70], texts[190] = None, "\t", TOO_LONG
@@ -175,18 +254,32 @@ def test_bad_rows_may_stay_without_a_vector_and_say_why(run: Any, tmp_path: Path
     report = run(source, on_error="null")
     table = read(tmp_path / "out")
     errors = table.column("error").to_pylist()
-    assert [row for row in range(200) if errors[row] is not None] == [3, 70, 190] == [row for row in range(200) if table.column("vector")[row].as_py() is None]
-    assert ("null" in errors[3], "blank" in errors[70], "tokens" in errors[190], report.errors) == (True, True, True, 3)
+    assert (
+        [row for row in range(200) if errors[row] is not None]
+        == [3, 70, 190]
+        == [row for row in range(200) if table.column("vector")[row].as_py() is None]
+    )
+    assert ("null" in errors[3], "blank" in errors[70], "tokens" in errors[190], report.errors) == (
+        True,
+        True,
+        True,
+        3,
+    )
     assert table.column("text").to_pylist() == texts
     assert table.column("num_tokens").null_count == table.column("truncated").null_count == 3
     expected = embedder.embed_documents([texts[row] for row in good]).vectors
-    assert np.abs(vectors(table.filter(pa.compute.is_null(table.column("error")))) - expected).max() < BOUND
+    assert (
+        np.abs(vectors(table.filter(pa.compute.is_null(table.column("error")))) - expected).max()
+        < BOUND
+    )
     with pytest.raises(InputError, match=r"row 3 of the file.*null"):
         run(source)  # what was let pass is not forgotten
     assert run(source, on_error="null").embedded == 0
 
 
-def test_a_run_that_failed_at_a_bad_row_goes_on_with_on_error_null(run: Any, tmp_path: Path) -> None:
+def test_a_run_that_failed_at_a_bad_row_goes_on_with_on_error_null(
+    run: Any, tmp_path: Path
+) -> None:
     texts = texts_of(200)
     texts[150] = " "
     source = write(tmp_path / "in.parquet", texts)
@@ -200,25 +293,37 @@ def test_invalid_utf8_is_refused_or_left_out_with_a_reason(run: Any, tmp_path: P
     raw = pa.array([b"fine", b"\xff\xfe", "schön".encode()], pa.binary())
     broken = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     pq.write_table(pa.table({"text": broken}), tmp_path / "in.parquet")
-    with pytest.raises(InputError, match=r"row 1 \(row 1 of the file\): the text is not valid UTF-8"):
+    with pytest.raises(
+        InputError, match=r"row 1 \(row 1 of the file\): the text is not valid UTF-8"
+    ):
         run(tmp_path / "in.parquet")
     run(tmp_path / "in.parquet", on_error="null")
     table = read(tmp_path / "out")
     assert table.column("text").to_pylist() == ["fine", None, "schön"]
     assert table.column("error").null_count == 2
-    pq.write_table(pa.table({"text": pa.array(["a"] * 3), "other": broken}), tmp_path / "other.parquet")
+    pq.write_table(
+        pa.table({"text": pa.array(["a"] * 3), "other": broken}), tmp_path / "other.parquet"
+    )
     with pytest.raises(InputError, match="'other' is damaged"):
         run(tmp_path / "other.parquet", "other", keep=["other"])
 
 
 def test_a_null_id_is_refused(run: Any, tmp_path: Path) -> None:
     source = write(tmp_path / "in.parquet", 100, key=pa.array([*range(80), None, *range(19)]))
-    with pytest.raises(InputError, match=r"row group 2, row 6 \(row 80 of the file\): 'key' is null"):
+    with pytest.raises(
+        InputError, match=r"row group 2, row 6 \(row 80 of the file\): 'key' is null"
+    ):
         run(source, id_column="key")
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
-def test_every_kind_of_string_column_is_read(run: Any, tmp_path: Path, embedder: Embedder, kind: Any) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=str,
+)
+def test_every_kind_of_string_column_is_read(
+    run: Any, tmp_path: Path, embedder: Embedder, kind: Any
+) -> None:
     texts = texts_of(80)
     pq.write_table(pa.table({"text": pa.array(texts).cast(kind)}), tmp_path / "in.parquet")
     run(tmp_path / "in.parquet")
@@ -228,7 +333,9 @@ def test_every_kind_of_string_column_is_read(run: Any, tmp_path: Path, embedder:
 
 
 @pytest.mark.parametrize("row_group", [1, 7, 64, 10_000])
-def test_row_groups_of_any_size_lose_and_repeat_no_row(run: Any, tmp_path: Path, row_group: int) -> None:
+def test_row_groups_of_any_size_lose_and_repeat_no_row(
+    run: Any, tmp_path: Path, row_group: int
+) -> None:
     texts = [f"water pump {number}" for number in range(300)]
     report = run(write(tmp_path / "in.parquet", texts, row_group=row_group), shard_rows=33)
     assert read(tmp_path / "out").column("text").to_pylist() == texts
@@ -236,7 +343,9 @@ def test_row_groups_of_any_size_lose_and_repeat_no_row(run: Any, tmp_path: Path,
     assert (report.shards, report.rows) == (10, 300)
 
 
-def test_any_range_of_rows_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_range_of_rows_is_read_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(egemma.bulk.source, "_READ_ROWS", 10)
     chance = random.Random(5)
     for number in range(20):
@@ -246,8 +355,13 @@ def test_any_range_of_rows_is_read_as_it_is(tmp_path: Path, monkeypatch: pytest.
         for _ in range(20):
             start = chance.randrange(200)
             stop = chance.randrange(start + 1, 201)
-            assert read_rows(tmp_path, file, start, stop, ["text"]).column("text").to_pylist() == [str(row) for row in range(start, stop)]
-            assert place_of(tmp_path, file, start) == (f"{name}, row group {start // row_group}, row {start % row_group} (row {start} of the file)")
+            assert read_rows(tmp_path, file, start, stop, ["text"]).column("text").to_pylist() == [
+                str(row) for row in range(start, stop)
+            ]
+            assert place_of(tmp_path, file, start) == (
+                f"{name}, row group {start // row_group}, row {start % row_group} (row {start} of "
+                "the file)"
+            )
 
 
 def test_files_without_rows_are_no_error(run: Any, tmp_path: Path) -> None:
@@ -257,7 +371,9 @@ def test_files_without_rows_are_no_error(run: Any, tmp_path: Path) -> None:
     assert run(tmp_path / "in", "more").shards == 1
 
 
-def test_a_run_that_was_interrupted_goes_on_and_gives_the_same_files(run: Any, tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_goes_on_and_gives_the_same_files(
+    run: Any, tmp_path: Path
+) -> None:
     source = write(tmp_path / "in.parquet", 300)
 
     def stop(done: int, total: int) -> None:
@@ -286,7 +402,9 @@ embed_parquet(sys.argv[1], sys.argv[2], bundle=sys.argv[3], threads_per_worker=1
 """
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_files(run: Any, tmp_path: Path, onnx_bundle: Path) -> None:
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_files(
+    run: Any, tmp_path: Path, onnx_bundle: Path
+) -> None:
     source = write(tmp_path / "in.parquet", 2000)
     run(source, "in-one-go", shard_rows=16)
     chance, kills = random.Random(3), 0
@@ -301,9 +419,20 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_files(run: Any,
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("damage", [lambda body: b"", lambda body: body[:-9], lambda body: body[: len(body) // 2], lambda body: b"x" * len(body),
-                                    flipped], ids=["empty", "cut", "half", "other", "bit"])
-def test_a_damaged_shard_is_made_again_and_the_report_says_so(run: Any, tmp_path: Path, damage: Any) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda body: b"",
+        lambda body: body[:-9],
+        lambda body: body[: len(body) // 2],
+        lambda body: b"x" * len(body),
+        flipped,
+    ],
+    ids=["empty", "cut", "half", "other", "bit"],
+)
+def test_a_damaged_shard_is_made_again_and_the_report_says_so(
+    run: Any, tmp_path: Path, damage: Any
+) -> None:
     source = write(tmp_path / "in.parquet")
     run(source)
     before = contents(tmp_path / "out")
@@ -323,13 +452,18 @@ def test_no_flipped_bit_passes_for_a_vector(run: Any, tmp_path: Path) -> None:
     chance, caught = random.Random(1), 0
     for _ in range(400):
         position = chance.randrange(len(body))
-        path.write_bytes(body[:position] + bytes([body[position] ^ 1 << chance.randrange(8)]) + body[position + 1 :])
+        path.write_bytes(
+            body[:position]
+            + bytes([body[position] ^ 1 << chance.randrange(8)])
+            + body[position + 1 :]
+        )
         try:
             result = check_shard(path, job, shard, read_data=True)
         except ConfigError:
             result = None
         caught += result is None
-        assert result is None or pq.read_table(path).equals(table)  # a flip that changes nothing that is read
+        # a flip that changes nothing that is read
+        assert result is None or pq.read_table(path).equals(table)
     assert caught > 300
 
 
@@ -343,8 +477,21 @@ def test_another_model_is_refused(run: Any, tmp_path: Path, tiny_spm: Path) -> N
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("change", [{"dim": 8}, {"role": "query"}, {"overflow": "truncate"}, {"shard_rows": 65}, {"id_column": "key"}, {"keep": ["key"]}], ids=str)
-def test_other_settings_are_refused_and_named(run: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dim": 8},
+        {"role": "query"},
+        {"overflow": "truncate"},
+        {"shard_rows": 65},
+        {"id_column": "key"},
+        {"keep": ["key"]},
+    ],
+    ids=str,
+)
+def test_other_settings_are_refused_and_named(
+    run: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
     source = write(tmp_path / "in.parquet", key=pa.array(range(100)))
     run(source)
     with pytest.raises(ConfigError, match=rf"was begun with .*{next(iter(change))}="):
@@ -384,7 +531,17 @@ def test_a_shard_of_another_run_is_refused(run: Any, tmp_path: Path) -> None:
         run(tmp_path / "a.parquet", "a")
 
 
-@pytest.mark.parametrize("body", ["", "{", "[]", '{"format": "egemma-bulk", "format_version": 2}', "[" * 100_000, '{"format": "egemma-bulk", "format_version": 1}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": "egemma-bulk", "format_version": 2}',
+        "[" * 100_000,
+        '{"format": "egemma-bulk", "format_version": 1}',
+    ],
+)
 def test_a_damaged_job_file_is_refused(run: Any, tmp_path: Path, body: str) -> None:
     source = write(tmp_path / "in.parquet")
     run(source)
@@ -427,40 +584,77 @@ def test_sources_that_are_none(run: Any, tmp_path: Path) -> None:
     (tmp_path / "empty" / "notes.txt").write_text("water")
     (tmp_path / "text.parquet").write_text("water")
     one = write(tmp_path / "one.parquet")
-    for source, word in [(tmp_path / "absent", "no file"), (tmp_path / "empty", r"no \*\.parquet"), ([], "empty"), ([one, one], "twice"),
-                         (tmp_path / "text.parquet", "not readable Parquet")]:
+    for source, word in [
+        (tmp_path / "absent", "no file"),
+        (tmp_path / "empty", r"no \*\.parquet"),
+        ([], "empty"),
+        ([one, one], "twice"),
+        (tmp_path / "text.parquet", "not readable Parquet"),
+    ]:
         with pytest.raises(InputError, match=word):
             run(source)
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_begin_with_a_dot_or_an_underscore_are_not_input(run: Any, tmp_path: Path) -> None:
+def test_files_that_begin_with_a_dot_or_an_underscore_are_not_input(
+    run: Any, tmp_path: Path
+) -> None:
     for name in ("a.parquet", ".b.parquet", "_c.parquet", "_temporary/d.parquet"):
         write(tmp_path / "in" / name, 10)
     assert run(tmp_path / "in").rows == 10
 
 
-def test_columns_that_are_missing_or_of_another_type_are_refused_before_the_work(run: Any, tmp_path: Path) -> None:
+def test_columns_that_are_missing_or_of_another_type_are_refused_before_the_work(
+    run: Any, tmp_path: Path
+) -> None:
     source = write(tmp_path / "in.parquet", 10, year=pa.array(range(10)))
-    for settings, word in [({"text_column": "body"}, r"no columns 'body'.*'text', 'year'"), ({"text_column": "year"}, "int64, wanted is string"),
-                           ({"title_column": "year"}, "wanted is string"), ({"keep": ["absent"]}, "absent"), ({"id_column": "absent"}, "absent")]:
+    for settings, word in [
+        ({"text_column": "body"}, r"no columns 'body'.*'text', 'year'"),
+        ({"text_column": "year"}, "int64, wanted is string"),
+        ({"title_column": "year"}, "wanted is string"),
+        ({"keep": ["absent"]}, "absent"),
+        ({"id_column": "absent"}, "absent"),
+    ]:
         with pytest.raises(ConfigError, match=word):
             run(source, **settings)
     write(tmp_path / "two" / "a.parquet", 10, year=pa.array(range(10)))
     write(tmp_path / "two" / "b.parquet", 10, year=pa.array(["x"] * 10))
-    with pytest.raises(ConfigError, match=r"b\.parquet: column 'year' is string, but int64 in a\.parquet"):
+    with pytest.raises(
+        ConfigError, match=r"b\.parquet: column 'year' is string, but int64 in a\.parquet"
+    ):
         run(tmp_path / "two", keep=["year"])
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("settings", "error"), [
-    ({"role": "passage"}, ConfigError), ({"role": "query", "title_column": "text"}, ConfigError), ({"task": "clustering"}, ConfigError),
-    ({"role": "query", "task": "cooking"}, PromptError), ({"dim": 9}, DimensionError), ({"overflow": "chunk"}, ConfigError),
-    ({"shard_rows": 0}, ConfigError), ({"shard_rows": True}, ConfigError), ({"keep": "text"}, ConfigError), ({"keep": ["text"]}, ConfigError),
-    ({"keep": ["vector"]}, ConfigError), ({"keep": ["id"]}, ConfigError), ({"id_column": "text"}, ConfigError), ({"engine": "spark"}, ConfigError),
-    ({"workers": 2}, ConfigError), ({"engine": "ray"}, ConfigError), ({"engine": "ray", "workers": 0}, ConfigError), ({"on_error": "skip"}, ConfigError),
-    ({"threads_per_worker": 0}, ConfigError), ({"text_column": ""}, ConfigError)], ids=str)
-def test_settings_that_cannot_work_are_refused_before_anything_is_written(run: Any, tmp_path: Path, settings: dict[str, Any], error: type[EgemmaError]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"role": "passage"}, ConfigError),
+        ({"role": "query", "title_column": "text"}, ConfigError),
+        ({"task": "clustering"}, ConfigError),
+        ({"role": "query", "task": "cooking"}, PromptError),
+        ({"dim": 9}, DimensionError),
+        ({"overflow": "chunk"}, ConfigError),
+        ({"shard_rows": 0}, ConfigError),
+        ({"shard_rows": True}, ConfigError),
+        ({"keep": "text"}, ConfigError),
+        ({"keep": ["text"]}, ConfigError),
+        ({"keep": ["vector"]}, ConfigError),
+        ({"keep": ["id"]}, ConfigError),
+        ({"id_column": "text"}, ConfigError),
+        ({"engine": "spark"}, ConfigError),
+        ({"workers": 2}, ConfigError),
+        ({"engine": "ray"}, ConfigError),
+        ({"engine": "ray", "workers": 0}, ConfigError),
+        ({"on_error": "skip"}, ConfigError),
+        ({"threads_per_worker": 0}, ConfigError),
+        ({"text_column": ""}, ConfigError),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(
+    run: Any, tmp_path: Path, settings: dict[str, Any], error: type[EgemmaError]
+) -> None:
     source = write(tmp_path / "in.parquet", 10, id=pa.array(range(10)))
     with pytest.raises(error):
         run(source, **settings)
@@ -472,8 +666,14 @@ def test_an_id_column_named_id_is_kept_when_named(run: Any, tmp_path: Path) -> N
     assert read(tmp_path / "out").column("id").to_pylist() == list(range(10))
 
 
-def test_titles_are_refused_where_the_model_has_no_place_for_them(run: Any, tmp_path: Path, tiny_spm: Path) -> None:
-    bundle = tiny_bundle(tmp_path / "plain", tokenizer=tiny_spm, changes={"prompts": {"query": "q: ", "document": "d: "}})
+def test_titles_are_refused_where_the_model_has_no_place_for_them(
+    run: Any, tmp_path: Path, tiny_spm: Path
+) -> None:
+    bundle = tiny_bundle(
+        tmp_path / "plain",
+        tokenizer=tiny_spm,
+        changes={"prompts": {"query": "q: ", "document": "d: "}},
+    )
     source = write(tmp_path / "in.parquet", 10, name=pa.array(["x"] * 10))
     with pytest.raises(ConfigError, match="no place for a title"):
         run(source, bundle=bundle, title_column="name")
@@ -492,7 +692,9 @@ except IndexFileError as error:
 """
 
 
-def test_a_full_disk_is_said_and_leaves_no_half_file(run: Any, tmp_path: Path, onnx_bundle: Path) -> None:
+def test_a_full_disk_is_said_and_leaves_no_half_file(
+    run: Any, tmp_path: Path, onnx_bundle: Path
+) -> None:
     source = write(tmp_path / "in.parquet")
     done = run_python(FULL_DISK, source, tmp_path / "out", onnx_bundle)
     assert "shard-000000.parquet cannot be written" in done.stdout, done.stderr
@@ -508,24 +710,38 @@ def test_the_engine_may_have_other_threads_without_another_result(run: Any, tmp_
     assert np.abs(vectors(read(tmp_path / "out")) - vectors(read(tmp_path / "two"))).max() < BOUND
 
 
-@pytest.mark.parametrize(("missing", "extra"), [("pyarrow", r"egemma\[bulk\]"), ("ray", r"egemma\[ray\]")])
-def test_a_missing_library_is_named(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, extra: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "extra"), [("pyarrow", r"egemma\[bulk\]"), ("ray", r"egemma\[ray\]")]
+)
+def test_a_missing_library_is_named(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, extra: str
+) -> None:
     source = write(tmp_path / "in.parquet", 10)
     for module in ("source", "on_ray"):
-        monkeypatch.setattr(f"egemma.bulk.{module}.find_spec", lambda name: None if name == missing else object())
+        monkeypatch.setattr(
+            f"egemma.bulk.{module}.find_spec", lambda name: None if name == missing else object()
+        )
     with pytest.raises(RuntimeUnavailableError, match=extra):
         run(source, engine="ray", workers=1)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in CALLS, reason="needs Linux's seccomp")
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in CALLS, reason="needs Linux's seccomp"
+)
 def test_the_local_engine_makes_no_socket(tmp_path: Path, onnx_bundle: Path) -> None:
     source = write(tmp_path / "in.parquet")
     (tmp_path / "home").mkdir()
-    script = f"from egemma.bulk import embed_parquet; print(embed_parquet({str(source)!r}, {str(tmp_path / 'out')!r}, bundle=sys.argv[2]).rows)"
+    script = (
+        f"from egemma.bulk import embed_parquet; print(embed_parquet({str(source)!r}, "
+        f"{str(tmp_path / 'out')!r}, bundle=sys.argv[2]).rows)"
+    )
     done = sealed(script, onnx_bundle, tmp_path / "home")
     assert (done.returncode, done.stdout.strip()) == (0, "100"), done.stderr
 
 
 def test_importing_the_package_loads_neither_pyarrow_nor_ray() -> None:
-    done = run_python("import egemma.bulk, sys; print([name for name in ('pyarrow', 'ray', 'torch') if name in sys.modules])")
+    done = run_python(
+        "import egemma.bulk, sys; print([name for name in ('pyarrow', 'ray', 'torch') if name in "
+        "sys.modules])"
+    )
     assert done.stdout.strip() == "[]", done.stderr

@@ -1,4 +1,6 @@
-"""Bulk embedding on a local Ray with two workers: the same files as in one process, and what happens when a process is lost."""
+"""Bulk embedding on a local Ray with two workers: the same files as in one process, and what
+happens when a process is lost.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ GONE_WITHIN_S = 60
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
 
 
-# Every process of this Ray runs this as it starts: a worker dies at a shard of an output folder that says so.
+# Every process of this Ray runs this as it starts: a worker dies at a shard of an output folder
+# that says so.
 DYING = """
 import os
 import egemma.bulk.shards
@@ -64,16 +67,29 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(onnx_bundle: Path, tmp_path: Path) -> Any:
     def embed(source: Any, out: str, **settings: Any) -> Any:
-        return embed_parquet(source, tmp_path / out, **{"bundle": onnx_bundle, "threads_per_worker": 1, "shard_rows": 64, **settings})
+        return embed_parquet(
+            source,
+            tmp_path / out,
+            **{"bundle": onnx_bundle, "threads_per_worker": 1, "shard_rows": 64, **settings},
+        )
 
     return embed
 
 
 @pytest.mark.usefixtures("ray")
-def test_two_workers_write_the_files_that_one_process_writes(run: Any, source: Path, tmp_path: Path) -> None:
+def test_two_workers_write_the_files_that_one_process_writes(
+    run: Any, source: Path, tmp_path: Path
+) -> None:
     seen: list[tuple[int, int]] = []
     run(source, "local", title_column="name")
-    report = run(source, "ray", title_column="name", engine="ray", workers=2, progress=lambda done, total: seen.append((done, total)))
+    report = run(
+        source,
+        "ray",
+        title_column="name",
+        engine="ray",
+        workers=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
     assert (report.rows, report.shards, report.embedded, report.workers) == (500, 9, 9, 2)
     assert seen == sorted(seen)
@@ -82,10 +98,16 @@ def test_two_workers_write_the_files_that_one_process_writes(run: Any, source: P
 
 
 @pytest.mark.usefixtures("ray")
-def test_either_engine_goes_on_with_what_the_other_began(run: Any, source: Path, tmp_path: Path) -> None:
+def test_either_engine_goes_on_with_what_the_other_began(
+    run: Any, source: Path, tmp_path: Path
+) -> None:
     run(source, "whole")
     for name in ("begun", "begun-on-ray"):
-        first, second = ({"engine": "ray", "workers": 2}, {}) if "ray" in name else ({}, {"engine": "ray", "workers": 2})
+        first, second = (
+            ({"engine": "ray", "workers": 2}, {})
+            if "ray" in name
+            else ({}, {"engine": "ray", "workers": 2})
+        )
         with pytest.raises(KeyboardInterrupt):
             run(source, name, progress=partway, **first)
         kept = {path.name: path.stat().st_ino for path in shards(tmp_path / name)}
@@ -117,12 +139,16 @@ def test_a_ray_that_was_there_stays_there(run: Any, source: Path, ray: Any) -> N
 
 
 @pytest.mark.usefixtures("ray")
-def test_more_threads_than_a_machine_has_are_refused_instead_of_waited_for(run: Any, source: Path) -> None:
+def test_more_threads_than_a_machine_has_are_refused_instead_of_waited_for(
+    run: Any, source: Path
+) -> None:
     with pytest.raises(ConfigError, match="no machine of the Ray cluster has more than 2 CPUs"):
         run(source, "out", engine="ray", workers=1, threads_per_worker=3)
 
 
-def test_a_worker_refuses_another_model_at_the_same_path(run: Any, source: Path, tmp_path: Path, tiny_spm: Path) -> None:
+def test_a_worker_refuses_another_model_at_the_same_path(
+    run: Any, source: Path, tmp_path: Path, tiny_spm: Path
+) -> None:
     run(source, "out")
     job = read_job(tmp_path / "out")
     assert job is not None
@@ -133,14 +159,21 @@ def test_a_worker_refuses_another_model_at_the_same_path(run: Any, source: Path,
 
 
 @pytest.mark.usefixtures("ray")
-def test_a_shard_that_kills_its_worker_is_tried_again_and_then_given_up(run: Any, source: Path, tmp_path: Path) -> None:
+def test_a_shard_that_kills_its_worker_is_tried_again_and_then_given_up(
+    run: Any, source: Path, tmp_path: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(source, "out", progress=interrupt)
     (tmp_path / "out" / ".dies").write_text("shard-000003.parquet")
-    with pytest.raises(EgemmaError, match=rf"a\.parquet, rows 192 to 256: the worker that embeds them died {MOST_ATTEMPTS} times"):
+    with pytest.raises(
+        EgemmaError,
+        match=rf"a\.parquet, rows 192 to 256: the worker that embeds them died {MOST_ATTEMPTS} "
+        r"times",
+    ):
         run(source, "out", engine="ray", workers=2)
     assert "shard-000003.parquet" not in contents(tmp_path / "out")
-    assert (tmp_path / "out" / ".attempts" / "shard-000003.parquet").stat().st_size == 4  # the fourth did not begin
+    # the fourth did not begin
+    assert (tmp_path / "out" / ".attempts" / "shard-000003.parquet").stat().st_size == 4
     (tmp_path / "out" / ".dies").unlink()
     run(source, "out", engine="ray", workers=2)
     run(source, "whole")
@@ -174,7 +207,9 @@ except RuntimeUnavailableError as error:
 """
 
 
-def test_a_ray_that_asks_for_no_token_is_not_started(source: Path, tmp_path: Path, onnx_bundle: Path) -> None:
+def test_a_ray_that_asks_for_no_token_is_not_started(
+    source: Path, tmp_path: Path, onnx_bundle: Path
+) -> None:
     done = run_python(OLD_RAY, source, tmp_path / "out", onnx_bundle, RAY_ADDRESS=None)
     assert "Ray 2.58.1 would let whoever reaches this machine run code" in done.stdout, done.stderr
 
@@ -193,19 +228,32 @@ embed_parquet(sys.argv[1], sys.argv[2], bundle=sys.argv[3], threads_per_worker=1
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
-def test_a_killed_run_takes_its_own_ray_along_and_another_run_goes_on(run: Any, source: Path, tmp_path: Path, onnx_bundle: Path) -> None:
+def test_a_killed_run_takes_its_own_ray_along_and_another_run_goes_on(
+    run: Any, source: Path, tmp_path: Path, onnx_bundle: Path
+) -> None:
     home = tmp_path / "home"
     home.mkdir()
     before = ray_folders()
-    done = run_python(OWN_RAY, source, tmp_path / "out", onnx_bundle, HOME=str(home), RAY_ADDRESS=None, RAY_AUTH_TOKEN=None, RAY_AUTH_MODE=None,
-                      RAY_USAGE_STATS_ENABLED=None)
+    done = run_python(
+        OWN_RAY,
+        source,
+        tmp_path / "out",
+        onnx_bundle,
+        HOME=str(home),
+        RAY_ADDRESS=None,
+        RAY_AUTH_TOKEN=None,
+        RAY_AUTH_MODE=None,
+        RAY_USAGE_STATS_ENABLED=None,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert done.stdout.split() == ["0", "64"]  # no reports to anybody; a token, as Ray listens on every network interface
+    # no reports to anybody; a token, as Ray listens on every network interface
+    assert done.stdout.split() == ["0", "64"]
     assert list(home.iterdir()) == []
     left = ray_folders() - before
     assert left
     deadline = time.monotonic() + GONE_WITHIN_S
-    while holding(left) and time.monotonic() < deadline:  # a worker writes the shard that it is at, and ends then
+    # a worker writes the shard that it is at, and ends then
+    while holding(left) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not holding(left)
     for folder in left:  # logs, which nobody was left to remove
@@ -223,14 +271,20 @@ def ray_folders() -> set[Path]:
 
 
 def holding(folders: set[Path]) -> set[int]:
-    """Processes with a file of one of these folders open. Their command lines do not tell: Ray's workers rename themselves. Ray's two
-    agents are left out: they try to report for a minute, then end.
+    """Processes with a file of one of these folders open.
+
+    Their command lines do not tell: Ray's workers rename themselves. Ray's two agents are left out:
+    they try to report for a minute, then end.
     """
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             files = [Path(os.readlink(link)) for link in (process / "fd").iterdir()]
-            agent = (process / "cmdline").read_bytes().startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"))
+            agent = (
+                (process / "cmdline")
+                .read_bytes()
+                .startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"))
+            )
         except OSError:  # it ended meanwhile, or is not ours
             continue
         if not agent and any(folder in file.parents for folder in folders for file in files):

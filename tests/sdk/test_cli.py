@@ -1,4 +1,7 @@
-"""The `egemma` command as a shell sees it: stdout, stderr, exit code. Most run in this process, a few in one of their own."""
+"""The `egemma` command as a shell sees it: stdout, stderr, exit code.
+
+Most run in this process, a few in one of their own.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,14 @@ def egemma_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "egemma", *map(str, arguments)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, **options.pop("env", {})}, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "egemma", *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **options.pop("env", {})},
+        **options,
+    )
 
 
 # embed
@@ -82,8 +91,17 @@ def test_embed_prints_the_embedders_own_vectors_as_json_lines(egemma_: Shell, bu
         for row, text in zip(rows, ["where is the pump", "ünï 水"], strict=True):
             expected = embedder.embed_query(text)
             np.testing.assert_allclose(row["vector"], expected.vector, atol=1e-6)
-            assert (row["text"], row["as"], row["task"], row["dim"]) == (text, "query", "search result", WIDTH)
-            assert (row["num_tokens"], row["truncated"], row["fingerprint"]) == (expected.num_tokens, False, expected.fingerprint)
+            assert (row["text"], row["as"], row["task"], row["dim"]) == (
+                text,
+                "query",
+                "search result",
+                WIDTH,
+            )
+            assert (row["num_tokens"], row["truncated"], row["fingerprint"]) == (
+                expected.num_tokens,
+                False,
+                expected.fingerprint,
+            )
 
 
 def test_embed_uses_the_prompt_of_its_role_task_and_title(egemma_: Shell, bundle: Path) -> None:
@@ -91,14 +109,29 @@ def test_embed_uses_the_prompt_of_its_role_task_and_title(egemma_: Shell, bundle
         return egemma_.json("embed", "the water pump", *arguments)["vector"]
 
     with Embedder.open(bundle) as embedder:
-        np.testing.assert_allclose(vector("--task", "clustering"), embedder.embed_query("the water pump", task="clustering").vector, atol=1e-6)
-        np.testing.assert_allclose(vector("--as", "document"), embedder.embed_documents(["the water pump"]).vectors[0], atol=1e-6)
-        np.testing.assert_allclose(vector("--as", "document", "--title", "Pumps"),
-                                   embedder.embed_documents(["the water pump"], titles=["Pumps"]).vectors[0], atol=1e-6)
-        np.testing.assert_allclose(vector("--dim", "8"), embedder.embed_query("the water pump", dim=8).vector, atol=1e-6)
+        np.testing.assert_allclose(
+            vector("--task", "clustering"),
+            embedder.embed_query("the water pump", task="clustering").vector,
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(
+            vector("--as", "document"),
+            embedder.embed_documents(["the water pump"]).vectors[0],
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(
+            vector("--as", "document", "--title", "Pumps"),
+            embedder.embed_documents(["the water pump"], titles=["Pumps"]).vectors[0],
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(
+            vector("--dim", "8"), embedder.embed_query("the water pump", dim=8).vector, atol=1e-6
+        )
 
 
-def test_embed_reads_lines_from_stdin_in_order_over_several_groups(egemma_: Shell, bundle: Path, tmp_path: Path) -> None:
+def test_embed_reads_lines_from_stdin_in_order_over_several_groups(
+    egemma_: Shell, bundle: Path, tmp_path: Path
+) -> None:
     lines = [f"line {number}" for number in range(egemma.cli.commands.GROUP * 2 + 3)]
     assert egemma_("embed", "--as", "document", "--out", "v.npy", stdin="\r\n".join(lines)) == 0
     assert egemma_.out == f"v.npy: {len(lines)} vectors of {WIDTH} float32\n"
@@ -128,27 +161,32 @@ def test_embed_says_which_text_cannot_be_embedded(egemma_: Shell) -> None:
     assert "truncated" in egemma_.out
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["embed", "x", "--dim", "300"], "dim=300"),
-    (["embed", "x", "--task", "poetry"], "'poetry'"),
-    (["embed", "x", "--threads", "0"], "threads"),
-    (["embed", "x", "--model", "nowhere"], "nowhere: no such folder"),
-    (["embed", "x", "--out", "no/such/folder.npy"], "cannot be written"),
-    (["search", "none.egx", "x"], "none.egx: no such file"),
-    (["add", "a.egx", "none.txt"], "none.txt"),
-    (["add", "a.egx", "a\0b"], "cannot be read"),
-    (["remove", "none.egx", "x"], "none.egx: no such file"),
-    (["index", "check", "none.egx"], "none.egx: no such file"),
-    (["index", "tune", "none.egx"], "none.egx: no such file"),
-    (["index", "migrate", "none.egx", "--to", "builtin"], "none.egx: no such file"),
-    (["index", "import", "a.egx", "none.jsonl"], "none.jsonl"),
-    (["embed", "--in", "none.parquet", "--out", "v"], "none.parquet"),
-    (["add", "no/such/a.egx"], "no such folder"),
-    (["inspect", "none"], "none: no such folder"),
-    (["verify", "none"], "none: no such folder"),
-    (["bench", "none"], "none: no such folder"),
-])
-def test_what_cannot_be_done_ends_with_1_and_one_line(egemma_: Shell, arguments: list[str], says: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["embed", "x", "--dim", "300"], "dim=300"),
+        (["embed", "x", "--task", "poetry"], "'poetry'"),
+        (["embed", "x", "--threads", "0"], "threads"),
+        (["embed", "x", "--model", "nowhere"], "nowhere: no such folder"),
+        (["embed", "x", "--out", "no/such/folder.npy"], "cannot be written"),
+        (["search", "none.egx", "x"], "none.egx: no such file"),
+        (["add", "a.egx", "none.txt"], "none.txt"),
+        (["add", "a.egx", "a\0b"], "cannot be read"),
+        (["remove", "none.egx", "x"], "none.egx: no such file"),
+        (["index", "check", "none.egx"], "none.egx: no such file"),
+        (["index", "tune", "none.egx"], "none.egx: no such file"),
+        (["index", "migrate", "none.egx", "--to", "builtin"], "none.egx: no such file"),
+        (["index", "import", "a.egx", "none.jsonl"], "none.jsonl"),
+        (["embed", "--in", "none.parquet", "--out", "v"], "none.parquet"),
+        (["add", "no/such/a.egx"], "no such folder"),
+        (["inspect", "none"], "none: no such folder"),
+        (["verify", "none"], "none: no such folder"),
+        (["bench", "none"], "none: no such folder"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_1_and_one_line(
+    egemma_: Shell, arguments: list[str], says: str
+) -> None:
     assert egemma_(*arguments, stdin="text") == 1
     assert egemma_.err.startswith("egemma: ")
     assert egemma_.err.count("\n") == 1
@@ -157,14 +195,34 @@ def test_what_cannot_be_done_ends_with_1_and_one_line(egemma_: Shell, arguments:
     assert not Path("a.egx").exists()
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["sing"], ["embed", "--as", "poem"], ["embed", "x", "--title", "t"], ["embed", "x", "--as", "document", "--task", "clustering"],
-    ["search", "a.egx"], ["search", "a.egx", "x", "-k", "many"], ["add"], ["add", "a.egx", "--lines", "--jsonl"],
-    ["bench", "b", "--tokens", "a,b"], ["verify"], ["add", "a.egx", ".", "--overflow", "truncate"], ["add", "a.egx", "--plan"],
-    ["add", "a.egx", "--lines", "--hidden"], ["search", "a.egx", "x", "--where", "{"], ["search", "a.egx", "x", "--where", "[]"],
-    ["search", "a.egx", "x", "--exact", "--approximate"], ["index"], ["index", "polish", "a.egx"], ["index", "migrate", "a.egx"],
-    ["embed", "x", "--engine", "ray"], ["embed", "--in", "a.parquet"], ["embed", "x", "--in", "a.parquet", "--out", "v"],
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["sing"],
+        ["embed", "--as", "poem"],
+        ["embed", "x", "--title", "t"],
+        ["embed", "x", "--as", "document", "--task", "clustering"],
+        ["search", "a.egx"],
+        ["search", "a.egx", "x", "-k", "many"],
+        ["add"],
+        ["add", "a.egx", "--lines", "--jsonl"],
+        ["bench", "b", "--tokens", "a,b"],
+        ["verify"],
+        ["add", "a.egx", ".", "--overflow", "truncate"],
+        ["add", "a.egx", "--plan"],
+        ["add", "a.egx", "--lines", "--hidden"],
+        ["search", "a.egx", "x", "--where", "{"],
+        ["search", "a.egx", "x", "--where", "[]"],
+        ["search", "a.egx", "x", "--exact", "--approximate"],
+        ["index"],
+        ["index", "polish", "a.egx"],
+        ["index", "migrate", "a.egx"],
+        ["embed", "x", "--engine", "ray"],
+        ["embed", "--in", "a.parquet"],
+        ["embed", "x", "--in", "a.parquet", "--out", "v"],
+    ],
+)
 def test_a_wrong_command_line_ends_with_2(egemma_: Shell, arguments: list[str]) -> None:
     assert egemma_(*arguments) == 2
     assert "usage: egemma" in egemma_.err
@@ -174,23 +232,39 @@ def test_a_wrong_command_line_ends_with_2(egemma_: Shell, arguments: list[str]) 
 # add and search
 
 
-def test_options_may_stand_before_between_and_after_files_and_texts(egemma_: Shell, tmp_path: Path) -> None:
+def test_options_may_stand_before_between_and_after_files_and_texts(
+    egemma_: Shell, tmp_path: Path
+) -> None:
     for name in "xyz":
         (tmp_path / name).write_text(name)
-    assert egemma_.json("add", "--overflow", "truncate", "a.egx", "--lines", "x", "y", "--threads", "1", "z")["added"] == 3
+    assert (
+        egemma_.json(
+            "add", "--overflow", "truncate", "a.egx", "--lines", "x", "y", "--threads", "1", "z"
+        )["added"]
+        == 3
+    )
     assert egemma_("embed", "--dim", "8", "one", "--json", "two") == 0
     assert [json.loads(line)["text"] for line in egemma_.out.splitlines()] == ["one", "two"]
     assert egemma_("embed", "one", "--json", "--dmi", "8") == 2
     assert egemma_("inspect", "a.egx", "b.egx") == 2
 
 
-def test_files_are_documents_under_their_full_path_and_are_found(egemma_: Shell, tmp_path: Path) -> None:
+def test_files_are_documents_under_their_full_path_and_are_found(
+    egemma_: Shell, tmp_path: Path
+) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    (tmp_path / "one" / "a.txt").write_text("The forwarder lost its oil pressure", encoding="utf-8-sig")
+    (tmp_path / "one" / "a.txt").write_text(
+        "The forwarder lost its oil pressure", encoding="utf-8-sig"
+    )
     (tmp_path / "two" / "a.txt").write_text("A recipe for bread:\nflour, water")
     report = egemma_.json("add", "notes.egx", "one/a.txt", "two/../two/a.txt")
-    assert (report["new"], report["documents"], report["embedded"], report["skipped"]) == (2, 2, 2, [])
+    assert (report["new"], report["documents"], report["embedded"], report["skipped"]) == (
+        2,
+        2,
+        2,
+        [],
+    )
     found = egemma_.json("search", "notes.egx", "The forwarder lost its oil pressure", "-k", "1")
     assert [hit["id"] for hit in found["hits"]] == [str(tmp_path / "one" / "a.txt")]
     assert found["hits"][0]["text"] == "The forwarder lost its oil pressure"
@@ -198,12 +272,17 @@ def test_files_are_documents_under_their_full_path_and_are_found(egemma_: Shell,
     report = egemma_.json("add", "notes.egx", "two/a.txt")
     assert (report["new"], report["changed"], report["documents"]) == (0, 1, 2)
     hits = egemma_.json("search", "notes.egx", "bread")["hits"]
-    assert {hit["text"] for hit in hits} == {"The forwarder lost its oil pressure", "Now about something else"}
+    assert {hit["text"] for hit in hits} == {
+        "The forwarder lost its oil pressure",
+        "Now about something else",
+    }
 
 
 def test_a_folder_is_planned_added_and_kept_up_with(egemma_: Shell, tmp_path: Path) -> None:
     (tmp_path / "notes" / "deep").mkdir(parents=True)
-    (tmp_path / "notes" / "pump.md").write_text("# Pumps\n\nGrease the water pump twice a year.\n\n## Hoses\n\nCheck for cracks.\n")
+    (tmp_path / "notes" / "pump.md").write_text(
+        "# Pumps\n\nGrease the water pump twice a year.\n\n## Hoses\n\nCheck for cracks.\n"
+    )
     (tmp_path / "notes" / "deep" / "bread.txt").write_text("flour, water, salt")
     (tmp_path / "notes" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
     assert egemma_("add", "a.egx", "notes", "--plan") == 0
@@ -212,18 +291,35 @@ def test_a_folder_is_planned_added_and_kept_up_with(egemma_: Shell, tmp_path: Pa
     assert "picture.png" in egemma_.out
     assert not Path("a.egx").exists()
     report = egemma_.json("add", "a.egx", "notes")
-    assert (report["new"], report["embedded"], len(report["skipped"]), report["documents"]) == (2, 3, 1, 2)
+    assert (report["new"], report["embedded"], len(report["skipped"]), report["documents"]) == (
+        2,
+        3,
+        1,
+        2,
+    )
     assert egemma_("search", "a.egx", "Check for cracks.", "-k", "1") == 0
     assert "Pumps > Hoses  [46:" in egemma_.out.replace(str(tmp_path), "")
     (tmp_path / "notes" / "deep" / "bread.txt").unlink()
-    assert egemma_.json("add", "a.egx", "notes", "--plan")["deleted"] == [str(tmp_path / "notes" / "deep" / "bread.txt")]
+    assert egemma_.json("add", "a.egx", "notes", "--plan")["deleted"] == [
+        str(tmp_path / "notes" / "deep" / "bread.txt")
+    ]
     assert describe_index("a.egx").documents == 2
     report = egemma_.json("add", "a.egx", "notes", "--exclude", "*.png")
-    assert (report["unchanged"], report["removed"], report["embedded"], report["documents"]) == (1, 1, 0, 1)
+    assert (report["unchanged"], report["removed"], report["embedded"], report["documents"]) == (
+        1,
+        1,
+        0,
+        1,
+    )
 
 
-def test_search_filters_and_joins_words_with_meaning(egemma_: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"id": f"n{number}", "text": f"note {number} about water", "metadata": {"page": number}} for number in range(20)]
+def test_search_filters_and_joins_words_with_meaning(
+    egemma_: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"id": f"n{number}", "text": f"note {number} about water", "metadata": {"page": number}}
+        for number in range(20)
+    ]
     egemma_.json("add", "a.egx", "--jsonl", stdin="\n".join(map(json.dumps, rows)))
     found = egemma_.json("search", "a.egx", "water", "--where", '{"page": {"$gte": 17}}')
     assert {hit["id"] for hit in found["hits"]} == {"n17", "n18", "n19"}
@@ -235,27 +331,51 @@ def test_search_filters_and_joins_words_with_meaning(egemma_: Shell, monkeypatch
     assert found["how"]["mode"] == "hybrid"
     monkeypatch.setenv("EGEMMA_MODEL", "nowhere")
     Path("a.egx").rename("b.egx")
-    found = egemma_.json("search", "b.egx", 'note" OR 17', "--mode", "text", "-k", "1")  # words need no model
+    # words need no model
+    found = egemma_.json("search", "b.egx", 'note" OR 17', "--mode", "text", "-k", "1")
     assert [hit["id"] for hit in found["hits"]] == ["n17"]
     assert egemma_("search", "b.egx", "zzz", "--mode", "text") == 0
     assert "nothing found" in egemma_.err
 
 
 def test_remove_takes_stored_ids_only(egemma_: Shell) -> None:
-    egemma_.json("add", "a.egx", "--jsonl", stdin='{"text": "one", "id": "1"}\n{"text": "two", "id": "2"}\n{"text": "three", "id": "3"}')
+    egemma_.json(
+        "add",
+        "a.egx",
+        "--jsonl",
+        stdin='{"text": "one", "id": "1"}\n{"text": "two", "id": "2"}\n{"text": "three", "id": "3"}',
+    )
     assert egemma_("remove", "a.egx", "1", "4") == 1
     assert "no document '4'" in egemma_.err
-    assert egemma_.json("remove", "a.egx", "1", "2") == {"index": "a.egx", "removed": 2, "documents": 1}
+    assert egemma_.json("remove", "a.egx", "1", "2") == {
+        "index": "a.egx",
+        "removed": 2,
+        "documents": 1,
+    }
 
 
-def test_an_index_is_checked_copied_moved_and_given_another_model(egemma_: Shell, tmp_path: Path, tiny_spm: Path) -> None:
-    egemma_.json("add", "a.egx", "--lines", stdin="".join(f"line {number} of water\n" for number in range(60)))
+def test_an_index_is_checked_copied_moved_and_given_another_model(
+    egemma_: Shell, tmp_path: Path, tiny_spm: Path
+) -> None:
+    egemma_.json(
+        "add",
+        "a.egx",
+        "--lines",
+        stdin="".join(f"line {number} of water\n" for number in range(60)),
+    )
     assert egemma_.json("index", "check", "a.egx")["findings"] == []
     assert egemma_.json("index", "backup", "a.egx", "b.egx")["documents"] == 60
     assert egemma_("index", "backup", "a.egx", "b.egx") == 1
     assert "pass --force to replace it" in egemma_.err
-    assert egemma_.json("index", "export", "a.egx", "a.jsonl") == {"file": "a.jsonl", "documents": 60}
-    assert egemma_.json("index", "import", "c.egx", "a.jsonl") == {"documents": 60, "chunks": 60, "embedded": 0}
+    assert egemma_.json("index", "export", "a.egx", "a.jsonl") == {
+        "file": "a.jsonl",
+        "documents": 60,
+    }
+    assert egemma_.json("index", "import", "c.egx", "a.jsonl") == {
+        "documents": 60,
+        "chunks": 60,
+        "embedded": 0,
+    }
     query = ["line 7 of water", "-k", "5"]
     hits = egemma_.json("search", "a.egx", *query)["hits"]
     for copy in ("b.egx", "c.egx"):
@@ -263,7 +383,8 @@ def test_an_index_is_checked_copied_moved_and_given_another_model(egemma_: Shell
     other = tiny_bundle(tmp_path / "other", tokenizer=tiny_spm, changes={"fingerprint": "f" * 64})
     report = egemma_.json("index", "migrate", "a.egx", "--to", other)
     assert (report["chunks"], report["embedded"]) == (60, 60)
-    assert egemma_.json("search", "a.egx", *query)["hits"] == hits  # the same weights under another fingerprint, and the path is remembered
+    # the same weights under another fingerprint, and the path is remembered
+    assert egemma_.json("search", "a.egx", *query)["hits"] == hits
     assert egemma_("index", "abandon", "a.egx") == 1
     report = egemma_.json("index", "tune", "b.egx", "--recall", "0.5", "-k", "3")
     assert report["chosen"]["low"] >= 0.5
@@ -278,40 +399,81 @@ def test_an_index_is_checked_copied_moved_and_given_another_model(egemma_: Shell
 
 def test_a_graph_is_built_and_used(egemma_: Shell) -> None:
     pytest.importorskip("usearch", reason="the graph needs egemma[search]")
-    egemma_.json("add", "a.egx", "--lines", stdin="".join(f"line {number} of water\n" for number in range(400)))
+    egemma_.json(
+        "add",
+        "a.egx",
+        "--lines",
+        stdin="".join(f"line {number} of water\n" for number in range(400)),
+    )
     assert egemma_("search", "a.egx", "water", "--approximate") == 1
     assert "egemma index graph" in egemma_.err
     assert egemma_.json("index", "graph", "a.egx")["vectors"] == 400
-    found = egemma_.json("search", "a.egx", "line 7 of water", "-k", "1", "--approximate", "--shortlist", "1")
+    found = egemma_.json(
+        "search", "a.egx", "line 7 of water", "-k", "1", "--approximate", "--shortlist", "1"
+    )
     assert found["how"]["approximate"] is True
-    assert found["hits"] == egemma_.json("search", "a.egx", "line 7 of water", "-k", "1", "--shortlist", "1")["hits"]
+    assert (
+        found["hits"]
+        == egemma_.json("search", "a.egx", "line 7 of water", "-k", "1", "--shortlist", "1")["hits"]
+    )
 
 
 def test_embed_takes_parquet_to_parquet(egemma_: Shell, bundle: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs egemma[bulk]")
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.table({"text": ["one pump", "two pumps"], "key": [7, 8]}), "in.parquet")
-    report = egemma_.json("embed", "--in", "in.parquet", "--out", "vectors", "--id-column", "key", "--as", "document")
+    parquet.write_table(
+        pyarrow.table({"text": ["one pump", "two pumps"], "key": [7, 8]}), "in.parquet"
+    )
+    report = egemma_.json(
+        "embed", "--in", "in.parquet", "--out", "vectors", "--id-column", "key", "--as", "document"
+    )
     assert (report["rows"], report["dim"], report["engine"]) == (2, WIDTH, "local")
     table = parquet.read_table("vectors/shard-000000.parquet")
     with Embedder.open(bundle) as embedder:
         expected = embedder.embed_documents(["one pump", "two pumps"]).vectors
-    np.testing.assert_allclose(np.stack(table["vector"].to_numpy(zero_copy_only=False)), expected, atol=1e-6)
-    assert egemma_("embed", "--in", "in.parquet", "--out", "vectors", "--id-column", "key", "--as", "document") == 0
+    np.testing.assert_allclose(
+        np.stack(table["vector"].to_numpy(zero_copy_only=False)), expected, atol=1e-6
+    )
+    assert (
+        egemma_(
+            "embed",
+            "--in",
+            "in.parquet",
+            "--out",
+            "vectors",
+            "--id-column",
+            "key",
+            "--as",
+            "document",
+        )
+        == 0
+    )
     assert "finished before" in egemma_.out
 
 
 def test_lines_and_json_lines_are_documents(egemma_: Shell, tmp_path: Path) -> None:
-    report = egemma_.json("add", "a.egx", "--lines", stdin="first line\n\n  \nsecond line\nfirst line\n")
+    report = egemma_.json(
+        "add", "a.egx", "--lines", stdin="first line\n\n  \nsecond line\nfirst line\n"
+    )
     assert (report["added"], report["documents"]) == (3, 2)
-    rows = [{"id": "x", "text": "with all", "title": "T", "metadata": {"page": 1}}, {"text": "only text"},
-            {"id": None, "text": "nulls", "title": None, "metadata": None}]
+    rows = [
+        {"id": "x", "text": "with all", "title": "T", "metadata": {"page": 1}},
+        {"text": "only text"},
+        {"id": None, "text": "nulls", "title": None, "metadata": None},
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = egemma_.json("add", "a.egx", "--jsonl", "d.jsonl")
     assert (report["added"], report["documents"]) == (3, 5)
-    hits = {hit["text"]: hit for hit in egemma_.json("search", "a.egx", "with all", "--dim", "8")["hits"]}
-    assert (hits["with all"]["id"], hits["with all"]["title"], hits["with all"]["metadata"]) == ("x", "T", {"page": 1})
+    hits = {
+        hit["text"]: hit
+        for hit in egemma_.json("search", "a.egx", "with all", "--dim", "8")["hits"]
+    }
+    assert (hits["with all"]["id"], hits["with all"]["title"], hits["with all"]["metadata"]) == (
+        "x",
+        "T",
+        {"page": 1},
+    )
     assert hits["nulls"]["metadata"] is None
     report = egemma_.json("add", "a.egx", "-", stdin="all of stdin\nis one document")
     assert report["documents"] == 6
@@ -331,7 +493,9 @@ def test_add_says_how_much_was_cut(egemma_: Shell) -> None:
     assert "(only its beginning was embedded)" in egemma_.out
 
 
-def test_an_error_in_the_middle_of_a_run_says_where_and_what_the_index_now_holds(egemma_: Shell) -> None:
+def test_an_error_in_the_middle_of_a_run_says_where_and_what_the_index_now_holds(
+    egemma_: Shell,
+) -> None:
     good = "".join(f"line {number}\n" for number in range(100))
     assert egemma_("add", "a.egx", "--lines", stdin=good.encode() + b"bad \xff\n") == 1
     assert "egemma: stdin:101: byte 4 is not UTF-8" in egemma_.err
@@ -344,12 +508,23 @@ def test_an_error_in_the_middle_of_a_run_says_where_and_what_the_index_now_holds
     assert describe_index("b.egx").documents == 100
 
 
-@pytest.mark.parametrize(("line", "says"), [
-    ("{", "not JSON"), ("[]", '"text"'), ('{"id": "x"}', '"text"'), ('{"text": 7}', '"text"'), ('{"text": "a", "tilte": "b"}', "nothing but"),
-    ('{"text": "a", "id": 7}', "'id' is int"), ('{"text": "a", "metadata": [1]}', "'metadata' is list"), ('{"text": ""}', "is blank"),
-    ('{"text": "a", "id": ""}', "is blank"), ('{"text": "\\ud800"}', "surrogate"), ("[" * 100_000, "not JSON"),
-    ('{"text": "a", "id": "good"}', "was given to stdin:1 already"),
-])
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not JSON"),
+        ("[]", '"text"'),
+        ('{"id": "x"}', '"text"'),
+        ('{"text": 7}', '"text"'),
+        ('{"text": "a", "tilte": "b"}', "nothing but"),
+        ('{"text": "a", "id": 7}', "'id' is int"),
+        ('{"text": "a", "metadata": [1]}', "'metadata' is list"),
+        ('{"text": ""}', "is blank"),
+        ('{"text": "a", "id": ""}', "is blank"),
+        ('{"text": "\\ud800"}', "surrogate"),
+        ("[" * 100_000, "not JSON"),
+        ('{"text": "a", "id": "good"}', "was given to stdin:1 already"),
+    ],
+)
 def test_a_bad_json_line_is_named(egemma_: Shell, line: str, says: str) -> None:
     assert egemma_("add", "a.egx", "--jsonl", stdin='{"text": "good", "id": "good"}\n' + line) == 1
     assert "egemma: stdin:2" in egemma_.err
@@ -358,8 +533,15 @@ def test_a_bad_json_line_is_named(egemma_: Shell, line: str, says: str) -> None:
 
 def test_search_prints_rank_score_name_and_one_safe_line_of_text(egemma_: Shell) -> None:
     evil = "\x1b[2Jthe water\r\npump \u202e is " + "long " * 30
-    egemma_.json("add", "a.egx", "--jsonl", "--overflow", "truncate",
-                 stdin=json.dumps({"id": "i\x1b[31md", "text": evil, "title": "Pumps\x07"}) + '\n{"text": "bread", "id": "b"}')
+    egemma_.json(
+        "add",
+        "a.egx",
+        "--jsonl",
+        "--overflow",
+        "truncate",
+        stdin=json.dumps({"id": "i\x1b[31md", "text": evil, "title": "Pumps\x07"})
+        + '\n{"text": "bread", "id": "b"}',
+    )
     assert egemma_("search", "a.egx", "water pump") == 0
     lines = egemma_.out.splitlines()
     assert len(lines) == 4
@@ -371,15 +553,20 @@ def test_search_prints_rank_score_name_and_one_safe_line_of_text(egemma_: Shell)
 
 def test_search_refuses_what_cannot_work(egemma_: Shell) -> None:
     egemma_.json("add", "a.egx", "--lines", stdin="one line")
-    for arguments, says in ((["x", "-k", "0"], "k=0"), (["x", "--dim", "300"], "dim=300"), (["x", "--task", "poetry"], "poetry"),
-                            ([""], "at least one word")):
+    for arguments, says in (
+        (["x", "-k", "0"], "k=0"),
+        (["x", "--dim", "300"], "dim=300"),
+        (["x", "--task", "poetry"], "poetry"),
+        ([""], "at least one word"),
+    ):
         assert egemma_("search", "a.egx", *arguments) == 1
         assert says in egemma_.err
         assert egemma_.out == ""
 
 
-def test_an_index_remembers_its_model_and_refuses_another(egemma_: Shell, bundle: Path, tmp_path: Path, tiny_spm: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_remembers_its_model_and_refuses_another(
+    egemma_: Shell, bundle: Path, tmp_path: Path, tiny_spm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moved = tmp_path / "mine"
     shutil.copytree(bundle, moved)
     other = tiny_bundle(tmp_path / "other", tokenizer=tiny_spm, changes={"fingerprint": "f" * 64})
@@ -387,10 +574,15 @@ def test_an_index_remembers_its_model_and_refuses_another(egemma_: Shell, bundle
     egemma_.json("add", "a.egx", "--lines", "--model", moved, stdin="one line")
     assert describe_index("a.egx").model_path == str(moved)
     monkeypatch.setenv("EGEMMA_MODEL", str(other))
-    assert egemma_.json("search", "a.egx", "line")["hits"]  # the index knows better than the environment
+    # the index knows better than the environment
+    assert egemma_.json("search", "a.egx", "line")["hits"]
     for command in (["search", "a.egx", "line"], ["add", "a.egx", "--lines"]):
         assert egemma_(*command, "--model", other, stdin="more") == 1
-        assert re.search(r"holds vectors of tiny tiny-onnxruntime \(.{12}\), this is tiny tiny-onnxruntime \(ffffffffffff\)", egemma_.err)
+        assert re.search(
+            r"holds vectors of tiny tiny-onnxruntime \(.{12}\), this is tiny tiny-onnxruntime "
+            r"\(ffffffffffff\)",
+            egemma_.err,
+        )
     assert describe_index("a.egx").documents == 1
     moved.rename(tmp_path / "elsewhere")
     monkeypatch.delenv("EGEMMA_MODEL")
@@ -408,16 +600,27 @@ def test_an_index_remembers_its_model_and_refuses_another(egemma_: Shell, bundle
 def test_inspect_tells_bundles_from_indexes(egemma_: Shell, bundle: Path) -> None:
     egemma_.json("add", "a.egx", "--lines", stdin="one line")
     about = egemma_.json("inspect", "a.egx")
-    assert (about["kind"], about["documents"], about["damage"], about["dims"]) == ("index", 1, None, [32, 16, 8])
+    assert (about["kind"], about["documents"], about["damage"], about["dims"]) == (
+        "index",
+        1,
+        None,
+        [32, 16, 8],
+    )
     about = egemma_.json("inspect", bundle)
-    assert (about["kind"], about["target"], about["batch"]) == ("bundle", "tiny-onnxruntime", "dynamic")
+    assert (about["kind"], about["target"], about["batch"]) == (
+        "bundle",
+        "tiny-onnxruntime",
+        "dynamic",
+    )
     for path in ("a.egx", bundle):
         assert egemma_("inspect", path) == 0
         assert about["fingerprint"] in egemma_.out
 
 
 def test_inspect_finds_damage(egemma_: Shell, bundle: Path, tmp_path: Path) -> None:
-    egemma_.json("add", "a.egx", "--lines", stdin="".join(f"line {number}\n" for number in range(200)))
+    egemma_.json(
+        "add", "a.egx", "--lines", stdin="".join(f"line {number}\n" for number in range(200))
+    )
     content = bytearray((tmp_path / "a.egx").read_bytes())
     at = content.index(b"line 77")
     content[at] ^= 1  # SQLite's own check does not see this
@@ -436,7 +639,9 @@ def test_inspect_finds_damage(egemma_: Shell, bundle: Path, tmp_path: Path) -> N
     assert "golden.json" in egemma_.err
 
 
-def test_verify_passes_a_sound_bundle_and_ends_with_1_for_another(egemma_: Shell, bundle: Path) -> None:
+def test_verify_passes_a_sound_bundle_and_ends_with_1_for_another(
+    egemma_: Shell, bundle: Path
+) -> None:
     report = egemma_.json("verify", bundle)
     assert report["passed"]
     assert report["failures"] == []
@@ -469,7 +674,11 @@ def test_bench_measures_each_length(egemma_: Shell, bundle: Path) -> None:
     assert report["peak_rss_mb"] > 10
     assert egemma_("bench", bundle, "--tokens", "3,128", "--runs", "1") == 0
     assert re.search(r"(?m)^ {5}3 +\d", egemma_.out)
-    for arguments, says in ((["--tokens", "2"], "tokens=2"), (["--tokens", "16,129"], "tokens=129"), (["--runs", "0"], "runs=0")):
+    for arguments, says in (
+        (["--tokens", "2"], "tokens=2"),
+        (["--tokens", "16,129"], "tokens=129"),
+        (["--runs", "0"], "runs=0"),
+    ):
         assert egemma_("bench", bundle, *arguments) == 1
         assert says in egemma_.err
 
@@ -478,24 +687,40 @@ def test_bench_measures_each_length(egemma_: Shell, bundle: Path) -> None:
 
 
 def test_help_and_version_load_neither_numpy_nor_a_runtime() -> None:
-    code = ("import sys; from egemma.cli import main\n"
-            "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-            "print(sorted({'numpy', 'onnxruntime', 'sentencepiece', 'torch'} & set(sys.modules)))")
+    code = (
+        "import sys; from egemma.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print(sorted({'numpy', 'onnxruntime', 'sentencepiece', 'torch'} & set(sys.modules)))"
+    )
     for arguments in (["--help"], ["--version"], ["search", "--help"]):
-        out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        ).stdout
         assert out.splitlines()[-1] == "[]"
 
 
 def test_no_command_imports_torch(bundle: Path, tmp_path: Path) -> None:
-    code = ("import sys; from egemma.cli import main; model = sys.argv[1]\n"
-            "sys.stdin = open(sys.argv[2])\n"
-            "for line in (['embed', 'x'], ['add', 'a.egx', '--lines'], ['search', 'a.egx', 'x'], ['inspect', model], ['verify', model],\n"
-            "             ['bench', model, '--runs', '1']):\n"
-            "    assert main(line) == 0, line\n"
-            "assert 'torch' not in sys.modules")
+    code = (
+        "import sys; from egemma.cli import main; model = sys.argv[1]\n"
+        "sys.stdin = open(sys.argv[2])\n"
+        "for line in (['embed', 'x'], ['add', 'a.egx', '--lines'], ['search', 'a.egx', 'x'], "
+        "['inspect', model], ['verify', model],\n"
+        "             ['bench', model, '--runs', '1']):\n"
+        "    assert main(line) == 0, line\n"
+        "assert 'torch' not in sys.modules"
+    )
     (tmp_path / "lines").write_text("one\n")
-    ended = subprocess.run([sys.executable, "-c", code, str(bundle), str(tmp_path / "lines")], cwd=tmp_path, capture_output=True, text=True,
-                           check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(bundle), str(tmp_path / "lines")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
 
 
@@ -513,10 +738,14 @@ def test_a_reader_that_goes_away_ends_the_program_quietly(bundle: Path) -> None:
     assert process.stderr.read() == ""
 
 
-def test_ctrl_c_during_add_ends_with_130_and_leaves_a_sound_index_of_whole_groups(tmp_path: Path) -> None:
+def test_ctrl_c_during_add_ends_with_130_and_leaves_a_sound_index_of_whole_groups(
+    tmp_path: Path,
+) -> None:
     process = start("add", "a.egx", "--lines", stdin=subprocess.PIPE, cwd=tmp_path)
     assert process.stdin is not None
-    process.stdin.write("".join(f"line {number}\n" for number in range(egemma.cli.commands.GROUP * 5)))
+    process.stdin.write(
+        "".join(f"line {number}\n" for number in range(egemma.cli.commands.GROUP * 5))
+    )
     process.stdin.flush()  # and left open: the program waits for more
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -536,7 +765,12 @@ def test_ctrl_c_during_add_ends_with_130_and_leaves_a_sound_index_of_whole_group
 
 
 def test_json_is_utf8_whatever_the_locale_says() -> None:
-    process = start("embed", "--json", stdin=subprocess.PIPE, env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    process = start(
+        "embed",
+        "--json",
+        stdin=subprocess.PIPE,
+        env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
     out, err = process.communicate("水 ünï\n")
     assert process.returncode == 0, err
     assert json.loads(out)["text"] == "水 ünï"
@@ -544,13 +778,19 @@ def test_json_is_utf8_whatever_the_locale_says() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
 def test_a_file_name_that_is_not_utf8_can_be_named_in_an_error() -> None:
-    process = start("inspect", b"no\xff.egx".decode(errors="surrogateescape"), env={"PYTHONIOENCODING": "utf-8:strict"})
+    process = start(
+        "inspect",
+        b"no\xff.egx".decode(errors="surrogateescape"),
+        env={"PYTHONIOENCODING": "utf-8:strict"},
+    )
     _, err = process.communicate()
     assert process.returncode == 1
     assert err.startswith("egemma: no\\udcff.egx: no such folder")
 
 
-def test_progress_is_drawn_on_a_terminal_and_nowhere_else(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_drawn_on_a_terminal_and_nowhere_else(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Progress("documents", 10) as progress:
         progress.advance(5)
     assert capfd.readouterr().err == ""
@@ -561,7 +801,9 @@ def test_progress_is_drawn_on_a_terminal_and_nowhere_else(capfd: pytest.CaptureF
             progress.advance(5)
         terminal.flush()
         drawn = os.read(outer, 1000).decode()
-        while not drawn.endswith("\r\x1b[K"):  # a terminal may hand over what was written in parts; the timeout ends this if it never comes
+        # a terminal may hand over what was written in parts; the timeout ends this if it never
+        # comes
+        while not drawn.endswith("\r\x1b[K"):
             drawn += os.read(outer, 1000).decode()
     os.close(outer)
     assert "5 documents [###############...............] of 10" in drawn

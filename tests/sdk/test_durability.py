@@ -1,4 +1,6 @@
-"""A few of the faults of benchmarks/durability.py: kills, damaged files, full and read-only disks, clocks that jump."""
+"""A few of the faults of benchmarks/durability.py: kills, damaged files, full and read-only disks,
+clocks that jump.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,26 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked from a process that is warm")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="children are forked from a process that is warm"
+)
 
 SEED = 20261123
 
 
-def test_kills_at_random_moments_of_every_operation_lose_nothing_told_and_leave_nothing_half(tmp_path: Path) -> None:
+def test_kills_at_random_moments_of_every_operation_lose_nothing_told_and_leave_nothing_half(
+    tmp_path: Path,
+) -> None:
     from benchmarks.durability import KINDS, kill_rounds
 
-    report = kill_rounds(40, SEED, tmp_path, rounds_per_file=20, kinds=[kind for kind in KINDS if kind not in ("build_graph", "tune")],
-                         log=lambda line: None)
+    report = kill_rounds(
+        40,
+        SEED,
+        tmp_path,
+        rounds_per_file=20,
+        kinds=[kind for kind in KINDS if kind not in ("build_graph", "tune")],
+        log=lambda line: None,
+    )
     assert report.problems == []
     assert report.kills == 40
     assert len(report.by_operation) >= 8
@@ -25,7 +37,9 @@ def test_kills_at_random_moments_of_every_operation_lose_nothing_told_and_leave_
     assert report.searches_meanwhile > 0
 
 
-def test_two_processes_that_write_and_are_killed_disturb_neither_each_other_nor_a_reader(tmp_path: Path) -> None:
+def test_two_processes_that_write_and_are_killed_disturb_neither_each_other_nor_a_reader(
+    tmp_path: Path,
+) -> None:
     from benchmarks.durability import writer_rounds
 
     report = writer_rounds(16, SEED, tmp_path, log=lambda line: None)
@@ -33,7 +47,9 @@ def test_two_processes_that_write_and_are_killed_disturb_neither_each_other_nor_
     assert report.operations > 8
 
 
-def test_files_that_are_damaged_anywhere_give_the_same_answers_or_a_clear_error(tmp_path: Path) -> None:
+def test_files_that_are_damaged_anywhere_give_the_same_answers_or_a_clear_error(
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("usearch")
     from benchmarks.durability import damage_rounds
 
@@ -42,7 +58,9 @@ def test_files_that_are_damaged_anywhere_give_the_same_answers_or_a_clear_error(
         assert result["trials"] == 12
 
 
-def test_a_damaged_log_loses_whole_commits_at_most_and_a_damaged_shm_nothing(tmp_path: Path) -> None:
+def test_a_damaged_log_loses_whole_commits_at_most_and_a_damaged_shm_nothing(
+    tmp_path: Path,
+) -> None:
     from benchmarks.durability import log_rounds
 
     result = log_rounds(45, SEED, tmp_path)
@@ -77,13 +95,19 @@ def check(result: dict[str, Any]) -> None:
 
 
 def test_the_harness_sees_a_write_that_was_told_and_is_not_there(tmp_path: Path) -> None:
-    """Whether a loss would be noticed: the state that must be stored has a document more than the file."""
+    """Whether a loss would be noticed: the state that must be stored has a document more than the
+    file.
+    """
     import random
 
     from benchmarks.durability import MODELS, State, one_chunk, verify
     from egemma.index import Index
 
-    state = State("words-1", True, {"a": one_chunk("w1 w2", None, {"n": 1}), "b": one_chunk("w3", None, {"n": 1})})
+    state = State(
+        "words-1",
+        True,
+        {"a": one_chunk("w1 w2", None, {"n": 1}), "b": one_chunk("w3", None, {"n": 1})},
+    )
     with Index.open(tmp_path / "a.egx", MODELS["words-1"], keep_floats=True) as index:  # type: ignore[arg-type]
         index.add(["w1 w2", "w3"], ids=["a", "b"], metadata=[{"n": 1}, {"n": 1}])
     assert verify(tmp_path / "a.egx", [state], random.Random(0)) == 0

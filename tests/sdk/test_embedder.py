@@ -1,4 +1,6 @@
-"""The embedder over the tiny model: its numbers against NumPy, and everything a caller can do wrong."""
+"""The embedder over the tiny model: its numbers against NumPy, and everything a caller can do
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,11 @@ def test_a_query_is_embedded_behind_its_prompt(bundle: Bundle, embedder: Embedde
     found = embedder.embed_query("where is the pump", task="clustering")
     text = "task: clustering | query: where is the pump"
     assert np.abs(found.vector - expected(bundle, [text])[0]).max() < BOUND
-    assert (found.dim, found.truncated, found.fingerprint) == (WIDTH, False, bundle.manifest.fingerprint)
+    assert (found.dim, found.truncated, found.fingerprint) == (
+        WIDTH,
+        False,
+        bundle.manifest.fingerprint,
+    )
     assert found.num_tokens == len(bundle.tokenizer().encode(text).ids)
     assert found.vector.dtype == np.float32
 
@@ -72,7 +78,12 @@ def test_documents_keep_their_order_and_their_titles(bundle: Bundle, embedder: E
 
 def test_queries_and_raw_texts_are_embedded_in_order(bundle: Bundle, embedder: Embedder) -> None:
     queries = ["task: sentence similarity | query: " + text for text in TEXTS]
-    assert np.abs(np.asarray(embedder.embed_queries(TEXTS, task="STS")) - expected(bundle, queries)).max() < BOUND
+    assert (
+        np.abs(
+            np.asarray(embedder.embed_queries(TEXTS, task="STS")) - expected(bundle, queries)
+        ).max()
+        < BOUND
+    )
     assert np.abs(np.asarray(embedder.embed_raw(TEXTS)) - expected(bundle, TEXTS)).max() < BOUND
 
 
@@ -91,12 +102,16 @@ def test_many_texts_of_all_lengths_come_back_in_order(bundle: Bundle, embedder: 
 
 
 @pytest.mark.parametrize("dim", DIMS)
-def test_a_shortened_vector_is_a_prefix_at_unit_length(bundle: Bundle, embedder: Embedder, dim: int) -> None:
+def test_a_shortened_vector_is_a_prefix_at_unit_length(
+    bundle: Bundle, embedder: Embedder, dim: int
+) -> None:
     found = embedder.embed_documents(TEXTS, dim=dim)
     prefix = expected(bundle, ["title: none | text: " + text for text in TEXTS])[:, :dim]
     assert found.vectors.shape == (len(TEXTS), dim)
     assert found.dim == dim
-    assert np.abs(found.vectors - prefix / np.linalg.norm(prefix, axis=1, keepdims=True)).max() < BOUND
+    assert (
+        np.abs(found.vectors - prefix / np.linalg.norm(prefix, axis=1, keepdims=True)).max() < BOUND
+    )
 
 
 def test_no_texts_give_no_vectors_of_the_width_asked_for(embedder: Embedder) -> None:
@@ -121,7 +136,12 @@ def test_a_stream_reads_one_window_at_a_time(bundle: Bundle, embedder: Embedder)
     assert (taken, len(first)) == (WINDOW_TEXTS, WINDOW_TEXTS)
     (rest,) = stream
     assert rest.vectors.shape == (3, 16)
-    assert np.array_equal(rest.vectors, embedder.embed_documents([f"text {WINDOW_TEXTS + number}" for number in range(3)], dim=16).vectors)
+    assert np.array_equal(
+        rest.vectors,
+        embedder.embed_documents(
+            [f"text {WINDOW_TEXTS + number}" for number in range(3)], dim=16
+        ).vectors,
+    )
 
 
 def test_a_stream_takes_titles_and_names_the_position_in_the_whole(embedder: Embedder) -> None:
@@ -158,7 +178,12 @@ def test_results_become_arrays(embedder: Embedder) -> None:
 
 
 def test_one_string_is_not_a_list_of_texts(embedder: Embedder) -> None:
-    for method in (embedder.embed_documents, embedder.embed_queries, embedder.embed_raw, embedder.stream_documents):
+    for method in (
+        embedder.embed_documents,
+        embedder.embed_queries,
+        embedder.embed_raw,
+        embedder.stream_documents,
+    ):
         for text in ("hello", b"hello"):
             with pytest.raises(InputError, match="one string"):
                 method(text)  # type: ignore[operator]
@@ -237,7 +262,12 @@ def test_an_impossible_memory_bound_is_refused(onnx_bundle: Path, memory_mb: obj
 
 
 def test_it_says_what_it_is(bundle: Bundle, embedder: Embedder) -> None:
-    assert (embedder.dim, embedder.dims, embedder.max_tokens, embedder.threads) == (WIDTH, DIMS, MAX_TOKENS, 2)
+    assert (embedder.dim, embedder.dims, embedder.max_tokens, embedder.threads) == (
+        WIDTH,
+        DIMS,
+        MAX_TOKENS,
+        2,
+    )
     assert embedder.fingerprint == embedder.manifest.fingerprint == bundle.manifest.fingerprint
     assert embedder.runtime.split()[0] == bundle.manifest.runtime
     assert embedder.tasks == bundle.prompts.tasks
@@ -248,7 +278,11 @@ def test_a_closed_embedder_refuses_and_closes_again(bundle: Bundle) -> None:
     with Embedder.open(bundle.folder, threads=2) as embedder:
         stream = embedder.stream_documents(["a"])
     embedder.close()
-    for use in (lambda: embedder.embed_query("a"), lambda: embedder.embed_documents([]), lambda: next(stream)):
+    for use in (
+        lambda: embedder.embed_query("a"),
+        lambda: embedder.embed_documents([]),
+        lambda: next(stream),
+    ):
         with pytest.raises(EgemmaError, match="closed"):
             use()
     assert embedder.dim == WIDTH  # what it was can still be asked
@@ -285,7 +319,9 @@ def test_threads_take_turns_and_get_their_own_vectors(bundle: Bundle, embedder: 
     assert np.abs(np.stack([found[number] for number in range(40)]) - wanted).max() < BOUND
 
 
-def test_an_interrupt_passes_and_leaves_the_embedder_usable(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_passes_and_leaves_the_embedder_usable(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -364,7 +400,9 @@ def test_a_missing_builtin_model_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pa
             open_it()
 
 
-def test_the_builtin_model_is_a_bundle_by_name(monkeypatch: pytest.MonkeyPatch, onnx_bundle: Path) -> None:
+def test_the_builtin_model_is_a_bundle_by_name(
+    monkeypatch: pytest.MonkeyPatch, onnx_bundle: Path
+) -> None:
     monkeypatch.setattr("egemma.embedder.BUILTIN_FOLDER", onnx_bundle)
     with Embedder.open("builtin") as embedder:
         assert embedder.dim == WIDTH
@@ -382,48 +420,101 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
-def test_a_damaged_bundle_is_refused(bundle: Bundle, tmp_path: Path, damage: Callable[[Path], None], part: str) -> None:
+def test_a_damaged_bundle_is_refused(
+    bundle: Bundle, tmp_path: Path, damage: Callable[[Path], None], part: str
+) -> None:
     folder = copy_of(bundle.folder, tmp_path)
     damage(next(folder.glob(f"{part}.*")))
     with pytest.raises(BundleError, match=part):
         Embedder.open(folder)
 
 
-@pytest.mark.parametrize(("changes", "error"), [
-    ({"dims": (16, 8)}, BundleError), ({"batch": "dynamic"}, BundleError), ({"architecture": {}}, BundleError),
-    ({"prompts": {}}, EgemmaError),
-    ({"tokenizer": {"bos_id": 1, "eos_id": 2, "pad_id": 0, "vocab_size": 512, "max_tokens": 128}}, EgemmaError),
-    ({"tokenizer": {"bos_id": 2, "eos_id": 1, "pad_id": 0, "vocab_size": 512, "max_tokens": 129}}, BundleError),
-])
-def test_a_manifest_that_disagrees_with_the_files_is_refused(bundle: Bundle, tmp_path: Path, changes: dict[str, object],
-                                                             error: type[EgemmaError]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"dims": (16, 8)}, BundleError),
+        ({"batch": "dynamic"}, BundleError),
+        ({"architecture": {}}, BundleError),
+        ({"prompts": {}}, EgemmaError),
+        (
+            {
+                "tokenizer": {
+                    "bos_id": 1,
+                    "eos_id": 2,
+                    "pad_id": 0,
+                    "vocab_size": 512,
+                    "max_tokens": 128,
+                }
+            },
+            EgemmaError,
+        ),
+        (
+            {
+                "tokenizer": {
+                    "bos_id": 2,
+                    "eos_id": 1,
+                    "pad_id": 0,
+                    "vocab_size": 512,
+                    "max_tokens": 129,
+                }
+            },
+            BundleError,
+        ),
+    ],
+)
+def test_a_manifest_that_disagrees_with_the_files_is_refused(
+    bundle: Bundle, tmp_path: Path, changes: dict[str, object], error: type[EgemmaError]
+) -> None:
     manifest = bundle.manifest
-    if manifest.runtime == "onnxruntime" and (changes.get("batch") or changes.get("tokenizer", {}).get("max_tokens") == 129):  # type: ignore[attr-defined]
+    if manifest.runtime == "onnxruntime" and (
+        changes.get("batch") or changes.get("tokenizer", {}).get("max_tokens") == 129
+    ):  # type: ignore[attr-defined]
         pytest.skip("an ONNX file takes batches, and does not say how long a text may be")
-    folder = tiny_bundle(tmp_path / "bundle", runtime=manifest.runtime, tokenizer=bundle.folder / "tokenizer.model",
-                         model=bundle.model_path, changes=changes)
+    folder = tiny_bundle(
+        tmp_path / "bundle",
+        runtime=manifest.runtime,
+        tokenizer=bundle.folder / "tokenizer.model",
+        model=bundle.model_path,
+        changes=changes,
+    )
     with pytest.raises(error), Embedder.open(folder, threads=2) as embedder:
         embedder.embed_query("a")
 
 
-def test_no_manifest_however_wrong_gives_anything_but_an_egemma_error(onnx_bundle: Path, tmp_path: Path) -> None:
+def test_no_manifest_however_wrong_gives_anything_but_an_egemma_error(
+    onnx_bundle: Path, tmp_path: Path
+) -> None:
     folder = copy_of(onnx_bundle, tmp_path)
     manifest = folder / "manifest.json"
     good = json.loads(manifest.read_text())
     wrong: list[Any] = [None, 0, -1, 1.5, True, "x", [], {}, [[]], {"a": 1}, 2**70, float("nan")]
     bodies: list[Any] = [good | {name: value} for name in good for value in wrong]
     for table in ("tokenizer", "prompts", "architecture", "files", "scheme"):
-        bodies += [good | {table: good[table] | {name: value}} for name in good[table] for value in wrong]
+        bodies += [
+            good | {table: good[table] | {name: value}} for name in good[table] for value in wrong
+        ]
     texts = [json.dumps(body).encode() for body in bodies]
     for text in (*texts, b"", b"\xff\xfe", b"[]", b"null", b'{"a":' + b"[" * 100_000):
         manifest.write_bytes(text)
-        with contextlib.suppress(EgemmaError), Embedder.open(folder, threads=1, check_hashes=False) as embedder:
+        with (
+            contextlib.suppress(EgemmaError),
+            Embedder.open(folder, threads=1, check_hashes=False) as embedder,
+        ):
             embedder.embed_documents(["a"], titles=["t"])
 
 
-@pytest.mark.parametrize(("changes", "said"), [({"factor": float("nan")}, "NaN"), ({"factor": float("inf")}, "NaN or infinity"),
-                                               ({"output": "last_hidden_state"}, "wanted are"), ({"mask": "mask"}, "wanted are")])
-def test_a_broken_export_gives_no_vectors(tmp_path: Path, tiny_spm: Path, changes: dict[str, object], said: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"factor": float("nan")}, "NaN"),
+        ({"factor": float("inf")}, "NaN or infinity"),
+        ({"output": "last_hidden_state"}, "wanted are"),
+        ({"mask": "mask"}, "wanted are"),
+    ],
+)
+def test_a_broken_export_gives_no_vectors(
+    tmp_path: Path, tiny_spm: Path, changes: dict[str, object], said: str
+) -> None:
     model = tiny_onnx(tmp_path / "broken.onnx", **changes)  # type: ignore[arg-type]
     folder = tiny_bundle(tmp_path / "bundle", tokenizer=tiny_spm, model=model)
     with pytest.raises(BundleError, match=said), Embedder.open(folder) as embedder:
@@ -456,12 +547,18 @@ except RuntimeUnavailableError as error:
 
 
 def test_importing_egemma_loads_nothing_heavy() -> None:
-    done = run_python("import sys, egemma; print([name for name in ('torch', 'onnxruntime', 'sentencepiece', 'numpy') if name in sys.modules])")
+    done = run_python(
+        "import sys, egemma; print([name for name in ('torch', 'onnxruntime', 'sentencepiece', "
+        "'numpy') if name in sys.modules])"
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_every_public_name_exists(onnx_bundle: Path) -> None:
-    done = run_python("import egemma; print([name for name in egemma.__all__ if getattr(egemma, name, None) is None])")
+    done = run_python(
+        "import egemma; print([name for name in egemma.__all__ if getattr(egemma, name, None) is "
+        "None])"
+    )
     assert done.stdout.strip() == "[]", done.stderr
     with pytest.raises(AttributeError, match="Embeder"):
         egemma.Embeder  # noqa: B018

@@ -14,12 +14,24 @@ rankings = st.lists(st.lists(st.integers(0, 30), unique=True, max_size=12), max_
 def test_scores_are_those_worked_out_by_hand() -> None:
     fused = reciprocal_rank_fusion([["a", "b", "c"], ["c", "a"]])
     assert [key for key, _ in fused] == ["a", "c", "b"]
-    assert dict(fused) == pytest.approx({"a": 1 / 61 + 1 / 62, "c": 1 / 63 + 1 / 61, "b": 1 / 62}, abs=1e-15)
+    assert dict(fused) == pytest.approx(
+        {"a": 1 / 61 + 1 / 62, "c": 1 / 63 + 1 / 61, "b": 1 / 62}, abs=1e-15
+    )
 
 
 def test_equal_scores_keep_the_order_of_the_lists() -> None:
-    assert [key for key, _ in reciprocal_rank_fusion([["v1", "v2"], ["t1", "t2"]])] == ["v1", "t1", "v2", "t2"]
-    assert [key for key, _ in reciprocal_rank_fusion([["t1", "t2"], ["v1", "v2"]])] == ["t1", "v1", "t2", "v2"]
+    assert [key for key, _ in reciprocal_rank_fusion([["v1", "v2"], ["t1", "t2"]])] == [
+        "v1",
+        "t1",
+        "v2",
+        "t2",
+    ]
+    assert [key for key, _ in reciprocal_rank_fusion([["t1", "t2"], ["v1", "v2"]])] == [
+        "t1",
+        "v1",
+        "t2",
+        "v2",
+    ]
 
 
 def test_the_same_places_in_other_lists_tie_exactly() -> None:

@@ -1,4 +1,6 @@
-"""Damaged files, hostile texts and large numbers: the right answer or an error that says what is wrong, never anything else."""
+"""Damaged files, hostile texts and large numbers: the right answer or an error that says what is
+wrong, never anything else.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with something in every column."""
     path = tmp_path_factory.mktemp("whole") / "a.egx"
     with small_index(path) as index:
-        index.put([ChunkedDocument(id=f"{row:03}", title=f"title {row}", metadata={"row": row, "even": row % 2 == 0}, source={"path": f"{row}.md"},
-                                   chunks=(Chunk(start=0, stop=11, title="t", text=f"words {row:04} "), Chunk(start=11, stop=16, title=None, text="again")))
-                   for row in range(COUNT // 2)])
+        index.put(
+            [
+                ChunkedDocument(
+                    id=f"{row:03}",
+                    title=f"title {row}",
+                    metadata={"row": row, "even": row % 2 == 0},
+                    source={"path": f"{row}.md"},
+                    chunks=(
+                        Chunk(start=0, stop=11, title="t", text=f"words {row:04} "),
+                        Chunk(start=11, stop=16, title=None, text="again"),
+                    ),
+                )
+                for row in range(COUNT // 2)
+            ]
+        )
         index.remove(["005", "133"])
         index.remember_model_path("/models/one")
         index.search("words")
@@ -54,7 +68,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(path: Path) -> dict[str, Any]:
-    """Everything that can be asked, an IndexFileError standing for itself; afterwards, that writing raises nothing else."""
+    """Everything that can be asked, an IndexFileError standing for itself; afterwards, that writing
+    raises nothing else.
+    """
     try:
         index = small_index(path, create=False)
     except IndexFileError:
@@ -67,16 +83,30 @@ def answers(path: Path) -> dict[str, Any]:
             return IndexFileError
         except InputError:  # no document of that id
             return None
-        return [(hit.id, hit.position, hit.text, hit.score) for hit in found] if isinstance(found, Hits) else found
+        return (
+            [(hit.id, hit.position, hit.text, hit.score) for hit in found]
+            if isinstance(found, Hits)
+            else found
+        )
 
     with index:
         found = {name: asked(ask) for name, ask in QUESTIONS.items()}
-        for write in (lambda index: index.remove(["002"]), lambda index: index.put([TWICE]), lambda index: index.add(["more words"])):
+        for write in (
+            lambda index: index.remove(["002"]),
+            lambda index: index.put([TWICE]),
+            lambda index: index.add(["more words"]),
+        ):
             asked(write)
         return found
 
 
-TWICE = ChunkedDocument(id="001", title=None, metadata=None, source=None, chunks=(Chunk(start=0, stop=5, title=None, text="again"),) * 2)
+TWICE = ChunkedDocument(
+    id="001",
+    title=None,
+    metadata=None,
+    source=None,
+    chunks=(Chunk(start=0, stop=5, title=None, text="again"),) * 2,
+)
 QUERY = "words 0077 again"
 QUESTIONS: dict[str, Callable[[Index], Any]] = {
     "vector": lambda index: index.search(QUERY, 40),
@@ -85,7 +115,9 @@ QUESTIONS: dict[str, Callable[[Index], Any]] = {
     "where": lambda index: index.search(QUERY, 200, where={"even": True}),
     "text": lambda index: index.search(QUERY, 300, mode="text"),
     "hybrid": lambda index: index.search(QUERY, 20, mode="hybrid"),
-    "get": lambda index: index.get([f"{row:03}" for row in range(COUNT // 2) if row not in (5, 133)]),
+    "get": lambda index: index.get(
+        [f"{row:03}" for row in range(COUNT // 2) if row not in (5, 133)]
+    ),
     "sources": lambda index: index.sources(),
     "ids": lambda index: index.ids(),
     "count": len,
@@ -95,20 +127,30 @@ QUESTIONS: dict[str, Callable[[Index], Any]] = {
 
 def columns() -> list[tuple[str, str]]:
     tables = {
-        "documents": "number id title metadata source crc32", "vectors": "number crc32 scales rest floats", "blocks": "number changed crc32 live",
-        "chunks": "number document position start stop num_tokens truncated title hash crc32 text", "heads": "block crc32 squares codes",
-        "facts": "name value", "words_data": "id block", "words_idx": "segid term pgno", "words_docsize": "id sz", "words_config": "k v",
+        "documents": "number id title metadata source crc32",
+        "vectors": "number crc32 scales rest floats",
+        "blocks": "number changed crc32 live",
+        "chunks": "number document position start stop num_tokens truncated title hash crc32 text",
+        "heads": "block crc32 squares codes",
+        "facts": "name value",
+        "words_data": "id block",
+        "words_idx": "segid term pgno",
+        "words_docsize": "id sz",
+        "words_config": "k v",
     }
     return [(table, column) for table, names in tables.items() for column in names.split()]
 
 
 VALUES: list[Any] = [None, -1, 2**40, "text", b"", bytes(100)]
-# An id that is not there any more was never stored, for all that `get` can know; `check` compares all.
+# An id that is not there any more was never stored, for all that `get` can know; `check` compares
+# all.
 UNSEEN = {("documents", "id"): ("get",), ("chunks", "document"): ("get",)}
 
 
 @pytest.mark.parametrize(("table", "column"), columns())
-def test_any_column_of_any_table_may_be_damaged(tmp_path: Path, whole: Path, table: str, column: str) -> None:
+def test_any_column_of_any_table_may_be_damaged(
+    tmp_path: Path, whole: Path, table: str, column: str
+) -> None:
     path = tmp_path / "a.egx"
     shutil.copy(whole, path)
     right = answers(path)
@@ -121,7 +163,11 @@ def test_any_column_of_any_table_may_be_damaged(tmp_path: Path, whole: Path, tab
             connection.execute("PRAGMA writable_schema = ON")  # lets the tables of FTS5 be written
             key = {"words_idx": "pgno", "words_config": "k"}.get(table, "rowid")
             try:
-                connection.execute(f"UPDATE {table} SET {column} = ? WHERE {key} = (SELECT {row}({key}) FROM {table})", (value,))
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? WHERE {key} = (SELECT {row}({key}) FROM "
+                    f"{table})",
+                    (value,),
+                )
             except sqlite3.Error:  # a constraint keeps this value out
                 connection.close()
                 continue
@@ -129,30 +175,58 @@ def test_any_column_of_any_table_may_be_damaged(tmp_path: Path, whole: Path, tab
             connection.close()
             tried += 1
             found = answers(path)
-            wrong = [name for name, answer in found.items() if answer is not IndexFileError and answer != right[name] and name != "damage"]
-            assert not [name for name in wrong if name not in UNSEEN.get((table, column), ()) and not (table.startswith("words_") and name in (
-                "text", "hybrid"))], (value, row)
+            wrong = [
+                name
+                for name, answer in found.items()
+                if answer is not IndexFileError and answer != right[name] and name != "damage"
+            ]
+            assert not [
+                name
+                for name in wrong
+                if name not in UNSEEN.get((table, column), ())
+                and not (table.startswith("words_") and name in ("text", "hybrid"))
+            ], (value, row)
             if any(answer != right[name] for name, answer in found.items() if name != "damage"):
                 assert found["damage"] is not None, (value, row, wrong)
     assert tried or column == "segid"
 
 
-@pytest.mark.parametrize("damage", [
-    "DELETE FROM documents WHERE number = 3", "DELETE FROM chunks WHERE number = 3", "DELETE FROM vectors WHERE number = 3",
-    "DELETE FROM vectors WHERE number = (SELECT max(number) FROM vectors)", "DELETE FROM words_docsize",
-    "DELETE FROM blocks WHERE number = 1", "DELETE FROM heads WHERE block = 1", "DELETE FROM facts WHERE name = 'chunks'",
-    "INSERT INTO facts VALUES ('crc32x', '7')", "INSERT INTO words (rowid, title, text) VALUES (3, '', 'more')", "DELETE FROM words_data WHERE id > 10",
-    "INSERT INTO chunks SELECT 5000, document, 2, 0, 0, 0, 0, NULL, hash, crc32, '' FROM chunks WHERE number = 3",
-    "UPDATE facts SET value = '[16, 4]' WHERE name = 'dims'", "UPDATE facts SET value = '16' WHERE name = 'scan_width'",
-    "UPDATE facts SET value = '1' WHERE name = 'floats'", "UPDATE facts SET value = value + 1 WHERE name = 'generation'",
-    "UPDATE facts SET value = value - 1 WHERE name = 'next_number'",
-    "INSERT INTO facts VALUES ('tuned', '{')", "INSERT INTO facts VALUES ('tuned', '{\"shortlist\": -5}')",
-    "UPDATE vectors SET (scales, rest, crc32) = (SELECT scales, rest, crc32 FROM vectors WHERE number = 4) WHERE number = 3",
-    "UPDATE chunks SET (text, title, crc32, hash) = (SELECT text, title, crc32, hash FROM chunks WHERE number = 4) WHERE number = 3",
-    "UPDATE documents SET (metadata, crc32) = (SELECT metadata, crc32 FROM documents WHERE number = 4) WHERE number = 3",
-    "UPDATE chunks SET hash = (SELECT hash FROM chunks WHERE number = 5) WHERE number = 4", "UPDATE chunks SET position = 1 WHERE number = 2",
-])
-def test_rows_that_are_missing_added_or_exchanged_are_found(tmp_path: Path, whole: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM documents WHERE number = 3",
+        "DELETE FROM chunks WHERE number = 3",
+        "DELETE FROM vectors WHERE number = 3",
+        "DELETE FROM vectors WHERE number = (SELECT max(number) FROM vectors)",
+        "DELETE FROM words_docsize",
+        "DELETE FROM blocks WHERE number = 1",
+        "DELETE FROM heads WHERE block = 1",
+        "DELETE FROM facts WHERE name = 'chunks'",
+        "INSERT INTO facts VALUES ('crc32x', '7')",
+        "INSERT INTO words (rowid, title, text) VALUES (3, '', 'more')",
+        "DELETE FROM words_data WHERE id > 10",
+        "INSERT INTO chunks SELECT 5000, document, 2, 0, 0, 0, 0, NULL, hash, crc32, '' FROM "
+        "chunks WHERE number = 3",
+        "UPDATE facts SET value = '[16, 4]' WHERE name = 'dims'",
+        "UPDATE facts SET value = '16' WHERE name = 'scan_width'",
+        "UPDATE facts SET value = '1' WHERE name = 'floats'",
+        "UPDATE facts SET value = value + 1 WHERE name = 'generation'",
+        "UPDATE facts SET value = value - 1 WHERE name = 'next_number'",
+        "INSERT INTO facts VALUES ('tuned', '{')",
+        "INSERT INTO facts VALUES ('tuned', '{\"shortlist\": -5}')",
+        "UPDATE vectors SET (scales, rest, crc32) = (SELECT scales, rest, crc32 FROM vectors WHERE "
+        "number = 4) WHERE number = 3",
+        "UPDATE chunks SET (text, title, crc32, hash) = (SELECT text, title, crc32, hash FROM "
+        "chunks WHERE number = 4) WHERE number = 3",
+        "UPDATE documents SET (metadata, crc32) = (SELECT metadata, crc32 FROM documents WHERE "
+        "number = 4) WHERE number = 3",
+        "UPDATE chunks SET hash = (SELECT hash FROM chunks WHERE number = 5) WHERE number = 4",
+        "UPDATE chunks SET position = 1 WHERE number = 2",
+    ],
+)
+def test_rows_that_are_missing_added_or_exchanged_are_found(
+    tmp_path: Path, whole: Path, damage: str
+) -> None:
     path = tmp_path / "a.egx"
     shutil.copy(whole, path)
     right = answers(path)
@@ -167,8 +241,13 @@ def test_rows_that_are_missing_added_or_exchanged_are_found(tmp_path: Path, whol
     assert found["damage"] is not None or "crc32x" in damage
 
 
-def test_a_document_that_lost_a_chunk_in_the_middle_is_not_given_back_without_it(index: Index) -> None:
-    chunks = tuple(Chunk(start=4 * number, stop=4 * number + 4, title=None, text=f"txt{number}") for number in range(3))
+def test_a_document_that_lost_a_chunk_in_the_middle_is_not_given_back_without_it(
+    index: Index,
+) -> None:
+    chunks = tuple(
+        Chunk(start=4 * number, stop=4 * number + 4, title=None, text=f"txt{number}")
+        for number in range(3)
+    )
     index.put([ChunkedDocument(id="a", title=None, metadata=None, source=None, chunks=chunks)])
     change(index.path, "DELETE FROM chunks WHERE position = 1")
     with pytest.raises(IndexFileError, match="damaged"):
@@ -176,7 +255,16 @@ def test_a_document_that_lost_a_chunk_in_the_middle_is_not_given_back_without_it
     assert index.facts(check=True).damage is not None
 
 
-@pytest.mark.parametrize("damage", ["scales = zeroblob(12)", "rest = zeroblob(56)", "rest = x''", "crc32 = 7", "floats = zeroblob(256)"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "scales = zeroblob(12)",
+        "rest = zeroblob(56)",
+        "rest = x''",
+        "crc32 = 7",
+        "floats = zeroblob(256)",
+    ],
+)
 def test_a_damaged_vector_is_not_copied_to_another_chunk(index: Index, damage: str) -> None:
     twice = (Chunk(start=0, stop=5, title=None, text="again"),) * 2
     index.put([ChunkedDocument(id="a", title=None, metadata=None, source=None, chunks=twice[:1])])
@@ -187,7 +275,14 @@ def test_a_damaged_vector_is_not_copied_to_another_chunk(index: Index, damage: s
 
 
 def test_facts_that_were_made_to_fit_their_checksum_must_fit_each_other(tmp_path: Path) -> None:
-    for facts in ({"scan_width": 4}, {"scan_width": 0}, {"next_number": 3}, {"chunks": -1}, {"generation": -1}, {"numbering": -1}):
+    for facts in (
+        {"scan_width": 4},
+        {"scan_width": 0},
+        {"next_number": 3},
+        {"chunks": -1},
+        {"generation": -1},
+        {"numbering": -1},
+    ):
         path = tmp_path / f"{facts}.egx"
         with open_index(path) as index:
             index.add(TEXTS)
@@ -199,19 +294,33 @@ def test_facts_that_were_made_to_fit_their_checksum_must_fit_each_other(tmp_path
 
 def test_damage_that_sqlite_reports_in_broken_utf8_is_an_error_of_ours(tmp_path: Path) -> None:
     open_index(tmp_path / "a.egx").close()
-    change(tmp_path / "a.egx", "PRAGMA writable_schema = ON",
-           "UPDATE sqlite_master SET name = CAST(x'b4ff' AS TEXT), sql = 'CREATE TABLE (' WHERE name = 'facts'")
+    change(
+        tmp_path / "a.egx",
+        "PRAGMA writable_schema = ON",
+        "UPDATE sqlite_master SET name = CAST(x'b4ff' AS TEXT), sql = 'CREATE TABLE (' WHERE name "
+        "= 'facts'",
+    )
     with pytest.raises(IndexFileError, match=r"a\.egx"):
         open_index(tmp_path / "a.egx")
 
 
-def test_a_file_damaged_anywhere_is_an_error_or_still_gives_the_right_answer(tmp_path: Path) -> None:
+def test_a_file_damaged_anywhere_is_an_error_or_still_gives_the_right_answer(
+    tmp_path: Path,
+) -> None:
     whole = tmp_path / "whole.egx"
     with small_index(whole) as index:
-        index.add([f"{text} {number}" for number in range(60) for text in TEXTS], titles=["t"] * 240, metadata=[{"n": 1}] * 240)
+        index.add(
+            [f"{text} {number}" for number in range(60) for text in TEXTS],
+            titles=["t"] * 240,
+            metadata=[{"n": 1}] * 240,
+        )
 
     def ask(index: Index) -> tuple[Any, ...]:
-        return (index.search("quiet rain", 240).hits, index.search("cat 7", 5, exact=True).hits, index.get(index.ids())[5])
+        return (
+            index.search("quiet rain", 240).hits,
+            index.search("cat 7", 5, exact=True).hits,
+            index.get(index.ids())[5],
+        )
 
     with small_index(whole) as index:
         right, right_words = ask(index), index.search("rain 7", 50, mode="text").hits
@@ -220,8 +329,12 @@ def test_a_file_damaged_anywhere_is_an_error_or_still_gives_the_right_answer(tmp
     for at in random.integers(0, len(content), size=40):
         page = int(random.integers(len(content) // 8192)) * 8192
         flipped = bytes([content[at] ^ 1 << random.integers(8)])
-        for damaged in (content[:at], content[:at] + flipped + content[at + 1 :], content[:at] + random.bytes(600) + content[at + 600 :],
-                        content[:page] + content[at // 8192 * 8192 :][:8192] + content[page + 8192 :]):
+        for damaged in (
+            content[:at],
+            content[:at] + flipped + content[at + 1 :],
+            content[:at] + random.bytes(600) + content[at + 600 :],
+            content[:page] + content[at // 8192 * 8192 :][:8192] + content[page + 8192 :],
+        ):
             path.write_bytes(damaged)
             differs = False
             try:
@@ -235,13 +348,16 @@ def test_a_file_damaged_anywhere_is_an_error_or_still_gives_the_right_answer(tmp
                 assert "has no document" in str(error)  # noqa: PT017
                 refused += 1
             else:
-                assert damage is not None or not differs  # FTS5 has no checksums; a check compares it with the texts
+                # FTS5 has no checksums; a check compares it with the texts
+                assert damage is not None or not differs
     assert refused > 60
 
 
 @pytest.mark.parametrize("name", ["a.egx-wal", "a.egx-shm"])
 @pytest.mark.parametrize("content", [b"", b"\0" * 50_000, b"not what SQLite writes " * 1000])
-def test_strange_files_beside_an_index_change_nothing(tmp_path: Path, name: str, content: bytes) -> None:
+def test_strange_files_beside_an_index_change_nothing(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     with open_index(tmp_path / "a.egx") as index:
         index.add(TEXTS)
         right = index.search("cat").hits
@@ -253,19 +369,50 @@ def test_strange_files_beside_an_index_change_nothing(tmp_path: Path, name: str,
 
 # Hostile input.
 
-EVIL = ["'); DROP TABLE documents; --", "x\" OR 1=1 --", "%_*?[]", "ünï 🦊 中文\u202e", "a\nb\r\nc\td", "\u0001\u007f\u0085\ufeff", "\ufffe\uffff\U0010ffff",
-        "$.a", '"; ATTACH \'x\' AS y; --', "NULL", "1e999", "-0", "../../etc/passwd", "C:\\windows", "{\"a\": 1}", "a\u2028\u2029b", "x" * 100_000]
+EVIL = [
+    "'); DROP TABLE documents; --",
+    'x" OR 1=1 --',
+    "%_*?[]",
+    "ünï 🦊 中文\u202e",
+    "a\nb\r\nc\td",
+    "\u0001\u007f\u0085\ufeff",
+    "\ufffe\uffff\U0010ffff",
+    "$.a",
+    "\"; ATTACH 'x' AS y; --",
+    "NULL",
+    "1e999",
+    "-0",
+    "../../etc/passwd",
+    "C:\\windows",
+    '{"a": 1}',
+    "a\u2028\u2029b",
+    "x" * 100_000,
+]
 
 
 def test_texts_ids_titles_metadata_and_filters_are_data_and_never_sql(index: Index) -> None:
-    index.add(EVIL, ids=EVIL, titles=EVIL, metadata=[{text: text, "n": number} for number, text in enumerate(EVIL)], overflow="truncate")
+    index.add(
+        EVIL,
+        ids=EVIL,
+        titles=EVIL,
+        metadata=[{text: text, "n": number} for number, text in enumerate(EVIL)],
+        overflow="truncate",
+    )
     assert index.ids() == EVIL
     for number, text in enumerate(EVIL):
         stored = index.get([text])[0]
-        assert (stored.id, stored.text, stored.title, stored.metadata) == (text, text, text, {text: text, "n": number})
+        assert (stored.id, stored.text, stored.title, stored.metadata) == (
+            text,
+            text,
+            text,
+            {text: text, "n": number},
+        )
         assert text in index.ids({(text,): text})
         assert index.ids({(text,): {"$startswith": text[:50]}, "n": number}) == [text]
-        assert [hit.id for hit in index.search("x", where={"n": number, (text,): {"$in": [text, "other"]}})] == [text]
+        assert [
+            hit.id
+            for hit in index.search("x", where={"n": number, (text,): {"$in": [text, "other"]}})
+        ] == [text]
     assert index.ids({"n": "0 OR 1=1"}) == []
     assert index.facts(check=True).damage is None
     assert index.remove(EVIL) == len(EVIL)
@@ -273,10 +420,19 @@ def test_texts_ids_titles_metadata_and_filters_are_data_and_never_sql(index: Ind
     assert index.facts(check=True).damage is None
 
 
-@pytest.mark.parametrize("where", [
-    {"a' OR 1=1 --": 1}, {'a" OR 1=1 --': 1}, {"$[0]') OR 1=1 --": 1}, {("a", "b') --"): 1}, {"a": "' OR '1'='1"}, {"a": {"$contains": "%"}},
-    {"a": {"$startswith": "_"}}, {"\u2028": {"$gt": "'"}},
-])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"a' OR 1=1 --": 1},
+        {'a" OR 1=1 --': 1},
+        {"$[0]') OR 1=1 --": 1},
+        {("a", "b') --"): 1},
+        {"a": "' OR '1'='1"},
+        {"a": {"$contains": "%"}},
+        {"a": {"$startswith": "_"}},
+        {"\u2028": {"$gt": "'"}},
+    ],
+)
 def test_a_filter_can_say_nothing_but_itself(index: Index, where: Any) -> None:
     index.add(TEXTS, metadata=[{"a": "b"}] * 4)
     try:
@@ -286,13 +442,34 @@ def test_a_filter_can_say_nothing_but_itself(index: Index, where: Any) -> None:
     assert len(index) == 4
 
 
-@pytest.mark.parametrize("where", [
-    {"a": "\0"}, {"a": "\ud800"}, {"a\0": 1}, {"a": [1]}, {"a": {1: 2}}, {"a": object()}, {"a": {"$in": "xyz"}}, {"a": {"$in": [[1]]}}, {"a": float("inf")},
-    {"$and": {}}, {"$or": "x"}, {1: 1}, {(): 1}, {("a", 1): 1}, {"a": {}}, {"a": {"$exists": 1}},
-])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"a": "\0"},
+        {"a": "\ud800"},
+        {"a\0": 1},
+        {"a": [1]},
+        {"a": {1: 2}},
+        {"a": object()},
+        {"a": {"$in": "xyz"}},
+        {"a": {"$in": [[1]]}},
+        {"a": float("inf")},
+        {"$and": {}},
+        {"$or": "x"},
+        {1: 1},
+        {(): 1},
+        {("a", 1): 1},
+        {"a": {}},
+        {"a": {"$exists": 1}},
+    ],
+)
 def test_a_filter_that_cannot_be_is_a_config_error(index: Index, where: Any) -> None:
     index.add(TEXTS)
-    for call in (lambda: index.ids(where), lambda: index.search("cat", where=where), lambda: index.search("cat", where=where, mode="text")):
+    for call in (
+        lambda: index.ids(where),
+        lambda: index.search("cat", where=where),
+        lambda: index.search("cat", where=where, mode="text"),
+    ):
         with pytest.raises(ConfigError):
             call()
 
@@ -314,18 +491,38 @@ def test_a_filter_or_metadata_nested_without_end_is_refused(index: Index) -> Non
     assert len(index) == 0
 
 
-@pytest.mark.parametrize("ids", [None, 7, "abc", b"ab", [None], [b"a"], ["a", 1], ["\0"], ["\ud800"], [""], {"a": 1}])
+@pytest.mark.parametrize(
+    "ids", [None, 7, "abc", b"ab", [None], [b"a"], ["a", 1], ["\0"], ["\ud800"], [""], {"a": 1}]
+)
 def test_ids_that_cannot_be_are_an_input_error(index: Index, ids: Any) -> None:
-    for call in (lambda: index.get(ids), lambda: index.remove(ids), lambda: index.add_vectors(np.eye(64, dtype=np.float32)[:1], ids=ids)):
+    for call in (
+        lambda: index.get(ids),
+        lambda: index.remove(ids),
+        lambda: index.add_vectors(np.eye(64, dtype=np.float32)[:1], ids=ids),
+    ):
         with pytest.raises(InputError):
             call()
 
 
-@pytest.mark.parametrize("vectors", [
-    np.full((1, 64), np.nan, np.float32), np.full((1, 64), np.inf, np.float32), np.zeros((1, 64), np.float32), np.ones((1, 64), np.float32),
-    np.eye(64, dtype=np.int8)[:1], np.eye(32, dtype=np.float32)[:1], np.eye(64, dtype=np.float32)[0], np.eye(64, dtype=complex)[:1], [["a"] * 64], None, "x",
-    np.eye(64, dtype=np.float32)[:1] * 0.99, [[1.0], [1.0, 2.0]], np.ma.masked_all((1, 64)),
-])
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        np.full((1, 64), np.nan, np.float32),
+        np.full((1, 64), np.inf, np.float32),
+        np.zeros((1, 64), np.float32),
+        np.ones((1, 64), np.float32),
+        np.eye(64, dtype=np.int8)[:1],
+        np.eye(32, dtype=np.float32)[:1],
+        np.eye(64, dtype=np.float32)[0],
+        np.eye(64, dtype=complex)[:1],
+        [["a"] * 64],
+        None,
+        "x",
+        np.eye(64, dtype=np.float32)[:1] * 0.99,
+        [[1.0], [1.0, 2.0]],
+        np.ma.masked_all((1, 64)),
+    ],
+)
 def test_vectors_that_cannot_be_are_refused_and_not_stored(index: Index, vectors: Any) -> None:
     with pytest.raises(InputError):
         index.add_vectors(vectors, ids=["a"])
@@ -334,8 +531,14 @@ def test_vectors_that_cannot_be_are_refused_and_not_stored(index: Index, vectors
 
 def test_vectors_in_any_memory_layout_are_stored_as_their_values(index: Index) -> None:
     vectors = normalize(np.random.default_rng(0).normal(size=(10, 64)).astype(np.float32))
-    layouts = [np.asfortranarray(vectors), vectors[::-1][::-1], np.repeat(vectors, 2, axis=0)[::2], vectors.astype(">f4"), vectors.astype(np.float64),
-               np.lib.stride_tricks.as_strided(vectors, vectors.shape, vectors.strides, writeable=False)]
+    layouts = [
+        np.asfortranarray(vectors),
+        vectors[::-1][::-1],
+        np.repeat(vectors, 2, axis=0)[::2],
+        vectors.astype(">f4"),
+        vectors.astype(np.float64),
+        np.lib.stride_tricks.as_strided(vectors, vectors.shape, vectors.strides, writeable=False),
+    ]
     for number, layout in enumerate(layouts):
         index.add_vectors(layout, ids=[f"{number} {row}" for row in range(10)])
     hits = index.search_vector(vectors[3], 6)
@@ -349,7 +552,9 @@ def test_vectors_in_any_memory_layout_are_stored_as_their_values(index: Index) -
 def test_a_text_of_ten_megabytes_is_cut_stored_found_and_given_back(tmp_path: Path) -> None:
     text = "".join(f"line {number} of a book that has no end\n" for number in range(270_000))
     assert len(text) > 10_000_000
-    with Index.open(tmp_path / "a.egx", cast(Any, WordEmbedder("big", dims=SMALL, max_tokens=2048))) as index:
+    with Index.open(
+        tmp_path / "a.egx", cast(Any, WordEmbedder("big", dims=SMALL, max_tokens=2048))
+    ) as index:
         index.add([text], ids=["book"], overflow="chunk")
         stored = index.get(["book"])[0]
         assert stored.text == text
@@ -362,11 +567,15 @@ def test_a_hundred_thousand_deletions_leave_what_was_not_deleted(tmp_path: Path)
     vectors = normalize(np.random.default_rng(0).normal(size=(100_500, 16)).astype(np.float32))
     ids = [str(row) for row in range(len(vectors))]
     kept = sorted(np.random.default_rng(1).choice(len(vectors), 500, replace=False).tolist())
-    with Index.open(tmp_path / "a.egx", ModelIdentity(fingerprint="0" * 64, name="small", dims=SMALL, parts={})) as index:
+    with Index.open(
+        tmp_path / "a.egx", ModelIdentity(fingerprint="0" * 64, name="small", dims=SMALL, parts={})
+    ) as index:
         index.add_vectors(vectors, ids=ids)
         index.search_vector(vectors[0], 1)
         assert index.remove(sorted(set(ids) - {str(row) for row in kept})) == 100_000
-        order = np.argsort(-(vectors[kept].astype(np.float64) @ vectors[7].astype(np.float64)), kind="stable")
+        order = np.argsort(
+            -(vectors[kept].astype(np.float64) @ vectors[7].astype(np.float64)), kind="stable"
+        )
         for settings in ({"exact": True}, {"shortlist": 500}):
             hits = index.search_vector(vectors[7], 20, **cast(Any, settings))
             assert len({hit.id for hit in hits} & {str(kept[row]) for row in order[:20]}) >= 19
@@ -381,22 +590,36 @@ def test_thousands_of_equal_vectors_are_compared_some_at_a_time(tmp_path: Path) 
     import tracemalloc
 
     with open_index(tmp_path / "a.egx") as index:
-        index.add_vectors(np.repeat(WordEmbedder().vector("page left blank")[None], 30_000, axis=0), ids=[str(row) for row in range(30_000)])
+        index.add_vectors(
+            np.repeat(WordEmbedder().vector("page left blank")[None], 30_000, axis=0),
+            ids=[str(row) for row in range(30_000)],
+        )
         index.search("page", 1)
         tracemalloc.start()
         hits = index.search("page left blank", 10)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert [hit.id for hit in hits] == [str(row) for row in range(10)]
-        assert peak < 30_000 * 64 * 8  # less than all of them as float64, let alone their squares and products
+        # less than all of them as float64, let alone their squares and products
+        assert peak < 30_000 * 64 * 8
 
 
-@pytest.mark.parametrize("call", [
-    lambda index: index.search("x", task="\0"), lambda index: index.search("x", dim=10**30), lambda index: index.search("x", shortlist=10**30),
-    lambda index: index.search("x" * 10_000_000), lambda index: index.add(["x"], ids=["y" * 5_000_000]), lambda index: index.get(["y" * 5_000_000]),
-    lambda index: index.search("x", where={"n": 10**400}), lambda index: index.remember_model_path("\ud800"),
-])
-def test_settings_beyond_all_measure_are_an_error_of_ours_or_an_answer(index: Index, call: Any) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda index: index.search("x", task="\0"),
+        lambda index: index.search("x", dim=10**30),
+        lambda index: index.search("x", shortlist=10**30),
+        lambda index: index.search("x" * 10_000_000),
+        lambda index: index.add(["x"], ids=["y" * 5_000_000]),
+        lambda index: index.get(["y" * 5_000_000]),
+        lambda index: index.search("x", where={"n": 10**400}),
+        lambda index: index.remember_model_path("\ud800"),
+    ],
+)
+def test_settings_beyond_all_measure_are_an_error_of_ours_or_an_answer(
+    index: Index, call: Any
+) -> None:
     index.add(TEXTS)
     with contextlib.suppress(EgemmaError):
         call(index)
@@ -406,7 +629,18 @@ def test_settings_beyond_all_measure_are_an_error_of_ours_or_an_answer(index: In
 
 def test_describing_hostile_files_is_an_error_of_ours(tmp_path: Path, whole: Path) -> None:
     content = whole.read_bytes()
-    for number, damaged in enumerate([b"", b"x", content[:100], content[:4096], content[:-1], bytes(len(content)), content[::-1], content + content]):
+    for number, damaged in enumerate(
+        [
+            b"",
+            b"x",
+            content[:100],
+            content[:4096],
+            content[:-1],
+            bytes(len(content)),
+            content[::-1],
+            content + content,
+        ]
+    ):
         path = tmp_path / f"{number}.egx"
         path.write_bytes(damaged)
         try:

@@ -1,4 +1,6 @@
-"""An index keeps what it was given, all of it or nothing, and embeds only what it does not have yet."""
+"""An index keeps what it was given, all of it or nothing, and embeds only what it does not have
+yet.
+"""
 
 from __future__ import annotations
 
@@ -35,18 +37,40 @@ def index(tmp_path: Path) -> Iterator[Index]:
 # What goes in comes out.
 
 
-def test_a_stored_text_is_found_by_its_own_words_with_title_metadata_and_score(index: Index) -> None:
-    ids = index.add(TEXTS, ids=["cat", "dog", "rain", "bicycle"], titles=["Cats", None, "", "Bikes"],
-                    metadata=[{"page": 3, "tags": ["é", None]}, None, {}, {"deep": {"a": [1.5, True]}}])
+def test_a_stored_text_is_found_by_its_own_words_with_title_metadata_and_score(
+    index: Index,
+) -> None:
+    ids = index.add(
+        TEXTS,
+        ids=["cat", "dog", "rain", "bicycle"],
+        titles=["Cats", None, "", "Bikes"],
+        metadata=[{"page": 3, "tags": ["é", None]}, None, {}, {"deep": {"a": [1.5, True]}}],
+    )
     assert ids == ["cat", "dog", "rain", "bicycle"]
     hit = index.search("Cats the cat sat on the mat", k=1)[0]
-    assert (hit.id, hit.text, hit.title, hit.metadata, hit.truncated) == ("cat", TEXTS[0], "Cats", {"page": 3, "tags": ["é", None]}, False)
+    assert (hit.id, hit.text, hit.title, hit.metadata, hit.truncated) == (
+        "cat",
+        TEXTS[0],
+        "Cats",
+        {"page": 3, "tags": ["é", None]},
+        False,
+    )
     assert (hit.start, hit.stop, hit.position) == (0, 22, 0)
     assert hit.score == pytest.approx(1.0, abs=1e-3)
     assert index.get(["bicycle", "dog"])[0].metadata == {"deep": {"a": [1.5, True]}}
     prompt = 4  # "title: none | text: "
-    assert index.get(["dog"]) == [Document(id="dog", text=TEXTS[1], title=None, metadata=None, source=None, num_tokens=6 + prompt,
-                                           truncated=False, num_chunks=1)]
+    assert index.get(["dog"]) == [
+        Document(
+            id="dog",
+            text=TEXTS[1],
+            title=None,
+            metadata=None,
+            source=None,
+            num_tokens=6 + prompt,
+            truncated=False,
+            num_chunks=1,
+        )
+    ]
     assert index.get(["rain"])[0].title is None
     assert index.get([]) == []
 
@@ -116,11 +140,25 @@ def test_vectors_of_the_same_model_are_stored_as_its_own_would_be(tmp_path: Path
     ids = ["a", "b", "c", "d"]
     with open_index(tmp_path / "texts.egx") as one, open_index(tmp_path / "vectors.egx") as other:
         one.add(TEXTS, ids=ids, metadata=[{"n": number} for number in range(4)])
-        assert other.add_vectors(vectors, ids=ids, texts=TEXTS, metadata=[{"n": number} for number in range(4)]) == ids
+        assert (
+            other.add_vectors(
+                vectors, ids=ids, texts=TEXTS, metadata=[{"n": number} for number in range(4)]
+            )
+            == ids
+        )
         for mode in ("vector", "text", "hybrid"):
-            assert one.search("the quiet cat", mode=cast(Any, mode)) == other.search("the quiet cat", mode=cast(Any, mode))
-        other.add_vectors(vectors[:2], ids=["c", "e"], titles=["T", None])  # c is replaced; neither has a text
-        assert {hit.id: hit.text for hit in other.search("the", k=9)} == {"a": TEXTS[0], "b": TEXTS[1], "c": "", "d": TEXTS[3], "e": ""}
+            assert one.search("the quiet cat", mode=cast(Any, mode)) == other.search(
+                "the quiet cat", mode=cast(Any, mode)
+            )
+        # c is replaced; neither has a text
+        other.add_vectors(vectors[:2], ids=["c", "e"], titles=["T", None])
+        assert {hit.id: hit.text for hit in other.search("the", k=9)} == {
+            "a": TEXTS[0],
+            "b": TEXTS[1],
+            "c": "",
+            "d": TEXTS[3],
+            "e": "",
+        }
         assert other.search(TEXTS[0], k=2)[1].title == "T"
         assert other.get(["e"])[0].text == ""
         assert other.facts(check=True).damage is None
@@ -137,11 +175,18 @@ def test_what_ingestion_noted_comes_back(index: Index) -> None:
 def test_a_file_keeps_floats_where_it_was_made_to(tmp_path: Path, floats: bool) -> None:
     with open_index(tmp_path / "a.egx", keep_floats=floats) as index:
         index.add(TEXTS)
-    with open_index(tmp_path / "a.egx", keep_floats=not floats) as index:  # of no effect on a file that exists
+    # of no effect on a file that exists
+    with open_index(tmp_path / "a.egx", keep_floats=not floats) as index:
         index.add(["one more text"])
         assert index.facts(check=True).floats is floats
-        query, stored = WordEmbedder().vector("the bicycle chain").astype(float), WordEmbedder().vector(TEXTS[3]).astype(float)
-        error = abs(index.search("the bicycle chain", k=1)[0].score - query @ stored / np.linalg.norm(query) / np.linalg.norm(stored))
+        query, stored = (
+            WordEmbedder().vector("the bicycle chain").astype(float),
+            WordEmbedder().vector(TEXTS[3]).astype(float),
+        )
+        error = abs(
+            index.search("the bicycle chain", k=1)[0].score
+            - query @ stored / np.linalg.norm(query) / np.linalg.norm(stored)
+        )
         assert error < 1e-12 if floats else 1e-9 < error < 1e-3
 
 
@@ -151,9 +196,20 @@ def test_texts_that_are_members_of_an_enumeration_are_stored_as_their_texts(inde
         WORDS = "the cat sat"
 
     index.add([Name.WORDS], ids=[Name.CAT], titles=[Name.CAT])
-    index.put([ChunkedDocument(id=Name.WORDS, title=Name.CAT, metadata=None, source=None,
-                               chunks=(Chunk(start=0, stop=11, title=Name.CAT, text=Name.WORDS),))])
-    index.add_vectors(WordEmbedder().vector("x")[None], ids=[np.str_("n")], texts=[Name.WORDS], titles=[Name.CAT])
+    index.put(
+        [
+            ChunkedDocument(
+                id=Name.WORDS,
+                title=Name.CAT,
+                metadata=None,
+                source=None,
+                chunks=(Chunk(start=0, stop=11, title=Name.CAT, text=Name.WORDS),),
+            )
+        ]
+    )
+    index.add_vectors(
+        WordEmbedder().vector("x")[None], ids=[np.str_("n")], texts=[Name.WORDS], titles=[Name.CAT]
+    )
     assert index.get([Name.CAT])[0].text == "the cat sat"
     assert [hit.title for hit in index.search("cat", k=3)] == ["cat"] * 3
     assert index.facts(check=True).damage is None
@@ -162,18 +218,25 @@ def test_texts_that_are_members_of_an_enumeration_are_stored_as_their_texts(inde
 # Chunks.
 
 
-def document(id_: str, *texts: str, title: str | None = None, metadata: Any = None) -> ChunkedDocument:
+def document(
+    id_: str, *texts: str, title: str | None = None, metadata: Any = None
+) -> ChunkedDocument:
     """One whose chunks are these texts, one after the other."""
     chunks, start = [], 0
     for text in texts:
         chunks.append(Chunk(start=start, stop=start + len(text), title=title, text=text))
         start += len(text)
-    return ChunkedDocument(id=id_, title=title, metadata=metadata, source=None, chunks=tuple(chunks))
+    return ChunkedDocument(
+        id=id_, title=title, metadata=metadata, source=None, chunks=tuple(chunks)
+    )
 
 
 def hits_of(index: Index, query: str = "anything") -> dict[tuple[str, int], tuple[str, int, int]]:
     """All that can be found: (id, position) -> text and span."""
-    return {(hit.id, hit.position): (hit.text, hit.start, hit.stop) for hit in index.search(query, k=1000)}
+    return {
+        (hit.id, hit.position): (hit.text, hit.start, hit.stop)
+        for hit in index.search(query, k=1000)
+    }
 
 
 PARAGRAPHS = ("first paragraph\n\n", "second one\n\n", "third and longest of them\n\n", "fourth")
@@ -184,13 +247,17 @@ def test_an_edited_paragraph_is_the_only_one_that_is_embedded(index: Index) -> N
     assert report == PutReport(documents=2, chunks=5, embedded=5, reused=0, removed=0)
     model_of(index).embedded.clear()
     edited = (PARAGRAPHS[0], "second one, edited\n\n", *PARAGRAPHS[2:])
-    assert index.put([document("a", *edited)]) == PutReport(documents=1, chunks=4, embedded=1, reused=3, removed=1)
+    assert index.put([document("a", *edited)]) == PutReport(
+        documents=1, chunks=4, embedded=1, reused=3, removed=1
+    )
     assert model_of(index).embedded == ["second one, edited\n\n"]
     assert index.get(["a"])[0].text == "".join(edited)
     found = hits_of(index)
     starts = np.cumsum([0, *map(len, edited)]).tolist()
-    assert found == {("a", number): (text, starts[number], starts[number + 1]) for number, text in enumerate(edited)} | {
-        ("b", 0): ("something else", 0, 14)}
+    assert found == {
+        ("a", number): (text, starts[number], starts[number + 1])
+        for number, text in enumerate(edited)
+    } | {("b", 0): ("something else", 0, 14)}
     assert index.search("edited", mode="text")[0].position == 1
     assert index.facts(check=True).damage is None
 
@@ -198,7 +265,9 @@ def test_an_edited_paragraph_is_the_only_one_that_is_embedded(index: Index) -> N
 def test_a_document_that_did_not_change_embeds_nothing(index: Index) -> None:
     index.put([document("a", *PARAGRAPHS)])
     before = index.search("longest", k=9)
-    assert index.put([document("a", *PARAGRAPHS)]) == PutReport(documents=1, chunks=4, embedded=0, reused=4, removed=0)
+    assert index.put([document("a", *PARAGRAPHS)]) == PutReport(
+        documents=1, chunks=4, embedded=0, reused=4, removed=0
+    )
     assert index.put([document("a", *PARAGRAPHS, metadata={"lang": "en"})]).embedded == 0
     assert model_of(index).calls == 1
     assert [hit.score for hit in index.search("longest", k=9)] == [hit.score for hit in before]
@@ -216,19 +285,29 @@ def test_another_title_embeds_all_chunks_that_carry_it(index: Index) -> None:
 
 def test_chunks_that_changed_places_keep_their_vectors(index: Index) -> None:
     index.put([document("a", *PARAGRAPHS)])
-    assert index.put([document("a", *PARAGRAPHS[::-1])]) == PutReport(documents=1, chunks=4, embedded=0, reused=4, removed=0)
+    assert index.put([document("a", *PARAGRAPHS[::-1])]) == PutReport(
+        documents=1, chunks=4, embedded=0, reused=4, removed=0
+    )
     assert index.get(["a"])[0].text == "".join(PARAGRAPHS[::-1])
-    assert hits_of(index)["a", 3] == (PARAGRAPHS[0], sum(map(len, PARAGRAPHS[1:])), sum(map(len, PARAGRAPHS)))
+    assert hits_of(index)["a", 3] == (
+        PARAGRAPHS[0],
+        sum(map(len, PARAGRAPHS[1:])),
+        sum(map(len, PARAGRAPHS)),
+    )
     assert index.search("first paragraph", k=1)[0].position == 3
     assert index.facts(check=True).damage is None
 
 
 def test_a_document_may_shrink_and_grow(index: Index) -> None:
     index.put([document("a", *PARAGRAPHS)])
-    assert index.put([document("a", *PARAGRAPHS[1:3])]) == PutReport(documents=1, chunks=2, embedded=0, reused=2, removed=2)
+    assert index.put([document("a", *PARAGRAPHS[1:3])]) == PutReport(
+        documents=1, chunks=2, embedded=0, reused=2, removed=2
+    )
     assert index.get(["a"])[0].num_chunks == 2
     assert set(hits_of(index)) == {("a", 0), ("a", 1)}
-    assert index.put([document("a", *PARAGRAPHS)]) == PutReport(documents=1, chunks=4, embedded=2, reused=2, removed=0)
+    assert index.put([document("a", *PARAGRAPHS)]) == PutReport(
+        documents=1, chunks=4, embedded=2, reused=2, removed=0
+    )
     assert index.facts(check=True).damage is None
 
 
@@ -239,13 +318,16 @@ def test_the_same_words_twice_in_a_document_are_embedded_once_and_found_twice(in
     assert [(hit.position, hit.text) for hit in hits] == [(0, "again and "), (2, "again and ")]
     assert hits[0].score == hits[1].score
     # A third one: the file has the vector, so nothing is embedded, and all three tie.
-    assert index.put([document("a", "again and ", "again and ", "other words ", "again and ")]) == PutReport(
-        documents=1, chunks=4, embedded=0, reused=4, removed=0)
+    assert index.put(
+        [document("a", "again and ", "again and ", "other words ", "again and ")]
+    ) == PutReport(documents=1, chunks=4, embedded=0, reused=4, removed=0)
     hits = index.search("again and", k=3)
     assert {hit.position for hit in hits} == {0, 1, 3}
     assert len({hit.score for hit in hits}) == 1
     assert [hit.num_chunks for hit in index.get(["a"])] == [4]
-    assert index.put([document("a", "other words ", "again and ")]) == PutReport(documents=1, chunks=2, embedded=0, reused=2, removed=2)
+    assert index.put([document("a", "other words ", "again and ")]) == PutReport(
+        documents=1, chunks=2, embedded=0, reused=2, removed=2
+    )
     assert index.search("again", mode="text", k=9)[0].position == 1
     assert index.facts(check=True).damage is None
 
@@ -256,14 +338,20 @@ def test_a_copied_vector_is_the_stored_one_bit_for_bit(tmp_path: Path, floats: b
         words = [f"some words {number} " for number in range(300)]
         index.put([document("a", *words)])
         index.put([document("a", *words, *words)])
-        vectors = index._reader.execute("SELECT scales, rest, floats FROM vectors ORDER BY number").fetchall()
+        vectors = index._reader.execute(
+            "SELECT scales, rest, floats FROM vectors ORDER BY number"
+        ).fetchall()
         assert vectors[:300] == vectors[300:]
-        codes = b"".join(row[0] for row in index._reader.execute("SELECT codes FROM heads ORDER BY block"))
+        codes = b"".join(
+            row[0] for row in index._reader.execute("SELECT codes FROM heads ORDER BY block")
+        )
         assert codes[: 300 * DIMS[-1]] == codes[300 * DIMS[-1] :]
         assert index.facts(check=True).damage is None
 
 
-def test_the_same_words_in_two_documents_are_embedded_once_a_call_and_kept_apart(index: Index) -> None:
+def test_the_same_words_in_two_documents_are_embedded_once_a_call_and_kept_apart(
+    index: Index,
+) -> None:
     assert index.put([document("a", "same words"), document("b", "same words")]).embedded == 1
     assert index.remove(["a"]) == 1
     assert [hit.id for hit in index.search("same words", k=9)] == ["b"]
@@ -271,30 +359,48 @@ def test_the_same_words_in_two_documents_are_embedded_once_a_call_and_kept_apart
 
 def test_overlapping_chunks_give_back_the_text_once(index: Index) -> None:
     text = "one two three four five"
-    chunks = tuple(Chunk(start=start, stop=stop, title=None, text=text[start:stop]) for start, stop in ((0, 13), (8, 18), (8, 18), (14, 23)))
+    chunks = tuple(
+        Chunk(start=start, stop=stop, title=None, text=text[start:stop])
+        for start, stop in ((0, 13), (8, 18), (8, 18), (14, 23))
+    )
     index.put([ChunkedDocument(id="a", title=None, metadata=None, source=None, chunks=chunks)])
     assert index.get(["a"])[0].text == text
     assert {(hit.position, hit.start, hit.stop, hit.text) for hit in index.search("x", k=9)} == {
-        (number, chunk.start, chunk.stop, chunk.text) for number, chunk in enumerate(chunks)}
+        (number, chunk.start, chunk.stop, chunk.text) for number, chunk in enumerate(chunks)
+    }
 
 
-@pytest.mark.parametrize(("chunks", "says"), [
-    ((), "no chunks"),
-    ((Chunk(start=0, stop=4, title=None, text="one"),), "spans 0 to 4"),
-    ((Chunk(start=-1, stop=2, title=None, text="one"),), "spans -1"),
-    ((Chunk(start=1, stop=4, title=None, text="one"),), "begins at 1"),
-    ((Chunk(start=0, stop=3, title=None, text="one"), Chunk(start=4, stop=7, title=None, text="two")), "chunk 1 .* begins at 4"),
-    ((Chunk(start=0, stop=3, title=None, text="   "),), "blank"),
-    ((Chunk(start=0, stop=3, title="\0", text="one"),), "NUL"),
-    ((Chunk(start=0, stop=3, title=None, text="o\0e"),), "NUL"),
-    ((Chunk(start=0, stop=3, title=None, text=cast(Any, b"one")),), "bytes"),
-    ((Chunk(start=cast(Any, np.int64(0)), stop=3, title=None, text="one"),), "int64"),
-    ((Chunk(start=cast(Any, 0.0), stop=cast(Any, 3.0), title=None, text="one"),), "float"),
-    ((Chunk(start=False, stop=3, title=None, text="one"),), "bool"),
-])
+@pytest.mark.parametrize(
+    ("chunks", "says"),
+    [
+        ((), "no chunks"),
+        ((Chunk(start=0, stop=4, title=None, text="one"),), "spans 0 to 4"),
+        ((Chunk(start=-1, stop=2, title=None, text="one"),), "spans -1"),
+        ((Chunk(start=1, stop=4, title=None, text="one"),), "begins at 1"),
+        (
+            (
+                Chunk(start=0, stop=3, title=None, text="one"),
+                Chunk(start=4, stop=7, title=None, text="two"),
+            ),
+            "chunk 1 .* begins at 4",
+        ),
+        ((Chunk(start=0, stop=3, title=None, text="   "),), "blank"),
+        ((Chunk(start=0, stop=3, title="\0", text="one"),), "NUL"),
+        ((Chunk(start=0, stop=3, title=None, text="o\0e"),), "NUL"),
+        ((Chunk(start=0, stop=3, title=None, text=cast(Any, b"one")),), "bytes"),
+        ((Chunk(start=cast(Any, np.int64(0)), stop=3, title=None, text="one"),), "int64"),
+        ((Chunk(start=cast(Any, 0.0), stop=cast(Any, 3.0), title=None, text="one"),), "float"),
+        ((Chunk(start=False, stop=3, title=None, text="one"),), "bool"),
+    ],
+)
 def test_chunks_that_do_not_tile_a_text_are_refused(index: Index, chunks: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
-        index.put([document("good", "good"), ChunkedDocument(id="bad", title=None, metadata=None, source=None, chunks=chunks)])
+        index.put(
+            [
+                document("good", "good"),
+                ChunkedDocument(id="bad", title=None, metadata=None, source=None, chunks=chunks),
+            ]
+        )
     assert len(index) == 0
 
 
@@ -314,7 +420,9 @@ def test_a_chunk_that_was_cut_off_is_not_reused_where_that_is_an_error(index: In
 
 def test_a_long_text_is_cut_into_chunks_that_are_found_one_by_one(index: Index) -> None:
     text = " ".join(f"word{number}" for number in range(500))
-    assert index.add([text, "short"], ids=["long", "short"], titles=["Numbers", None], overflow="chunk") == ["long", "short"]
+    assert index.add(
+        [text, "short"], ids=["long", "short"], titles=["Numbers", None], overflow="chunk"
+    ) == ["long", "short"]
     stored = index.get(["long"])[0]
     assert (stored.text, stored.truncated) == (text, False)
     assert stored.num_chunks > 500 / MAX_TOKENS
@@ -323,8 +431,11 @@ def test_a_long_text_is_cut_into_chunks_that_are_found_one_by_one(index: Index) 
         hit = index.search(" ".join(words), k=1)[0]
         assert set(words) & set(hit.text.split())
         assert (hit.text, hit.title) == (text[hit.start : hit.stop], "Numbers")
-    assert index.add([text.replace("word250 ", "changed ")], ids=["long"], titles=["Numbers"], overflow="chunk") == ["long"]
-    assert len(model_of(index).embedded) <= stored.num_chunks + 1 + 3  # an edit costs what is near it
+    assert index.add(
+        [text.replace("word250 ", "changed ")], ids=["long"], titles=["Numbers"], overflow="chunk"
+    ) == ["long"]
+    # an edit costs what is near it
+    assert len(model_of(index).embedded) <= stored.num_chunks + 1 + 3
 
 
 def test_a_long_blank_stretch_in_a_long_text_does_not_refuse_it(tmp_path: Path) -> None:
@@ -384,43 +495,53 @@ def test_what_another_process_changed_meanwhile_is_replaced(tmp_path: Path) -> N
 # What cannot work is refused, and nothing is stored.
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"texts": ["good", ""]}, "text 1 is blank"),
-    ({"texts": ["good", " \t\n"]}, "text 1 is blank"),
-    ({"texts": ["good", b"bytes"]}, "text 1 is bytes"),
-    ({"texts": ["good", None]}, "text 1 is NoneType"),
-    ({"texts": ["good", "a\0b"]}, "text 1 holds a NUL character at 1"),
-    ({"texts": ["good", "a\ud800"]}, r"U\+D800"),
-    ({"texts": "good"}, "one str"),
-    ({"titles": ["t"]}, "1 titles for 2 texts"),
-    ({"titles": "tt"}, "one str"),
-    ({"titles": ["t", "\udcff"]}, "title 1"),
-    ({"titles": ["t", 3]}, "title 1 is int"),
-    ({"ids": ["one"]}, "1 ids for 2 texts"),
-    ({"ids": "12"}, "ids is one str"),
-    ({"ids": ["one", ""]}, "blank"),
-    ({"ids": ["one", 2]}, "int"),
-    ({"ids": ["one", None]}, "NoneType"),
-    ({"ids": ["one", ["two"]]}, "list"),
-    ({"ids": ["one", "a\0"]}, "NUL"),
-    ({"ids": ["one", "\ud800"]}, "surrogate"),
-    ({"ids": ["one", "one"]}, "two different documents"),
-    ({"metadata": [{}, {"a": float("nan")}]}, "no such number"),
-    ({"metadata": [{}, {"a": {1, 2}}]}, "set"),
-    ({"metadata": [{}, {1: 2}]}, "keys are str"),
-    ({"metadata": [{}, {"a": 2**70}]}, "64 bits"),
-    ({"metadata": [{}, {"a": "\0"}]}, "NUL"),
-    ({"metadata": [{}, [1]]}, "mapping"),
-    ({"metadata": {"a": 1}}, "one dict"),
-])
-def test_what_cannot_be_stored_is_refused_with_its_place_and_nothing_is_stored(index: Index, changes: Any, says: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"texts": ["good", ""]}, "text 1 is blank"),
+        ({"texts": ["good", " \t\n"]}, "text 1 is blank"),
+        ({"texts": ["good", b"bytes"]}, "text 1 is bytes"),
+        ({"texts": ["good", None]}, "text 1 is NoneType"),
+        ({"texts": ["good", "a\0b"]}, "text 1 holds a NUL character at 1"),
+        ({"texts": ["good", "a\ud800"]}, r"U\+D800"),
+        ({"texts": "good"}, "one str"),
+        ({"titles": ["t"]}, "1 titles for 2 texts"),
+        ({"titles": "tt"}, "one str"),
+        ({"titles": ["t", "\udcff"]}, "title 1"),
+        ({"titles": ["t", 3]}, "title 1 is int"),
+        ({"ids": ["one"]}, "1 ids for 2 texts"),
+        ({"ids": "12"}, "ids is one str"),
+        ({"ids": ["one", ""]}, "blank"),
+        ({"ids": ["one", 2]}, "int"),
+        ({"ids": ["one", None]}, "NoneType"),
+        ({"ids": ["one", ["two"]]}, "list"),
+        ({"ids": ["one", "a\0"]}, "NUL"),
+        ({"ids": ["one", "\ud800"]}, "surrogate"),
+        ({"ids": ["one", "one"]}, "two different documents"),
+        ({"metadata": [{}, {"a": float("nan")}]}, "no such number"),
+        ({"metadata": [{}, {"a": {1, 2}}]}, "set"),
+        ({"metadata": [{}, {1: 2}]}, "keys are str"),
+        ({"metadata": [{}, {"a": 2**70}]}, "64 bits"),
+        ({"metadata": [{}, {"a": "\0"}]}, "NUL"),
+        ({"metadata": [{}, [1]]}, "mapping"),
+        ({"metadata": {"a": 1}}, "one dict"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_with_its_place_and_nothing_is_stored(
+    index: Index, changes: Any, says: str
+) -> None:
     arguments = {"texts": ["good", "also good"], **changes}
     with pytest.raises(InputError, match=says):
         index.add(**arguments)
     assert model_of(index).calls == 0
     if "texts" not in changes or "blank" not in says:  # add_vectors takes texts that are empty
         arguments.setdefault("ids", ["1", "2"])
-        with pytest.raises(InputError, match=says.replace("two different documents", "comes twice").replace("2 texts", "2 (texts|vectors)")):
+        with pytest.raises(
+            InputError,
+            match=says.replace("two different documents", "comes twice").replace(
+                "2 texts", "2 (texts|vectors)"
+            ),
+        ):
             index.add_vectors(np.stack([WordEmbedder().vector("a")] * 2), **arguments)
     assert len(index) == 0
 
@@ -437,9 +558,19 @@ def test_a_text_too_long_is_refused_or_cut_and_marked(index: Index) -> None:
     assert index.facts().truncated_chunks == 1
 
 
-@pytest.mark.parametrize("broken", [np.full((4, 64), np.nan), np.zeros((4, 64)), np.full((4, 64), 0.5), np.ones((4, 32)) / np.sqrt(32),
-                                    np.ones((3, 64)) / 8])
-def test_vectors_that_are_not_unit_vectors_of_the_full_width_are_not_stored(index: Index, broken: Any) -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [
+        np.full((4, 64), np.nan),
+        np.zeros((4, 64)),
+        np.full((4, 64), 0.5),
+        np.ones((4, 32)) / np.sqrt(32),
+        np.ones((3, 64)) / 8,
+    ],
+)
+def test_vectors_that_are_not_unit_vectors_of_the_full_width_are_not_stored(
+    index: Index, broken: Any
+) -> None:
     model_of(index).broken = broken.astype(np.float32)
     with pytest.raises(InputError, match=r"egemma verify|full width"):
         index.add(TEXTS)
@@ -460,7 +591,10 @@ def writer_of(index: Index) -> sqlite3.Connection:
 @pytest.mark.parametrize("table", ["documents", "chunks", "vectors", "heads", "blocks", "facts"])
 def test_a_batch_that_fails_while_it_is_written_leaves_nothing(index: Index, table: str) -> None:
     index.add(["before"], ids=["before"])
-    writer_of(index).execute(f"CREATE TEMP TRIGGER late AFTER INSERT ON main.{table} BEGIN SELECT raise(ABORT, 'no'); END")
+    writer_of(index).execute(
+        f"CREATE TEMP TRIGGER late AFTER INSERT ON main.{table} BEGIN SELECT raise(ABORT, 'no'); "
+        "END"
+    )
     before = hits_of(index)
     with pytest.raises(IndexFileError):
         index.add(["first", "second", "third"], ids=["first", "before", "third"])
@@ -474,8 +608,16 @@ def test_a_batch_that_fails_while_it_is_written_leaves_nothing(index: Index, tab
 def test_a_closed_index_says_so(index: Index) -> None:
     index.close()
     index.close()
-    calls: list[Callable[[], Any]] = [lambda: index.search("cat"), lambda: index.add(["x"]), lambda: len(index), lambda: index.remove(["x"]),
-                                      lambda: index.get(["x"]), index.facts, index.ids, index.sources]
+    calls: list[Callable[[], Any]] = [
+        lambda: index.search("cat"),
+        lambda: index.add(["x"]),
+        lambda: len(index),
+        lambda: index.remove(["x"]),
+        lambda: index.get(["x"]),
+        index.facts,
+        index.ids,
+        index.sources,
+    ]
     for call in calls:
         with pytest.raises(IndexFileError, match="is closed"):
             call()
@@ -499,7 +641,9 @@ def test_a_search_sees_what_another_connection_wrote(tmp_path: Path) -> None:
         assert list(reader.search("the", where={"n": 1})) == []
 
 
-def test_a_search_sees_one_state_though_another_connection_writes_in_the_middle(tmp_path: Path) -> None:
+def test_a_search_sees_one_state_though_another_connection_writes_in_the_middle(
+    tmp_path: Path,
+) -> None:
     with open_index(tmp_path / "a.egx") as reader, open_index(tmp_path / "a.egx") as writer:
         for mode in ("vector", "text", "hybrid"):
             writer.add(TEXTS, ids=["a", "b", "c", "d"])
@@ -512,18 +656,29 @@ def test_a_search_sees_one_state_though_another_connection_writes_in_the_middle(
                     interfered.append(writer.remove(["a", "b", "c", "d"]))  # noqa: B023
 
             reader._reader.set_trace_callback(interfere)
-            assert {hit.id for hit in reader.search("the", k=4, mode=cast(Any, mode))} == {"a", "b", "c", "d"}
+            assert {hit.id for hit in reader.search("the", k=4, mode=cast(Any, mode))} == {
+                "a",
+                "b",
+                "c",
+                "d",
+            }
             assert interfered == [4]
             assert list(reader.search("the", k=4, mode=cast(Any, mode))) == []
 
 
-def test_threads_may_search_and_write_at_once_and_each_search_sees_one_state(tmp_path: Path) -> None:
+def test_threads_may_search_and_write_at_once_and_each_search_sees_one_state(
+    tmp_path: Path,
+) -> None:
     errors: list[BaseException] = []
     with open_index(tmp_path / "a.egx") as shared, open_index(tmp_path / "a.egx") as other:
+
         def write(index: Index, name: str) -> None:
             try:
                 for round_ in range(20):
-                    index.add([f"pair {name} {round_} left", f"pair {name} {round_} right"], ids=[f"{name}-left", f"{name}-right"])
+                    index.add(
+                        [f"pair {name} {round_} left", f"pair {name} {round_} right"],
+                        ids=[f"{name}-left", f"{name}-right"],
+                    )
                     index.remove([f"{name}-left", f"{name}-right"])
             except BaseException as error:
                 errors.append(error)
@@ -532,7 +687,9 @@ def test_threads_may_search_and_write_at_once_and_each_search_sees_one_state(tmp
             try:
                 for number in range(100):
                     rounds: dict[str, set[str]] = {}
-                    for hit in index.search("pair", k=10, mode=cast(Any, ("vector", "text", "hybrid")[number % 3])):
+                    for hit in index.search(
+                        "pair", k=10, mode=cast(Any, ("vector", "text", "hybrid")[number % 3])
+                    ):
                         _, name, round_, side = hit.text.split()
                         rounds.setdefault(name, set()).add(f"{round_} {side}")
                     for found in rounds.values():
@@ -541,8 +698,12 @@ def test_threads_may_search_and_write_at_once_and_each_search_sees_one_state(tmp
             except BaseException as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=write, args=(shared, "x")), threading.Thread(target=write, args=(other, "y")),
-                   threading.Thread(target=read, args=(shared,)), threading.Thread(target=read, args=(other,))]
+        threads = [
+            threading.Thread(target=write, args=(shared, "x")),
+            threading.Thread(target=write, args=(other, "y")),
+            threading.Thread(target=read, args=(shared,)),
+            threading.Thread(target=read, args=(other,)),
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -562,12 +723,18 @@ def test_a_search_does_not_wait_for_a_write_of_the_same_index(index: Index) -> N
         assert found == [4]
 
 
-def test_a_file_locked_by_another_program_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_locked_by_another_program_is_a_typed_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(file, "BUSY_TIMEOUT_S", 0.3)
     with open_index(tmp_path / "a.egx") as index:
         other = sqlite3.connect(tmp_path / "a.egx", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        for call in (lambda: index.add(TEXTS), lambda: index.remove(["x"]), lambda: index.remember_model_path("x")):
+        for call in (
+            lambda: index.add(TEXTS),
+            lambda: index.remove(["x"]),
+            lambda: index.remember_model_path("x"),
+        ):
             with pytest.raises(IndexFileError, match="another program has been writing"):
                 call()
         assert list(index.search("cat")) == []  # reading goes on
@@ -576,7 +743,9 @@ def test_a_file_locked_by_another_program_is_a_typed_error(tmp_path: Path, monke
         assert len(index.add(TEXTS)) == 4
 
 
-def test_a_writer_that_waits_says_so_once_and_then_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_writer_that_waits_says_so_once_and_then_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING, "egemma")
     with open_index(tmp_path / "a.egx") as index:
         index.add(["before"])
@@ -621,7 +790,10 @@ def test_reading_processes_see_whole_transactions_of_a_writing_one(tmp_path: Pat
         for reader in readers:
             assert cast(Any, reader.stdout).readline() == "ready\n"
         for batch in range(8):
-            writer.add([f"batch {batch} row {row}" for row in range(5)], ids=[f"{batch}-{row}" for row in range(5)])
+            writer.add(
+                [f"batch {batch} row {row}" for row in range(5)],
+                ids=[f"{batch}-{row}" for row in range(5)],
+            )
         assert [reader.communicate(timeout=60) for reader in readers] == [("40\n", "")] * 3
 
 
@@ -640,8 +812,9 @@ for batch in range(10_000):
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("delay_s", [0.0, 0.021, 0.157])
-def test_a_writer_killed_at_any_time_loses_nothing_told_and_leaves_no_half_batch(tmp_path: Path, delay_s: float,
-                                                                                  end: signal.Signals) -> None:
+def test_a_writer_killed_at_any_time_loses_nothing_told_and_leaves_no_half_batch(
+    tmp_path: Path, delay_s: float, end: signal.Signals
+) -> None:
     path = tmp_path / "a.egx"
     writer = python(WRITER, path)
     assert writer.stdout is not None
@@ -655,9 +828,9 @@ def test_a_writer_killed_at_any_time_loses_nothing_told_and_leaves_no_half_batch
     with open_index(path, create=False) as index:
         stored = [tuple(map(int, id_.split("-"))) for id_ in index.ids()]
         batches = {batch for batch, _ in stored}
-        assert len(stored) == 50 * len(batches)       # whole batches only
-        assert batches >= set(told)                   # all that was reported
-        assert len(batches) <= len(told) + 1          # at most one committed but not yet reported
+        assert len(stored) == 50 * len(batches)  # whole batches only
+        assert batches >= set(told)  # all that was reported
+        assert len(batches) <= len(told) + 1  # at most one committed but not yet reported
         assert index.search("batch 0 row 0", k=3)[0].id.startswith("0-")
         assert index.facts(check=True).damage is None
         index.add(["and it still takes more"], ids=["more"])
@@ -665,8 +838,11 @@ def test_a_writer_killed_at_any_time_loses_nothing_told_and_leaves_no_half_batch
 
 
 def test_eight_processes_may_make_the_same_index_at_once(tmp_path: Path) -> None:
-    code = ("import sys; from tests.sdk.fakes import open_index; print('ready', flush=True); sys.stdin.readline();"
-            "open_index(sys.argv[1]).add([sys.argv[2]])")
+    code = (
+        "import sys; from tests.sdk.fakes import open_index; print('ready', flush=True); "
+        "sys.stdin.readline();"
+        "open_index(sys.argv[1]).add([sys.argv[2]])"
+    )
     makers = [python(code, tmp_path / "a.egx", f"text {number}") for number in range(8)]
     for maker in makers:
         assert cast(Any, maker.stdout).readline() == "ready\n"
@@ -702,7 +878,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = shutil.which("mount")
     if mount is None or os.geteuid() != 0:
         pytest.skip("a small disk can only be made by root")
-    made = subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if made.returncode:
         pytest.skip(f"mounting is not allowed here: {made.stderr.strip()}")
     yield folder

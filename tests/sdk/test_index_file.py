@@ -35,15 +35,29 @@ def change(path: Path, *statements: str) -> None:
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
 
 
 def test_an_index_refuses_another_model_and_names_both_and_what_differs(tmp_path: Path) -> None:
     with open_index(tmp_path / "a.egx", "model-one") as first:
         first.add(TEXTS)
-    with pytest.raises(IndexMismatchError, match=r"holds vectors of model-one .*, this is model-two .*differ in weights\. .*egemma index migrate"):
+    with pytest.raises(
+        IndexMismatchError,
+        match=r"holds vectors of model-one .*, this is model-two .*differ in weights\. .*egemma "
+        r"index migrate",
+    ):
         open_index(tmp_path / "a.egx", "model-two")
     with open_index(tmp_path / "a.egx", "model-one") as again:
         assert len(again) == 4
@@ -57,15 +71,24 @@ def test_another_name_for_the_same_model_is_the_same_model(tmp_path: Path) -> No
         assert index.identity.name.startswith("words-1")
 
 
-def test_a_file_can_be_opened_by_identity_or_by_nobody_and_then_embeds_nothing(tmp_path: Path) -> None:
+def test_a_file_can_be_opened_by_identity_or_by_nobody_and_then_embeds_nothing(
+    tmp_path: Path,
+) -> None:
     with open_index(tmp_path / "a.egx") as index:
         index.add(TEXTS, ids=["cat", "dog", "rain", "bicycle"])
         identity = index.identity
     for key in (identity, None):
         with Index.open(tmp_path / "a.egx", key) as index:
-            assert index.search_vector(WordEmbedder().vector("the cat sat on the mat"), k=1)[0].id == "cat"
+            assert (
+                index.search_vector(WordEmbedder().vector("the cat sat on the mat"), k=1)[0].id
+                == "cat"
+            )
             assert index.search("cat", mode="text")[0].id == "cat"
-            for call in (lambda: index.search("cat"), lambda: index.search("cat", mode="hybrid"), lambda: index.add(["x"])):
+            for call in (
+                lambda: index.search("cat"),
+                lambda: index.search("cat", mode="hybrid"),
+                lambda: index.add(["x"]),
+            ):
                 with pytest.raises(ConfigError, match="without a model"):
                     call()
             assert index.remove(["dog"]) == (1 if key else 0)
@@ -74,9 +97,14 @@ def test_a_file_can_be_opened_by_identity_or_by_nobody_and_then_embeds_nothing(t
     assert not (tmp_path / "b.egx").exists()
 
 
-def test_a_model_wider_than_the_format_takes_is_refused_before_there_is_a_file(tmp_path: Path) -> None:
+def test_a_model_wider_than_the_format_takes_is_refused_before_there_is_a_file(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ConfigError, match="16384"):
-        Index.open(tmp_path / "a.egx", ModelIdentity(fingerprint="0" * 64, name="wide", dims=(16_385,), parts={}))
+        Index.open(
+            tmp_path / "a.egx",
+            ModelIdentity(fingerprint="0" * 64, name="wide", dims=(16_385,), parts={}),
+        )
     assert not (tmp_path / "a.egx").exists()
 
 
@@ -89,8 +117,12 @@ def test_a_file_that_is_no_index_is_refused_and_left_as_it_was(tmp_path: Path) -
     change(named, "PRAGMA application_id = 7")
     short = tmp_path / "short"
     short.write_bytes(b"SQLite form")
-    for path, says in ((text, "not an index"), (other, "SQLite file of another program"), (named, "SQLite file of another program .*0x7"),
-                       (short, "not an index")):
+    for path, says in (
+        (text, "not an index"),
+        (other, "SQLite file of another program"),
+        (named, "SQLite file of another program .*0x7"),
+        (short, "not an index"),
+    ):
         before = path.read_bytes()
         for call in (open_index, describe_index):
             with pytest.raises(IndexFileError, match=f"{path.name}.*{says}"):
@@ -116,7 +148,9 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     open_index(tmp_path / "a.egx").close()
     change(tmp_path / "a.egx", "PRAGMA user_version = 3")
     for call in (open_index, describe_index):
-        with pytest.raises(IndexFileError, match=r"format version 3, this egemma reads up to 2\. Update"):
+        with pytest.raises(
+            IndexFileError, match=r"format version 3, this egemma reads up to 2\. Update"
+        ):
             call(tmp_path / "a.egx")
 
 
@@ -137,7 +171,9 @@ def test_an_empty_file_becomes_an_index_only_when_it_may_be_created(tmp_path: Pa
     assert describe_index(path).documents == 4
 
 
-def test_a_file_that_another_process_makes_an_index_in_the_last_moment_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_another_process_makes_an_index_in_the_last_moment_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     switch = file._switch_to_wal
 
     def overtaken(connection: sqlite3.Connection) -> None:
@@ -174,19 +210,31 @@ def test_a_link_is_followed_and_stays_a_link(tmp_path: Path) -> None:
         open_index(tmp_path / "loop")
 
 
-@pytest.mark.parametrize("addition", [
-    "CREATE TABLE notes (text TEXT)", "CREATE VIEW all_texts AS SELECT text FROM chunks", "CREATE INDEX by_position ON chunks (position)",
-    "CREATE TRIGGER late AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
-    "CREATE TRIGGER words_late AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
-    "CREATE TRIGGER words_data2 AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
-    "CREATE TRIGGER next_late AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
-    "CREATE TRIGGER field_late AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
-    "CREATE TRIGGER sqliteXlate AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
-    "CREATE TABLE next_vectors (number INTEGER)", "CREATE VIRTUAL TABLE more USING fts5(text)",
-    "ALTER TABLE documents RENAME TO papers", "ALTER TABLE chunks ADD COLUMN more", "DROP INDEX chunks_of_document", "DROP TABLE words",
-    "DROP TABLE heads", "DROP TABLE facts",
-])
-def test_a_file_with_other_tables_indexes_triggers_or_views_is_refused(tmp_path: Path, addition: str) -> None:
+@pytest.mark.parametrize(
+    "addition",
+    [
+        "CREATE TABLE notes (text TEXT)",
+        "CREATE VIEW all_texts AS SELECT text FROM chunks",
+        "CREATE INDEX by_position ON chunks (position)",
+        "CREATE TRIGGER late AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
+        "CREATE TRIGGER words_late AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
+        "CREATE TRIGGER words_data2 AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
+        "CREATE TRIGGER next_late AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
+        "CREATE TRIGGER field_late AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
+        "CREATE TRIGGER sqliteXlate AFTER INSERT ON documents BEGIN DELETE FROM chunks; END",
+        "CREATE TABLE next_vectors (number INTEGER)",
+        "CREATE VIRTUAL TABLE more USING fts5(text)",
+        "ALTER TABLE documents RENAME TO papers",
+        "ALTER TABLE chunks ADD COLUMN more",
+        "DROP INDEX chunks_of_document",
+        "DROP TABLE words",
+        "DROP TABLE heads",
+        "DROP TABLE facts",
+    ],
+)
+def test_a_file_with_other_tables_indexes_triggers_or_views_is_refused(
+    tmp_path: Path, addition: str
+) -> None:
     with open_index(tmp_path / "a.egx") as index:
         index.add(TEXTS)
     change(tmp_path / "a.egx", addition)
@@ -198,7 +246,13 @@ def test_a_file_with_other_tables_indexes_triggers_or_views_is_refused(tmp_path:
 def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
     with open_index(tmp_path / "a.egx") as index:
         index.remember_model_path("/models/one")
-        index.add(["a b c", "word " * 60], ids=["x", "long"], titles=["t", None], metadata=[{"k": 1}, None], overflow="truncate")
+        index.add(
+            ["a b c", "word " * 60],
+            ids=["x", "long"],
+            titles=["t", None],
+            metadata=[{"k": 1}, None],
+            overflow="truncate",
+        )
         index.add(["word " * 100], ids=["chunked"], overflow="chunk")
         assert index._reader.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         for connection in (index._reader, cast(sqlite3.Connection, index._writer)):
@@ -206,13 +260,25 @@ def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
             assert connection.execute("PRAGMA trusted_schema").fetchone()[0] == 0
         inside = index.facts(check=True)
     with sqlite3.connect(tmp_path / "a.egx") as connection:
-        assert connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID == int.from_bytes(b"eGMA", "big")
+        assert (
+            connection.execute("PRAGMA application_id").fetchone()[0]
+            == APPLICATION_ID
+            == int.from_bytes(b"eGMA", "big")
+        )
         assert connection.execute("PRAGMA user_version").fetchone()[0] == 2
         chunks = connection.execute("SELECT count(*) FROM chunks").fetchone()[0]
     connection.close()
     described = describe_index(tmp_path / "a.egx", check=True)
-    assert (described.fingerprint, described.model) == (WordEmbedder().fingerprint, f"words-1 test ({WordEmbedder().fingerprint[:12]})")
-    assert (described.model_path, described.dims, described.scan_width, described.floats) == ("/models/one", DIMS, DIMS[-1], False)
+    assert (described.fingerprint, described.model) == (
+        WordEmbedder().fingerprint,
+        f"words-1 test ({WordEmbedder().fingerprint[:12]})",
+    )
+    assert (described.model_path, described.dims, described.scan_width, described.floats) == (
+        "/models/one",
+        DIMS,
+        DIMS[-1],
+        False,
+    )
     assert (described.documents, described.chunks, described.truncated_chunks) == (3, chunks, 1)
     assert chunks > 4
     assert (described.format_version, described.migrating_to, described.damage) == (2, None, None)
@@ -238,16 +304,41 @@ def write_version_1(path: Path, count: int) -> None:
     embedder = WordEmbedder()
     connection = sqlite3.connect(path)
     connection.executescript(VERSION_1)
-    facts = {"fingerprint": embedder.fingerprint, "model": "words-1 test (an old name)", "dims": "[64, 32, 16]", "model_path": "/models/one"}
+    facts = {
+        "fingerprint": embedder.fingerprint,
+        "model": "words-1 test (an old name)",
+        "dims": "[64, 32, 16]",
+        "model_path": "/models/one",
+    }
     connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
     for number in range(count):
         id_, text = f"id {number}", f"ünï words {number} 🦊" if number else "the cat sat on the mat"
-        title, metadata, truncated = (None, "A title", "")[number % 3], (None, f'{{"n": {number}, "ü": [null]}}')[number % 2], int(number == 2)
+        title, metadata, truncated = (
+            (None, "A title", "")[number % 3],
+            (None, f'{{"n": {number}, "ü": [null]}}')[number % 2],
+            int(number == 2),
+        )
         vector = embedder.vector(text).astype("<f4").tobytes()
-        fields = "\0".join("" if field is None else str(field) for field in (id_, title, metadata, number + 3, truncated, text))
-        connection.execute("INSERT INTO documents (id, title, metadata, num_tokens, truncated, vector_crc32, vector, text_crc32, text) "
-                           "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (id_, title, metadata, number + 3, truncated, zlib.crc32(vector, zlib.crc32(id_.encode())),
-                                                                  vector, zlib.crc32(fields.encode()), text))
+        fields = "\0".join(
+            "" if field is None else str(field)
+            for field in (id_, title, metadata, number + 3, truncated, text)
+        )
+        connection.execute(
+            "INSERT INTO documents (id, title, metadata, num_tokens, truncated, vector_crc32, "
+            "vector, text_crc32, text) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                id_,
+                title,
+                metadata,
+                number + 3,
+                truncated,
+                zlib.crc32(vector, zlib.crc32(id_.encode())),
+                vector,
+                zlib.crc32(fields.encode()),
+                text,
+            ),
+        )
     connection.execute("DELETE FROM documents WHERE id = 'id 7'")
     connection.commit()
     connection.close()
@@ -265,22 +356,35 @@ def test_an_index_of_version_1_is_brought_up_to_date_with_all_it_holds(tmp_path:
     with pytest.raises(IndexFileError, match=r"version 1 .*Open it once"):
         describe_index(tmp_path / "a.egx")
     with open_index(tmp_path / "a.egx", create=False) as index:
-        assert index._reader.execute("PRAGMA busy_timeout").fetchone()[0] == 10_000  # as of any other reader
+        # as of any other reader
+        assert index._reader.execute("PRAGMA busy_timeout").fetchone()[0] == 10_000
         assert len(index) == 1499
         assert index.ids() == [f"id {number}" for number in range(1500) if number != 7]
         for number in (0, 1, 2, 3, 1499):
             document = index.get([f"id {number}"])[0]
-            assert document.text == (f"ünï words {number} 🦊" if number else "the cat sat on the mat")
+            assert document.text == (
+                f"ünï words {number} 🦊" if number else "the cat sat on the mat"
+            )
             assert document.title == ("A title" if number % 3 == 1 else None)
             assert document.metadata == ({"n": number, "ü": [None]} if number % 2 else None)
-            assert (document.num_tokens, document.truncated, document.num_chunks, document.source) == (number + 3, number == 2, 1, None)
+            assert (
+                document.num_tokens,
+                document.truncated,
+                document.num_chunks,
+                document.source,
+            ) == (number + 3, number == 2, 1, None)
         hit = index.search("the cat sat on the mat", k=1, where={"n": {"$exists": False}})[0]
         assert (hit.id, hit.position, hit.start, hit.stop) == ("id 0", 0, 0, 22)
         assert hit.score == pytest.approx(1, abs=1e-3)
         assert index.search("fox words 1234", mode="text", k=1)[0].id == "id 1234"
         facts = index.facts(check=True)
         assert (facts.format_version, facts.model, facts.model_path, facts.dims, facts.damage) == (
-            2, "words-1 test (an old name)", "/models/one", DIMS, None)
+            2,
+            "words-1 test (an old name)",
+            "/models/one",
+            DIMS,
+            None,
+        )
         embedder = cast(Any, index._embedder)
         index.add(["the cat sat on the mat", "new words"], ids=["id 0", "new"])
         assert embedder.embedded == ["new words"]  # what was stored before keeps its vector
@@ -290,11 +394,15 @@ def test_an_index_of_version_1_is_brought_up_to_date_with_all_it_holds(tmp_path:
 
 def test_vectors_of_version_1_score_as_they_did(tmp_path: Path) -> None:
     write_version_1(tmp_path / "a.egx", 50)
-    stored = {id_: np.frombuffer(vector, "<f4").astype(np.float64) for id_, vector in rows(tmp_path / "a.egx", "SELECT id, vector FROM documents")}
+    stored = {
+        id_: np.frombuffer(vector, "<f4").astype(np.float64)
+        for id_, vector in rows(tmp_path / "a.egx", "SELECT id, vector FROM documents")
+    }
     with open_index(tmp_path / "a.egx") as index:
         query = WordEmbedder().vector("words 13 ünï").astype(np.float64)
         for hit in index.search("words 13 ünï", k=49):
-            assert hit.score == pytest.approx(float(stored[hit.id] @ query), abs=3e-3)  # 8 bits beyond the head
+            # 8 bits beyond the head
+            assert hit.score == pytest.approx(float(stored[hit.id] @ query), abs=3e-3)
 
 
 KILLED = """
@@ -314,7 +422,9 @@ open_index(sys.argv[1])
 """
 
 
-def test_an_upgrade_that_is_killed_in_the_middle_leaves_version_1_and_begins_again(tmp_path: Path) -> None:
+def test_an_upgrade_that_is_killed_in_the_middle_leaves_version_1_and_begins_again(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.egx"
     write_version_1(path, 1500)
     before = rows(path, "SELECT * FROM documents")
@@ -331,8 +441,11 @@ def test_an_upgrade_that_is_killed_in_the_middle_leaves_version_1_and_begins_aga
 
 def test_several_processes_may_upgrade_the_same_file_at_once(tmp_path: Path) -> None:
     write_version_1(tmp_path / "a.egx", 300)
-    script = ("import sys; from tests.sdk.fakes import open_index; print('ready', flush=True); sys.stdin.readline(); "
-              "print(len(open_index(sys.argv[1])))")
+    script = (
+        "import sys; from tests.sdk.fakes import open_index; print('ready', flush=True); "
+        "sys.stdin.readline(); "
+        "print(len(open_index(sys.argv[1])))"
+    )
     openers = [python(script, tmp_path / "a.egx") for _ in range(4)]
     for opener in openers:
         assert opener.stdout is not None
@@ -345,25 +458,45 @@ def test_several_processes_may_upgrade_the_same_file_at_once(tmp_path: Path) -> 
     assert describe_index(tmp_path / "a.egx", check=True).damage is None
 
 
-@pytest.mark.parametrize("damage", [
-    "UPDATE documents SET vector = substr(vector, 1, 100) WHERE id = 'id 3'", "UPDATE documents SET vector = zeroblob(256) WHERE id = 'id 3'",
-    "UPDATE documents SET vector = 'text' WHERE id = 'id 3'", "UPDATE documents SET vector = x'0000c07f' || substr(vector, 5) WHERE id = 'id 3'",
-    "UPDATE documents SET (vector, vector_crc32) = (SELECT vector, vector_crc32 FROM documents WHERE id = 'id 4') WHERE id = 'id 3'",
-    "UPDATE documents SET id = x'696420' WHERE id = 'id 3'", "UPDATE documents SET id = 'id 7' WHERE id = 'id 3'",
-    "UPDATE documents SET title = 'another' WHERE id = 'id 3'", "UPDATE documents SET metadata = '{' WHERE id = 'id 3'",
-    "UPDATE documents SET text = 'another' WHERE id = 'id 3'", "UPDATE documents SET text = x'ff' WHERE id = 'id 3'",
-    "UPDATE documents SET text = CAST(x'ff61' AS TEXT) WHERE id = 'id 3'",
-    "UPDATE documents SET truncated = 1 WHERE id = 'id 3'", "UPDATE documents SET num_tokens = 'many' WHERE id = 'id 3'",
-    "DELETE FROM facts WHERE name = 'fingerprint'", "UPDATE facts SET value = 'no' WHERE name = 'fingerprint'",
-    "UPDATE facts SET value = 'no' WHERE name = 'dims'", "UPDATE facts SET value = '[16, 32]' WHERE name = 'dims'",
-    "UPDATE facts SET value = '[0]' WHERE name = 'dims'", "UPDATE facts SET value = '[128]' WHERE name = 'dims'",
-    "UPDATE facts SET value = '[' || '1' || ']' WHERE name = 'dims'", "UPDATE facts SET value = x'ff' WHERE name = 'dims'",
-    "UPDATE facts SET value = '[99999999999999999999]' WHERE name = 'dims'",
-    "DROP TABLE documents", "ALTER TABLE documents DROP COLUMN truncated", "ALTER TABLE documents RENAME TO papers",
-    "CREATE TABLE notes (text TEXT)", "CREATE TABLE chunks (text TEXT)", "CREATE VIEW all_texts AS SELECT text FROM documents",
-    "CREATE TRIGGER late AFTER DELETE ON facts BEGIN DELETE FROM documents; END",
-])
-def test_a_damaged_or_altered_file_of_version_1_is_refused_and_stays_as_it_was(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE documents SET vector = substr(vector, 1, 100) WHERE id = 'id 3'",
+        "UPDATE documents SET vector = zeroblob(256) WHERE id = 'id 3'",
+        "UPDATE documents SET vector = 'text' WHERE id = 'id 3'",
+        "UPDATE documents SET vector = x'0000c07f' || substr(vector, 5) WHERE id = 'id 3'",
+        "UPDATE documents SET (vector, vector_crc32) = (SELECT vector, vector_crc32 FROM documents "
+        "WHERE id = 'id 4') WHERE id = 'id 3'",
+        "UPDATE documents SET id = x'696420' WHERE id = 'id 3'",
+        "UPDATE documents SET id = 'id 7' WHERE id = 'id 3'",
+        "UPDATE documents SET title = 'another' WHERE id = 'id 3'",
+        "UPDATE documents SET metadata = '{' WHERE id = 'id 3'",
+        "UPDATE documents SET text = 'another' WHERE id = 'id 3'",
+        "UPDATE documents SET text = x'ff' WHERE id = 'id 3'",
+        "UPDATE documents SET text = CAST(x'ff61' AS TEXT) WHERE id = 'id 3'",
+        "UPDATE documents SET truncated = 1 WHERE id = 'id 3'",
+        "UPDATE documents SET num_tokens = 'many' WHERE id = 'id 3'",
+        "DELETE FROM facts WHERE name = 'fingerprint'",
+        "UPDATE facts SET value = 'no' WHERE name = 'fingerprint'",
+        "UPDATE facts SET value = 'no' WHERE name = 'dims'",
+        "UPDATE facts SET value = '[16, 32]' WHERE name = 'dims'",
+        "UPDATE facts SET value = '[0]' WHERE name = 'dims'",
+        "UPDATE facts SET value = '[128]' WHERE name = 'dims'",
+        "UPDATE facts SET value = '[' || '1' || ']' WHERE name = 'dims'",
+        "UPDATE facts SET value = x'ff' WHERE name = 'dims'",
+        "UPDATE facts SET value = '[99999999999999999999]' WHERE name = 'dims'",
+        "DROP TABLE documents",
+        "ALTER TABLE documents DROP COLUMN truncated",
+        "ALTER TABLE documents RENAME TO papers",
+        "CREATE TABLE notes (text TEXT)",
+        "CREATE TABLE chunks (text TEXT)",
+        "CREATE VIEW all_texts AS SELECT text FROM documents",
+        "CREATE TRIGGER late AFTER DELETE ON facts BEGIN DELETE FROM documents; END",
+    ],
+)
+def test_a_damaged_or_altered_file_of_version_1_is_refused_and_stays_as_it_was(
+    tmp_path: Path, damage: str
+) -> None:
     path = tmp_path / "a.egx"
     write_version_1(path, 20)
     change(path, damage)
@@ -374,13 +507,29 @@ def test_a_damaged_or_altered_file_of_version_1_is_refused_and_stays_as_it_was(t
     assert rows(path, "SELECT name, sql FROM sqlite_master") == before
 
 
-@pytest.mark.parametrize("vector", [b"", b"\0", bytes(256), np.ones(64, "<f4").tobytes(), np.full(64, np.nan, "<f4").tobytes(),
-                                    np.full(16, 0.25, "<f4").tobytes(), np.full(65, 65**-0.5, "<f4").tobytes(), bytes(255)])
-def test_a_vector_that_cannot_be_is_damage_though_its_checksum_fits(tmp_path: Path, vector: bytes) -> None:
+@pytest.mark.parametrize(
+    "vector",
+    [
+        b"",
+        b"\0",
+        bytes(256),
+        np.ones(64, "<f4").tobytes(),
+        np.full(64, np.nan, "<f4").tobytes(),
+        np.full(16, 0.25, "<f4").tobytes(),
+        np.full(65, 65**-0.5, "<f4").tobytes(),
+        bytes(255),
+    ],
+)
+def test_a_vector_that_cannot_be_is_damage_though_its_checksum_fits(
+    tmp_path: Path, vector: bytes
+) -> None:
     path = tmp_path / "a.egx"
     write_version_1(path, 20)
     connection = sqlite3.connect(path)
-    connection.execute("UPDATE documents SET vector = ?, vector_crc32 = ? WHERE id = 'id 3'", (vector, zlib.crc32(vector, zlib.crc32(b"id 3"))))
+    connection.execute(
+        "UPDATE documents SET vector = ?, vector_crc32 = ? WHERE id = 'id 3'",
+        (vector, zlib.crc32(vector, zlib.crc32(b"id 3"))),
+    )
     connection.commit()
     connection.close()
     with pytest.raises(IndexFileError, match="damaged"):
@@ -448,7 +597,10 @@ def test_a_file_that_cannot_be_written_can_be_searched(open_folder: Path, folder
     assert "search only" in first["refused"]
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs a second user to write while the first may only read")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0,
+    reason="needs a second user to write while the first may only read",
+)
 def test_a_file_read_as_unchanging_is_given_up_when_somebody_changes_it(open_folder: Path) -> None:
     path = open_folder / "a.egx"
     with open_index(path) as index:
@@ -464,8 +616,12 @@ def test_a_file_read_as_unchanging_is_given_up_when_somebody_changes_it(open_fol
     assert "changed while it was open" in json.loads(out)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs a second user who may only read")
-def test_a_file_whose_newest_changes_cannot_be_read_is_refused(open_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0, reason="needs a second user who may only read"
+)
+def test_a_file_whose_newest_changes_cannot_be_read_is_refused(
+    open_folder: Path, tmp_path: Path
+) -> None:
     with open_index(tmp_path / "a.egx") as index:
         index.add(TEXTS)
         for name in ("a.egx", "a.egx-wal"):  # copied while it was open, without what readers share

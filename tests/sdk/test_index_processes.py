@@ -1,4 +1,6 @@
-"""An open index notices that its file is another one now, or that it is in another process than the one that opened it."""
+"""An open index notices that its file is another one now, or that it is in another process than the
+one that opened it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ def filled(path: Path, word: str) -> Index:
     return index
 
 
-@pytest.mark.parametrize("use", [lambda index: index.search("one"), lambda index: index.add(["three"]), lambda index: index.remove(["1"])])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda index: index.search("one"),
+        lambda index: index.add(["three"]),
+        lambda index: index.remove(["1"]),
+    ],
+)
 def test_a_file_that_was_replaced_is_neither_read_nor_written(tmp_path: Path, use: object) -> None:
     with filled(tmp_path / "other.db", "other"):
         pass

@@ -68,7 +68,9 @@ def test_executorch_refuses_more_tokens_than_memory_was_planned_for(pte_bundle: 
     runtime = opened(pte_bundle)
     for tokens in (MAX_TOKENS + 1, 10_000):
         ids = np.zeros((1, tokens), np.int64)
-        with pytest.raises(BundleError, match=f"{tokens} tokens; this program takes 1 to {MAX_TOKENS}"):
+        with pytest.raises(
+            BundleError, match=f"{tokens} tokens; this program takes 1 to {MAX_TOKENS}"
+        ):
             runtime.run(ids, ids + 1)
     with pytest.raises(BundleError, match="0 tokens"):
         runtime.run(np.zeros((1, 0), np.int64), np.zeros((1, 0), np.int64))
@@ -78,7 +80,8 @@ def test_executorch_refuses_more_tokens_than_memory_was_planned_for(pte_bundle: 
 @pytest.mark.parametrize("token", [-1, 512, 2**40])
 def test_a_token_that_is_not_in_the_table_is_an_error(folder: Path, token: int) -> None:
     runtime = opened(folder)
-    ids = np.array([[1, 512 if token == -1 and runtime.name == "onnxruntime" else token]])  # ONNX counts -1 from the end
+    # ONNX counts -1 from the end
+    ids = np.array([[1, 512 if token == -1 and runtime.name == "onnxruntime" else token]])
     with pytest.raises(BundleError, match="failed on"):
         runtime.run(ids, np.ones_like(ids))
     good = np.array(rows(5))
@@ -89,8 +92,16 @@ def test_a_token_that_is_not_in_the_table_is_an_error(folder: Path, token: int) 
 def test_vectors_of_another_shape_type_or_length_or_without_a_number_are_refused() -> None:
     good = np.full((2, 4), 0.5, np.float32)
     assert check_vectors(good, texts=2, dim=4, model="m") is good
-    for bad in (good[:1], good[:, :3], good.astype(np.float64), good * np.nan, good * np.inf, good * 2, good * 0,
-                good * np.array([[1], [1.01]], np.float32)):
+    for bad in (
+        good[:1],
+        good[:, :3],
+        good.astype(np.float64),
+        good * np.nan,
+        good * np.inf,
+        good * 2,
+        good * 0,
+        good * np.array([[1], [1.01]], np.float32),
+    ):
         with pytest.raises(BundleError, match="m gave"):
             check_vectors(bad, texts=2, dim=4, model="m")
 
@@ -104,7 +115,8 @@ def test_executorch_models_that_are_open_together_share_their_threads(pte_bundle
             Embedder.open(pte_bundle, threads=1)
         with Embedder.open(pte_bundle, threads=2) as second:
             assert np.array_equal(first.embed_query("a").vector, second.embed_query("a").vector)
-    with Embedder.open(pte_bundle, threads=1) as alone:  # the failed and the closed ones hold nothing back
+    # the failed and the closed ones hold nothing back
+    with Embedder.open(pte_bundle, threads=1) as alone:
         assert alone.threads == 1
 
 
@@ -126,7 +138,8 @@ with Embedder.open(sys.argv[1], threads=int(sys.argv[2])) as embedder:
     assert int(done.stdout) == threads - 1  # the calling thread computes as well
 
 
-# Files that are not models. Each runs in a process of its own: what is tested is that it ends with an error, not a signal.
+# Files that are not models. Each runs in a process of its own: what is tested is that it ends with
+# an error, not a signal.
 
 OPEN_DAMAGED = """
 import sys
@@ -171,7 +184,9 @@ print(outcomes)
 
 
 @pytest.mark.parametrize("mode", ["cut", "random", "flipped", "other"])
-def test_a_damaged_model_is_an_error_and_nothing_is_printed(folder: Path, tmp_path: Path, mode: str) -> None:
+def test_a_damaged_model_is_an_error_and_nothing_is_printed(
+    folder: Path, tmp_path: Path, mode: str
+) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     done = run_python(OPEN_DAMAGED, copy, mode)
     assert (done.returncode, done.stderr) == (0, "")
@@ -182,7 +197,9 @@ def test_a_damaged_model_is_an_error_and_nothing_is_printed(folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", [b"ReduceSum", b"input_ids"])
-def test_a_name_that_is_no_text_is_refused_and_nothing_is_printed(onnx_bundle: Path, tmp_path: Path, name: bytes) -> None:
+def test_a_name_that_is_no_text_is_refused_and_nothing_is_printed(
+    onnx_bundle: Path, tmp_path: Path, name: bytes
+) -> None:
     """ONNX Runtime's Python wrapper prints "EP Error" and tries again, unless told not to."""
     copy = shutil.copytree(onnx_bundle, tmp_path / "copy")
     model = copy / "model.onnx"
@@ -244,7 +261,8 @@ except RuntimeUnavailableError as error:
 
 
 def test_onnx_runtime_may_not_use_the_kernel_that_saturates(onnx_bundle: Path) -> None:
-    # x86 without VNNI, emulated: cosine 0.981 to the float model without this option, 0.99994 with it, and no error either way.
+    # x86 without VNNI, emulated: cosine 0.981 to the float model without this option, 0.99994 with
+    # it, and no error either way.
     with Embedder.open(onnx_bundle) as embedder:
         options = embedder._runtime._session.get_session_options()  # type: ignore[union-attr]
         assert options.get_session_config_entry("session.x64quantprecision") == "1"

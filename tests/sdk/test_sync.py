@@ -1,4 +1,6 @@
-"""Folders into an index: what changed is embedded and nothing else, what is gone leaves, and an interruption costs little."""
+"""Folders into an index: what changed is embedded and nothing else, what is gone leaves, and an
+interruption costs little.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from tests.sdk.fakes import WordEmbedder, model_of
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 HOUR = 3600 * 10**9
-sync_module = importlib.import_module("egemma.ingest.sync")  # the package shows the function of this name
+# the package shows the function of this name
+sync_module = importlib.import_module("egemma.ingest.sync")
 
 
 def later() -> int:
@@ -64,7 +67,9 @@ def paragraph(seed: int) -> str:
     return " ".join(f"word{chance.randrange(500)}" for _ in range(20)).capitalize() + "."
 
 
-def run(index: Index, root: Path | list[Path], config: IngestConfig | None = None, **settings: Any) -> Any:
+def run(
+    index: Index, root: Path | list[Path], config: IngestConfig | None = None, **settings: Any
+) -> Any:
     """`sync`, and how many chunks the model read for it."""
     settings.setdefault("clock_ns", later)
     before = len(model_of(index).embedded)
@@ -77,7 +82,9 @@ def names(index: Index, root: Path) -> list[str]:
     return sorted(Path(id_).relative_to(root.resolve()).as_posix() for id_ in index.ids())
 
 
-def assert_no_file_is_read(monkeypatch: pytest.MonkeyPatch, root: Path, index: Index, *, but: int = 0) -> None:
+def assert_no_file_is_read(
+    monkeypatch: pytest.MonkeyPatch, root: Path, index: Index, *, but: int = 0
+) -> None:
     real, read = plan_module.read_bytes, []
 
     def counted(path: str, *rest: Any, **more: Any) -> Any:
@@ -102,7 +109,9 @@ def test_a_folder_becomes_documents_that_are_found(index: Index, folder: Path) -
     assert index.search("tomatoes", k=5, where={"kind": "code"})[0].id.endswith("code.py")
 
 
-def test_a_second_run_embeds_nothing_and_reads_nothing(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_embeds_nothing_and_reads_nothing(
+    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(index, folder)
     report = run(index, folder)
     assert (report.new, report.changed, report.unchanged, report.embedded) == (0, 0, 4, 0)
@@ -110,8 +119,14 @@ def test_a_second_run_embeds_nothing_and_reads_nothing(index: Index, folder: Pat
 
 
 @pytest.mark.parametrize("headings", [True, False])
-def test_editing_one_paragraph_embeds_one_chunk(index: Index, tmp_path: Path, headings: bool) -> None:
-    parts = [(f"## Part {number}\n\n" if headings else "") + f"{paragraph(number)}\n\n{paragraph(number + 1000)}" for number in range(60)]
+def test_editing_one_paragraph_embeds_one_chunk(
+    index: Index, tmp_path: Path, headings: bool
+) -> None:
+    parts = [
+        (f"## Part {number}\n\n" if headings else "")
+        + f"{paragraph(number)}\n\n{paragraph(number + 1000)}"
+        for number in range(60)
+    ]
     path = tmp_path / "docs" / "long.md"
     write(path, "\n\n".join(parts))
     config = IngestConfig(overlap_tokens=0)
@@ -129,9 +144,14 @@ def test_editing_one_paragraph_embeds_one_chunk(index: Index, tmp_path: Path, he
 
 def test_the_plan_says_exactly_what_will_be_embedded(index: Index, folder: Path) -> None:
     for number in range(5):
-        write(folder / f"{number}.txt", "\n\n".join(paragraph(seed) for seed in range(number * 40, number * 40 + 30)))
+        write(
+            folder / f"{number}.txt",
+            "\n\n".join(paragraph(seed) for seed in range(number * 40, number * 40 + 30)),
+        )
     run(index, folder)
-    write(folder / "0.txt", "\n\n".join(paragraph(seed) for seed in (*range(12), 999, *range(13, 30))))
+    write(
+        folder / "0.txt", "\n\n".join(paragraph(seed) for seed in (*range(12), 999, *range(13, 30)))
+    )
     write(folder / "new.txt", "\n\n".join(paragraph(seed) for seed in range(900, 930)))
     (folder / "1.txt").unlink()
     write(folder / "bad.txt", b"caf\xe9")
@@ -141,14 +161,20 @@ def test_the_plan_says_exactly_what_will_be_embedded(index: Index, folder: Path)
     assert [Path(file.id).name for file in plan.new] == ["new.txt"]
     assert [Path(file.id).name for file in plan.changed] == ["0.txt"]
     assert [Path(id_).name for id_ in plan.deleted] == ["1.txt"]
-    assert [(Path(item.path).name, item.reason) for item in plan.skipped] == [("bad.txt", "charset")]
+    assert [(Path(item.path).name, item.reason) for item in plan.skipped] == [
+        ("bad.txt", "charset")
+    ]
     assert plan.unchanged == 7
     assert plan.embed_s is not None
     assert plan.embed_s > 0
     before = len(model_of(index).embedded)
     report = sync(index, [folder], plan=plan, clock_ns=later)
     embedded = model_of(index).embedded[before:]
-    assert (report.embedded, report.chunks, len(embedded)) == (plan.embed_chunks, plan.chunks, plan.embed_chunks)
+    assert (report.embedded, report.chunks, len(embedded)) == (
+        plan.embed_chunks,
+        plan.chunks,
+        plan.embed_chunks,
+    )
     assert plan.embed_tokens >= sum(len(text.split()) for text in embedded)
     assert plan.embed_chunks < plan.chunks
     assert (report.new, report.changed, report.removed, report.unchanged) == (1, 1, 1, 7)
@@ -166,26 +192,36 @@ def test_a_plan_with_nothing_to_do_embeds_nothing(index: Index, folder: Path) ->
     assert (plan.files, plan.embed_s, model_of(index).calls) == ((), 0.0, before)
 
 
-def test_only_what_is_gone_from_below_the_roots_is_removed(index: Index, folder: Path, tmp_path: Path) -> None:
+def test_only_what_is_gone_from_below_the_roots_is_removed(
+    index: Index, folder: Path, tmp_path: Path
+) -> None:
     other, neighbour = tmp_path / "other", tmp_path / "docs2"
     write(other / "a.txt", "Another folder.")
     write(neighbour / "a.txt", "A neighbour whose name begins the same.")
     run(index, [folder, other, neighbour])
-    index.add(["A text of its own"], ids=[(folder / "typed.txt").resolve().as_posix()])  # no file, whatever its id says
+    # no file, whatever its id says
+    index.add(["A text of its own"], ids=[(folder / "typed.txt").resolve().as_posix()])
     for path in (folder / "code.py", other / "a.txt", neighbour / "a.txt"):
         path.unlink()
     shutil.rmtree(folder / "deep" / "er")
     report = run(index, folder)
     assert report.removed == 2
-    assert sorted(Path(id_).name for id_ in index.ids()) == ["a.txt", "a.txt", "guide.md", "notes.txt", "typed.txt"]
+    assert sorted(Path(id_).name for id_ in index.ids()) == [
+        "a.txt",
+        "a.txt",
+        "guide.md",
+        "notes.txt",
+        "typed.txt",
+    ]
     assert run(index, folder / "deep").removed == 0
     assert run(index, folder / "guide.md").removed == 0
     write(other / "b.txt", "So that the folder is not empty.")
     assert run(index, other).removed == 1
 
 
-def test_the_same_file_is_one_document_whichever_root_it_is_below(index: Index, folder: Path, tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_file_is_one_document_whichever_root_it_is_below(
+    index: Index, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(index, folder)
     report = run(index, [folder / "deep", folder, folder / "deep" / "notes.txt"])
     assert (report.embedded, report.unchanged, report.skipped) == (0, 4, ())
@@ -210,7 +246,8 @@ def test_a_root_that_is_missing_or_empty_removes_nothing(index: Index, folder: P
         run(index, folder)
     assert index.ids() == stored
     assert run(index, folder, IngestConfig(allow_empty=True)).removed == 4
-    assert run(index, folder).unchanged == 0  # nothing stored below it: an empty folder is as good as any
+    # nothing stored below it: an empty folder is as good as any
+    assert run(index, folder).unchanged == 0
 
 
 @pytest.mark.parametrize("roots", ["docs", ["absent"], ["a\0b"]])
@@ -221,8 +258,11 @@ def test_roots_that_cannot_be_read_are_refused(index: Index, roots: Any) -> None
 
 # What changed
 
+
 def same_size_edit(path: Path) -> None:
-    """Other words of the same length, with the old time of change put back, as a tool that keeps times would."""
+    """Other words of the same length, with the old time of change put back, as a tool that keeps
+    times would.
+    """
     facts = path.stat()
     path.write_bytes(path.read_bytes()[::-1])
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
@@ -234,12 +274,15 @@ def test_an_edit_of_the_same_size_and_time_is_found(index: Index, folder: Path) 
     assert run(index, folder).changed == 1  # the inode's own time of change tells
 
 
-def test_an_edit_in_the_tick_of_the_last_look_is_found(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_in_the_tick_of_the_last_look_is_found(
+    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = folder / "deep" / "notes.txt"
     now = path.stat().st_mtime_ns
-    run(index, folder, clock_ns=lambda: now)       # looked at within the second in which it was written
+    run(index, folder, clock_ns=lambda: now)  # looked at within the second in which it was written
     assert_no_file_is_read(monkeypatch, folder, index, but=4)
-    path.write_text("The pump keeps all oil!")     # as long as before; a coarse clock gives it the same times
+    # as long as before; a coarse clock gives it the same times
+    path.write_text("The pump keeps all oil!")
     with monkeypatch.context() as patch:
         freeze_times(patch, index)
         assert run(index, folder).changed == 1
@@ -254,21 +297,30 @@ def freeze_times(patch: pytest.MonkeyPatch, index: Index) -> None:
     def walk(*args: Any, **settings: Any) -> Any:
         for item in real(*args, **settings):
             source = sources.get(item.path)
-            yield item if source is None else replace(item, mtime_ns=source["mtime_ns"], ctime_ns=source["ctime_ns"])  # type: ignore[type-var]
+            yield (
+                item
+                if source is None
+                else replace(item, mtime_ns=source["mtime_ns"], ctime_ns=source["ctime_ns"])
+            )  # type: ignore[type-var]
 
     patch.setattr(plan_module, "walk", walk)
 
 
-def test_a_clock_that_was_ahead_hides_no_edit(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_was_ahead_hides_no_edit(
+    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(index, folder, clock_ns=lambda: time.time_ns() + 24 * 365 * HOUR)
-    assert_no_file_is_read(monkeypatch, folder, index, but=4)  # what was seen in the future is not believed now
+    # what was seen in the future is not believed now
+    assert_no_file_is_read(monkeypatch, folder, index, but=4)
     (folder / "deep" / "notes.txt").write_text("The pump keeps all oil!")
     with monkeypatch.context() as patch:
         freeze_times(patch, index)
         assert run(index, folder).changed == 1
 
 
-def test_a_file_from_the_future_is_read_each_time(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_from_the_future_is_read_each_time(
+    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     future = time.time_ns() + 24 * HOUR
     os.utime(folder / "guide.md", ns=(future, future))
     run(index, folder)
@@ -295,20 +347,26 @@ def test_other_settings_cut_all_files_anew(index: Index, folder: Path) -> None:
     assert run(index, folder, IngestConfig(chunk_tokens=80)).changed == 0
 
 
-def test_a_file_that_cannot_be_read_any_more_keeps_its_earlier_version(index: Index, folder: Path) -> None:
+def test_a_file_that_cannot_be_read_any_more_keeps_its_earlier_version(
+    index: Index, folder: Path
+) -> None:
     run(index, folder)
     write(folder / "guide.md", b"caf\xe9")
     report = run(index, folder)
     assert [(Path(path).name, len(index)) for path in report.kept] == [("guide.md", 4)]
     assert report.skipped[0].reason == "charset"
     assert "its earlier version stays" in report.skipped[0].detail
-    assert [Path(path).name for path in plan_folder(index, [folder], clock_ns=later).kept] == ["guide.md"]
+    assert [Path(path).name for path in plan_folder(index, [folder], clock_ns=later).kept] == [
+        "guide.md"
+    ]
 
 
 def test_a_file_that_was_emptied_leaves(index: Index, folder: Path) -> None:
     run(index, folder)
     write(folder / "guide.md", "\n")
-    assert [Path(id_).name for id_ in plan_folder(index, [folder], clock_ns=later).deleted] == ["guide.md"]
+    assert [Path(id_).name for id_ in plan_folder(index, [folder], clock_ns=later).deleted] == [
+        "guide.md"
+    ]
     assert run(index, folder).removed == 1
     assert len(index) == 3
 
@@ -318,14 +376,18 @@ def test_an_excluded_file_that_is_stored_stays_and_is_told(index: Index, folder:
     config = IngestConfig(exclude=("*.py",))
     assert [Path(path).name for path in look(index, [folder], config).kept] == ["code.py"]
     assert (run(index, folder, config).removed, len(index)) == (0, 4)
-    assert "stay although they are not read any more: 1 (" in "\n".join(render(look(index, [folder], config)))
+    assert "stay although they are not read any more: 1 (" in "\n".join(
+        render(look(index, [folder], config))
+    )
 
 
 def test_a_file_that_vanishes_after_the_look_is_told(index: Index, folder: Path) -> None:
     plan = plan_folder(index, [folder], clock_ns=later)
     (folder / "code.py").unlink()
     report = sync(index, [folder], plan=plan, clock_ns=later)
-    assert [(Path(item.path).name, item.reason) for item in report.skipped] == [("code.py", "unreadable")]
+    assert [(Path(item.path).name, item.reason) for item in report.skipped] == [
+        ("code.py", "unreadable")
+    ]
     assert (report.new, len(index)) == (3, 3)
 
 
@@ -340,8 +402,11 @@ def test_a_plan_of_something_else_is_refused(index: Index, folder: Path) -> None
 
 # What is not read
 
+
 @posix
-def test_everything_that_is_not_read_is_named_with_its_reason(index: Index, folder: Path, tmp_path: Path) -> None:
+def test_everything_that_is_not_read_is_named_with_its_reason(
+    index: Index, folder: Path, tmp_path: Path
+) -> None:
     outside = tmp_path / "secret"
     write(outside / "key.txt", "Not below the root.")
     write(folder / ".git" / "config", "hidden")
@@ -355,13 +420,26 @@ def test_everything_that_is_not_read_is_named_with_its_reason(index: Index, fold
     (folder / "self").symlink_to(folder / "self")
     os.mkfifo(folder / "pipe")
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("a name that is no Unicode")
-    assert ("pipe", "not a file") in [(Path(item.path).name, item.reason) for item in look(index, [folder]).skipped]  # without opening it
+    # without opening it
+    assert ("pipe", "not a file") in [
+        (Path(item.path).name, item.reason) for item in look(index, [folder]).skipped
+    ]
     report = run(index, folder)
     assert report.new == 4
     reasons = sorted((Path(item.path).name, item.reason) for item in report.skipped)
-    assert reasons == [(".env", "hidden"), (".git", "hidden"), ("caf\ufffd.txt", "name"), ("dangling", "link"), ("loop", "link"),
-                       ("node_modules", "excluded"), ("out", "link"), ("out.txt", "link"), ("photo.png", "binary"), ("pipe", "not a file"),
-                       ("self", "link")]
+    assert reasons == [
+        (".env", "hidden"),
+        (".git", "hidden"),
+        ("caf\ufffd.txt", "name"),
+        ("dangling", "link"),
+        ("loop", "link"),
+        ("node_modules", "excluded"),
+        ("out", "link"),
+        ("out.txt", "link"),
+        ("photo.png", "binary"),
+        ("pipe", "not a file"),
+        ("self", "link"),
+    ]
     text = "\n".join(report.to_lines())
     assert "4 new, 0 changed, 0 unchanged, 0 removed, 11 skipped" in text
     assert "photo.png: it is a PNG image, not text" in text
@@ -370,7 +448,9 @@ def test_everything_that_is_not_read_is_named_with_its_reason(index: Index, fold
 
 
 @posix
-def test_a_link_that_takes_a_files_place_after_the_look_is_not_followed(index: Index, folder: Path, tmp_path: Path) -> None:
+def test_a_link_that_takes_a_files_place_after_the_look_is_not_followed(
+    index: Index, folder: Path, tmp_path: Path
+) -> None:
     plan = plan_folder(index, [folder], clock_ns=later)
     write(tmp_path / "secret.txt", "Not below the root.")
     (folder / "code.py").unlink()
@@ -380,7 +460,9 @@ def test_a_link_that_takes_a_files_place_after_the_look_is_not_followed(index: I
     assert not [hit for hit in index.search("root", k=5) if "root" in hit.text]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything"
+)
 def test_a_folder_that_may_not_be_read_loses_nothing(index: Index, folder: Path) -> None:
     run(index, folder)
     (folder / "deep").chmod(0)
@@ -388,10 +470,16 @@ def test_a_folder_that_may_not_be_read_loses_nothing(index: Index, folder: Path)
         report = run(index, folder)
     finally:
         (folder / "deep").chmod(0o755)
-    assert ([item.reason for item in report.skipped], report.removed, len(report.kept)) == (["unreadable"], 0, 2)
+    assert ([item.reason for item in report.skipped], report.removed, len(report.kept)) == (
+        ["unreadable"],
+        0,
+        2,
+    )
 
 
-def test_a_folder_that_cannot_be_listed_loses_nothing(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_loses_nothing(
+    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(index, folder)
     deep, scandir, lstat = str(folder.resolve() / "deep"), os.scandir, os.lstat
 
@@ -400,12 +488,17 @@ def test_a_folder_that_cannot_be_listed_loses_nothing(index: Index, folder: Path
             if str(path).startswith(deep) and (real is scandir or str(path) != deep):
                 raise PermissionError(13, "Permission denied")
             return real(path, *rest, **more)
+
         return call
 
     monkeypatch.setattr("egemma.ingest.walk.os.scandir", refused(scandir))
     monkeypatch.setattr("egemma.ingest.plan.os.lstat", refused(lstat))
     report = sync(index, [folder], clock_ns=later)
-    assert ([item.reason for item in report.skipped], report.removed, len(report.kept)) == (["unreadable"], 0, 2)
+    assert ([item.reason for item in report.skipped], report.removed, len(report.kept)) == (
+        ["unreadable"],
+        0,
+        2,
+    )
 
 
 def test_the_index_does_not_read_itself(folder: Path) -> None:
@@ -414,10 +507,16 @@ def test_the_index_does_not_read_itself(folder: Path) -> None:
         write(folder / "index.dbx", "not of the index")
         report = run(index, folder)
         assert report.new == 5
-        assert {Path(item.path).name for item in report.skipped if item.reason == "index"} >= {"index.db", "index.db-wal", "index.db.graph"}
+        assert {Path(item.path).name for item in report.skipped if item.reason == "index"} >= {
+            "index.db",
+            "index.db-wal",
+            "index.db.graph",
+        }
 
 
-def test_a_missing_library_stops_before_the_work(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_stops_before_the_work(
+    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(folder / "a.pdf", b"%PDF-1.7")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeUnavailableError, match=r"egemma\[ingest\]"):
@@ -428,13 +527,20 @@ def test_a_missing_library_stops_before_the_work(index: Index, folder: Path, mon
     assert run(index, folder, IngestConfig(exclude=("*.pdf",))).new == 4
 
 
-def test_pdf_and_html_are_read_by_one_process(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pdf_and_html_are_read_by_one_process(
+    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("selectolax")
     started = []
     popen = subprocess.Popen
-    monkeypatch.setattr("egemma.ingest.sandbox.subprocess.Popen", lambda *args, **more: started.append(1) or popen(*args, **more))
+    monkeypatch.setattr(
+        "egemma.ingest.sandbox.subprocess.Popen",
+        lambda *args, **more: started.append(1) or popen(*args, **more),
+    )
     for number in range(5):
-        write(folder / f"{number}.html", f"<title>Page {number}</title><h1>Head</h1><p>Body {number}")
+        write(
+            folder / f"{number}.html", f"<title>Page {number}</title><h1>Head</h1><p>Body {number}"
+        )
     assert run(index, folder).new == 9
     assert len(started) == 1
     assert index.get([(folder / "3.html").resolve().as_posix()])[0].title == "Page 3"
@@ -449,32 +555,97 @@ def test_names_cannot_move_the_cursor(index: Index, folder: Path) -> None:
 
 def test_a_limit_that_a_file_exceeds_is_told(index: Index, folder: Path) -> None:
     report = run(index, folder, IngestConfig(limits=ParseLimits(file_bytes=30)))
-    assert {(Path(item.path).name, item.reason) for item in report.skipped} == {("guide.md", "too large"), ("code.py", "too large")}
+    assert {(Path(item.path).name, item.reason) for item in report.skipped} == {
+        ("guide.md", "too large"),
+        ("code.py", "too large"),
+    }
 
 
-PATTERNS = ["*.txt", "/a.txt", "build/", "/build/", "a/*/c", "a/**/c", "**/c", "a/**", "!keep.txt", "?.md", "[ab].txt", "[!ab].txt", "a*c*e", "\\*.txt", "/a/b",
-            "a/b/", "doc*/", "*.t[wx]t", "[a-c]/", "**", "x y", "b", "*.TXT", "a?b"]
-PATHS = ["a.txt", "b.txt", "c.txt", "keep.txt", "a/b/c", "a/c", "a/x/y/c", "c", "build/x", "build.txt", "src/build/x", "a.md", "ab.md", "abcde", "a/b.txt", "*.txt",
-         "docs/a.txt", "x y", "a/b/keep.txt", "b/keep.txt", "a.twt", "axb/c.txt", "A.TXT"]
+PATTERNS = [
+    "*.txt",
+    "/a.txt",
+    "build/",
+    "/build/",
+    "a/*/c",
+    "a/**/c",
+    "**/c",
+    "a/**",
+    "!keep.txt",
+    "?.md",
+    "[ab].txt",
+    "[!ab].txt",
+    "a*c*e",
+    "\\*.txt",
+    "/a/b",
+    "a/b/",
+    "doc*/",
+    "*.t[wx]t",
+    "[a-c]/",
+    "**",
+    "x y",
+    "b",
+    "*.TXT",
+    "a?b",
+]
+PATHS = [
+    "a.txt",
+    "b.txt",
+    "c.txt",
+    "keep.txt",
+    "a/b/c",
+    "a/c",
+    "a/x/y/c",
+    "c",
+    "build/x",
+    "build.txt",
+    "src/build/x",
+    "a.md",
+    "ab.md",
+    "abcde",
+    "a/b.txt",
+    "*.txt",
+    "docs/a.txt",
+    "x y",
+    "a/b/keep.txt",
+    "b/keep.txt",
+    "a.twt",
+    "axb/c.txt",
+    "A.TXT",
+]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=4))
-def test_patterns_leave_out_what_git_ignores(tmp_path_factory: pytest.TempPathFactory, patterns: list[str]) -> None:
+def test_patterns_leave_out_what_git_ignores(
+    tmp_path_factory: pytest.TempPathFactory, patterns: list[str]
+) -> None:
     root = tmp_path_factory.mktemp("repository")
     clean = {"PATH": os.environ["PATH"], "HOME": str(root), "GIT_CONFIG_NOSYSTEM": "1"}
     subprocess.run(["git", "init", "-q", "."], cwd=root, check=True, env=clean)
     (root / ".git" / "info" / "exclude").write_text("\n".join(patterns) + "\n")
-    done = subprocess.run(["git", "check-ignore", "--no-index", "-z", "--stdin"], cwd=root, input="\0".join(PATHS).encode(), capture_output=True,
-                          check=False, env=clean)
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", "-z", "--stdin"],
+        cwd=root,
+        input="\0".join(PATHS).encode(),
+        capture_output=True,
+        check=False,
+        env=clean,
+    )
     excluded = exclusions(patterns)
 
     def ours(path: str) -> bool:
         parts = path.split("/")
-        return any(excluded("/".join(parts[:count]), count < len(parts)) for count in range(1, len(parts) + 1))
+        return any(
+            excluded("/".join(parts[:count]), count < len(parts))
+            for count in range(1, len(parts) + 1)
+        )
 
-    assert {path for path in PATHS if ours(path)} == set(filter(None, done.stdout.decode().split("\0"))), patterns
+    assert {path for path in PATHS if ours(path)} == set(
+        filter(None, done.stdout.decode().split("\0"))
+    ), patterns
 
 
 @pytest.mark.parametrize("pattern", ["", "/", "!", "[abc", "[b-a]"])
@@ -483,7 +654,10 @@ def test_patterns_that_mean_nothing_are_refused(pattern: str) -> None:
         IngestConfig(exclude=(pattern,))
 
 
-@pytest.mark.parametrize("settings", [{"chunk_tokens": 10}, {"chunk_tokens": True}, {"overlap_tokens": -1}, {"exclude": "*.py"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"chunk_tokens": 10}, {"chunk_tokens": True}, {"overlap_tokens": -1}, {"exclude": "*.py"}],
+)
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         IngestConfig(**settings)
@@ -495,6 +669,7 @@ def test_a_chunk_longer_than_the_model_reads_is_refused(index: Index, folder: Pa
 
 
 # Stopping and going on
+
 
 class Stop:
     """Ctrl-C in the middle of the n-th call of the model."""
@@ -515,10 +690,15 @@ class Stop:
         del self._model.embed_documents  # type: ignore[method-assign]
 
 
-def test_ctrl_c_keeps_what_was_committed_and_the_next_run_goes_on(index: Index, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_was_committed_and_the_next_run_goes_on(
+    index: Index, tmp_path: Path
+) -> None:
     root = tmp_path / "docs"
     for number in range(40):
-        write(root / f"{number:02}.txt", "\n\n".join(paragraph(seed) for seed in range(number * 50, number * 50 + 20)))
+        write(
+            root / f"{number:02}.txt",
+            "\n\n".join(paragraph(seed) for seed in range(number * 50, number * 50 + 20)),
+        )
     model = model_of(index)
     with Stop(model, after=2), pytest.raises(KeyboardInterrupt):
         sync(index, [root], clock_ns=later)
@@ -532,7 +712,9 @@ def test_ctrl_c_keeps_what_was_committed_and_the_next_run_goes_on(index: Index, 
     assert len(texts) == len(set(texts))
 
 
-def test_a_long_document_is_committed_in_parts_and_continued(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_document_is_committed_in_parts_and_continued(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sync_module, "PART_CHUNKS", 8)
     path = tmp_path / "docs" / "long.txt"
     write(path, "\n\n".join(paragraph(seed) for seed in range(400)))
@@ -544,14 +726,17 @@ def test_a_long_document_is_committed_in_parts_and_continued(index: Index, tmp_p
     assert index.sources()[id_]["partial"] is True
     assert path.read_text().startswith(index.get([id_])[0].text)
     report = run(index, path)
-    assert (report.changed, report.embedded) == (1, report.chunks - done)  # nothing is embedded twice
+    # nothing is embedded twice
+    assert (report.changed, report.embedded) == (1, report.chunks - done)
     assert len(model.embedded) == len(set(model.embedded))
     assert "partial" not in index.sources()[id_]
     assert index.get([id_])[0].text == path.read_text().rstrip()
     assert run(index, path).unchanged == 1
 
 
-def test_a_rewritten_long_document_loses_no_vector_that_it_can_keep(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rewritten_long_document_loses_no_vector_that_it_can_keep(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "docs" / "long.txt"
     parts = [paragraph(seed) for seed in range(300)]
     write(path, "\n\n".join(parts))
@@ -568,7 +753,10 @@ def test_a_rewritten_long_document_loses_no_vector_that_it_can_keep(index: Index
 
 def test_progress_rises_to_the_end_and_counts_what_is_committed(index: Index, folder: Path) -> None:
     for number in range(30):
-        write(folder / f"{number}.txt", "\n\n".join(paragraph(seed) for seed in range(number * 20, number * 20 + 18)))
+        write(
+            folder / f"{number}.txt",
+            "\n\n".join(paragraph(seed) for seed in range(number * 20, number * 20 + 18)),
+        )
     write(folder / "bad.txt", b"\xff")
     seen: list[SyncProgress] = []
     report = sync(index, [folder], progress=seen.append, clock_ns=later)
@@ -583,26 +771,58 @@ def test_sources_are_json_that_every_language_reads(index: Index, folder: Path) 
     run(index, folder)
     source = index.sources()[(folder / "guide.md").resolve().as_posix()]
     assert json.loads(json.dumps(source)) == source
-    assert set(source) == {"kind", "size", "mtime_ns", "ctime_ns", "inode", "sha256", "looked_ns", "recipe"}
+    assert set(source) == {
+        "kind",
+        "size",
+        "mtime_ns",
+        "ctime_ns",
+        "inode",
+        "sha256",
+        "looked_ns",
+        "recipe",
+    }
     assert all(abs(source[name]) < 2**63 for name in ("size", "mtime_ns", "ctime_ns", "looked_ns"))
 
 
 @settings(max_examples=25, deadline=None)
-@given(steps=st.lists(st.lists(st.tuples(st.sampled_from(["a.txt", "b.md", "d/c.txt", "d/e/f.txt"]), st.one_of(st.none(), st.integers(0, 30))),
-                               min_size=1, max_size=4), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_after_every_sync_the_index_holds_the_folder(tmp_path_factory: pytest.TempPathFactory, steps: list[list[tuple[str, int | None]]],
-                                                     seed: int) -> None:
+@given(
+    steps=st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["a.txt", "b.md", "d/c.txt", "d/e/f.txt"]),
+                st.one_of(st.none(), st.integers(0, 30)),
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    seed=st.integers(0, 99),
+)
+def test_after_every_sync_the_index_holds_the_folder(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[list[tuple[str, int | None]]], seed: int
+) -> None:
     root = tmp_path_factory.mktemp("docs")
     write(root / "always.txt", "There is always a file.")
-    with Index.open(root.parent / f"{root.name}.db", cast(Any, WordEmbedder(max_tokens=80))) as index:
+    with Index.open(
+        root.parent / f"{root.name}.db", cast(Any, WordEmbedder(max_tokens=80))
+    ) as index:
         for step in steps:
             for name, number in step:
                 if number is None:
                     (root / name).unlink(missing_ok=True)
                 else:
-                    write(root / name, "\n\n".join(paragraph(seed + other) for other in range(number)) or " ")
+                    write(
+                        root / name,
+                        "\n\n".join(paragraph(seed + other) for other in range(number)) or " ",
+                    )
             plan: Plan = plan_folder(index, [root])
             report = run(index, root, plan=plan if seed % 2 else None, clock_ns=time.time_ns)
             assert report.embedded == plan.embed_chunks
-            expected = {path.resolve().as_posix(): path.read_text() for path in root.rglob("*") if path.is_file() and path.read_text().strip()}
+            expected = {
+                path.resolve().as_posix(): path.read_text()
+                for path in root.rglob("*")
+                if path.is_file() and path.read_text().strip()
+            }
             assert {document.id: document.text for document in index.get(index.ids())} == expected

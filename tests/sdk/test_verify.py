@@ -25,15 +25,32 @@ TEXTS = {
 
 
 def certify(folder: Path, *, bounds: dict[str, float] | None = BOUNDS, **changes: Any) -> Path:
-    """Write golden.json as the exporter does, from vectors that NumPy computed; `changes` are applied to it last."""
+    """Write golden.json as the exporter does, from vectors that NumPy computed; `changes` are
+    applied to it last.
+    """
     tokenizer = read_bundle(folder, check_hashes=False).tokenizer()
     cases = []
     for name, text in TEXTS.items():
         tokens = tokenizer.encode(text, overflow="truncate")
         vector = [float(str(value)) for value in tiny_vectors([tokens.ids])[0].astype(np.float32)]
-        cases.append({"name": name, "text": text, "ids": list(tokens.ids), "num_tokens": tokens.num_tokens, "truncated": tokens.truncated,
-                      "vector": vector, "quantized_vector": vector})
-    golden = {"format_version": 1, "cases": cases, "batches": [["query", "empty", "cut"]], "mistakes": [], "measured": {}}
+        cases.append(
+            {
+                "name": name,
+                "text": text,
+                "ids": list(tokens.ids),
+                "num_tokens": tokens.num_tokens,
+                "truncated": tokens.truncated,
+                "vector": vector,
+                "quantized_vector": vector,
+            }
+        )
+    golden = {
+        "format_version": 1,
+        "cases": cases,
+        "batches": [["query", "empty", "cut"]],
+        "mistakes": [],
+        "measured": {},
+    }
     (folder / GOLDEN).write_text(json.dumps(golden | changes))
     rewrite_manifest(folder, verification={} if bounds is None else {"bounds": bounds})
     return folder
@@ -69,13 +86,19 @@ def test_a_sound_bundle_passes_and_every_text_is_measured_at_every_width(bundle:
         assert case.length_error is not None
         assert case.length_error < 1e-6
         assert case.cosine_float.keys() == {str(dim) for dim in DIMS}
-        assert all(cosine is not None and cosine > 0.999999 for cosine in [*case.cosine_float.values(), *case.cosine_quantized.values()])
+        assert all(
+            cosine is not None and cosine > 0.999999
+            for cosine in [*case.cosine_float.values(), *case.cosine_quantized.values()]
+        )
     assert result.batch_difference is not None
     assert result.batch_difference < 1e-5
     assert result.threads == 1
     assert result.runtime.startswith("onnxruntime ")
     assert result.fingerprint == read_bundle(bundle).manifest.fingerprint
-    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["worst_cosine_float"] == result.worst_cosine_float
+    assert (
+        json.loads(json.dumps(result.to_dict(), allow_nan=False))["worst_cosine_float"]
+        == result.worst_cosine_float
+    )
     assert "passed" in result.to_text()
 
 
@@ -86,7 +109,15 @@ def test_the_worst_cosine_is_over_all_texts_and_widths(bundle: Path) -> None:
     turned /= np.linalg.norm(turned)
     change_case(bundle, "query", vector=turned.tolist())
     result = verify_bundle(bundle)
-    expected = [float(turned[:dim] @ vector[:dim] / np.linalg.norm(turned[:dim]) / np.linalg.norm(vector[:dim])) for dim in DIMS]
+    expected = [
+        float(
+            turned[:dim]
+            @ vector[:dim]
+            / np.linalg.norm(turned[:dim])
+            / np.linalg.norm(vector[:dim])
+        )
+        for dim in DIMS
+    ]
     assert list(result.cases[0].cosine_float.values()) == pytest.approx(expected, abs=1e-6)
     assert result.worst_cosine_float == pytest.approx(min(expected), abs=1e-6)
     assert result.worst_cosine_quantized == pytest.approx(1.0, abs=1e-6)
@@ -97,11 +128,16 @@ def test_the_worst_cosine_is_over_all_texts_and_widths(bundle: Path) -> None:
     assert "FAILED  query" in result.to_text()
 
 
-def test_another_model_than_the_certificates_fails(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_than_the_certificates_fails(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import tests.tiny
 
     random = np.random.default_rng(8)
-    other = random.standard_normal(tests.tiny.tiny_weights()[0].shape, np.float32), random.standard_normal((WIDTH, WIDTH), np.float32)
+    other = (
+        random.standard_normal(tests.tiny.tiny_weights()[0].shape, np.float32),
+        random.standard_normal((WIDTH, WIDTH), np.float32),
+    )
     monkeypatch.setattr(tests.tiny, "tiny_weights", lambda: other)
     tiny_onnx(bundle / "model.onnx")
     rewrite_manifest(bundle)
@@ -169,17 +205,23 @@ def test_a_batch_that_cannot_be_run_fails(bundle: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Embedder, "embed_ids", refuse)
     result = verify_bundle(bundle)
     assert not result.passed
-    assert result.failures == ["batch ['query', 'empty', 'cut']: it could not be embedded: no batches today"]
+    assert result.failures == [
+        "batch ['query', 'empty', 'cut']: it could not be embedded: no batches today"
+    ]
 
 
-def test_without_a_bound_nothing_passes_but_everything_is_measured(tmp_path: Path, tiny_spm: Path) -> None:
+def test_without_a_bound_nothing_passes_but_everything_is_measured(
+    tmp_path: Path, tiny_spm: Path
+) -> None:
     folder = certify(tiny_bundle(tmp_path / "tiny", tokenizer=tiny_spm), bounds=None)
     result = verify_bundle(folder)
     assert not result.passed
     assert len(result.failures) == 3
     assert "no bound min_cosine_float: give it with --min-cosine-float" in result.failures
     assert result.worst_cosine_float is not None
-    given = verify_bundle(folder, min_cosine_float=0.9, min_cosine_quantized=0.9, max_batch_difference=0.1)
+    given = verify_bundle(
+        folder, min_cosine_float=0.9, min_cosine_quantized=0.9, max_batch_difference=0.1
+    )
     assert given.passed
     assert given.bounds.min_cosine_float == 0.9
 
@@ -200,23 +242,37 @@ def test_a_runtime_that_takes_one_text_at_a_time_runs_no_batch(bundle: Path) -> 
     assert result.batch_difference is None
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"format_version": 2}, "format_version=2"),
-    ({"cases": []}, "no cases"),
-    ({"cases": [{"name": "x"}]}, "case 0 lacks"),
-    ({"cases": ["x"]}, "case 0 lacks"),
-    ({"batches": []}, "no batches"),
-    ({"batches": [["query", "unknown"]]}, "a batch"),
-    ({"batches": [["query"]]}, "a batch"),
-])
-def test_a_certificate_that_proves_nothing_is_refused(bundle: Path, change: dict[str, Any], says: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format_version": 2}, "format_version=2"),
+        ({"cases": []}, "no cases"),
+        ({"cases": [{"name": "x"}]}, "case 0 lacks"),
+        ({"cases": ["x"]}, "case 0 lacks"),
+        ({"batches": []}, "no batches"),
+        ({"batches": [["query", "unknown"]]}, "a batch"),
+        ({"batches": [["query"]]}, "a batch"),
+    ],
+)
+def test_a_certificate_that_proves_nothing_is_refused(
+    bundle: Path, change: dict[str, Any], says: str
+) -> None:
     certify(bundle, **change)
     with pytest.raises(BundleError, match=says):
         verify_bundle(bundle)
 
 
-@pytest.mark.parametrize("vector", [[1.0], [float("nan")] * WIDTH, [0.5] * WIDTH, ["a"] * WIDTH, [[1.0]] * WIDTH,
-                                    [1.0, *[0.0] * (WIDTH - 1), "more"]])
+@pytest.mark.parametrize(
+    "vector",
+    [
+        [1.0],
+        [float("nan")] * WIDTH,
+        [0.5] * WIDTH,
+        ["a"] * WIDTH,
+        [[1.0]] * WIDTH,
+        [1.0, *[0.0] * (WIDTH - 1), "more"],
+    ],
+)
 def test_a_golden_vector_that_is_no_unit_vector_is_refused(bundle: Path, vector: list[Any]) -> None:
     change_case(bundle, "query", vector=vector)
     with pytest.raises(BundleError, match="'query' is not a unit vector"):
@@ -229,34 +285,54 @@ def nudged(vector: list[float], towards: list[float], by: float) -> list[float]:
 
 
 def test_a_file_that_computes_a_known_mistake_is_told_from_one_that_rounds(bundle: Path) -> None:
-    # The true vectors stand 0.2 of the way from what the golden file calls right towards another text's: cosines are all above the
-    # bound. With the mistake at the true vectors, the file went all the way to it; with the mistake elsewhere, nowhere near.
+    # The true vectors stand 0.2 of the way from what the golden file calls right towards another
+    # text's: cosines are all above the bound. With the mistake at the true vectors, the file went
+    # all the way to it; with the mistake elsewhere, nowhere near.
     golden = json.loads((bundle / GOLDEN).read_text())
-    query, other = (next(case["vector"] for case in golden["cases"] if case["name"] == name) for name in ("query", "smuggled"))
+    query, other = (
+        next(case["vector"] for case in golden["cases"] if case["name"] == name)
+        for name in ("query", "smuggled")
+    )
     right = nudged(query, other, -0.2)
     change_case(bundle, "query", vector=right, quantized_vector=right)
     loose = {"min_cosine_float": 0.9, "min_cosine_quantized": 0.9}
 
     def verified(mistaken: list[float]) -> Any:
         body = json.loads((bundle / GOLDEN).read_text())
-        (bundle / GOLDEN).write_text(json.dumps(body | {"mistakes": [{"name": "upside down", "vectors": {"query": mistaken}}]}))
+        (bundle / GOLDEN).write_text(
+            json.dumps(
+                body | {"mistakes": [{"name": "upside down", "vectors": {"query": mistaken}}]}
+            )
+        )
         rewrite_manifest(bundle)
         return verify_bundle(bundle, **loose)
 
     caught = verified(query)
     assert not caught.passed
     assert caught.mistakes["upside down"] == pytest.approx(1, abs=0.01)
-    assert caught.failures == ["it computes like a model with upside down: 1.00 of the way to its vectors, bound 0.5"]
+    assert caught.failures == [
+        "it computes like a model with upside down: 1.00 of the way to its vectors, bound 0.5"
+    ]
     assert "of the way to upside down" in caught.to_text()
     away = verified(nudged(query, other, -0.4))
     assert away.passed, away.failures
     assert away.mistakes["upside down"] < 0
 
 
-@pytest.mark.parametrize("mistakes", [
-    None, {}, ["x"], [{"name": "x"}], [{"name": "x", "vectors": {}}], [{"name": "x", "vectors": {"unknown": [1.0] * WIDTH}}],
-    [{"name": "x", "vectors": {"query": [1.0]}}], [{"name": 3, "vectors": {"query": [1.0] * WIDTH}}],
-    [{"name": "x", "vectors": {"query": ["a"] * WIDTH}}]])
+@pytest.mark.parametrize(
+    "mistakes",
+    [
+        None,
+        {},
+        ["x"],
+        [{"name": "x"}],
+        [{"name": "x", "vectors": {}}],
+        [{"name": "x", "vectors": {"unknown": [1.0] * WIDTH}}],
+        [{"name": "x", "vectors": {"query": [1.0]}}],
+        [{"name": 3, "vectors": {"query": [1.0] * WIDTH}}],
+        [{"name": "x", "vectors": {"query": ["a"] * WIDTH}}],
+    ],
+)
 def test_mistakes_that_are_not_understood_are_refused(bundle: Path, mistakes: Any) -> None:
     certify(bundle, mistakes=mistakes)
     with pytest.raises(BundleError, match="mistakes must each have a name"):

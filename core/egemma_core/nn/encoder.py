@@ -1,8 +1,9 @@
 """The EmbeddingGemma encoder, whole, in the order in which it computes: ids -> unit vectors.
 
-Parameter names are those of the published checkpoint, so a state dict loads strictly; the dense head is `dense.0`, `dense.1`.
-Shapes: B texts, T tokens, D width, H query heads, K key/value heads, C channels of a head, F feed-forward width.
-Source: arXiv:2509.20354; transformers models/gemma3/modeling_gemma3.py; sentence-transformers Pooling and Dense.
+Parameter names are those of the published checkpoint, so a state dict loads strictly; the dense
+head is `dense.0`, `dense.1`. Shapes: B texts, T tokens, D width, H query heads, K key/value heads,
+C channels of a head, F feed-forward width. Source: arXiv:2509.20354; transformers
+models/gemma3/modeling_gemma3.py; sentence-transformers Pooling and Dense.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from egemma_core.config import FULL, EncoderConfig
 from egemma_core.nn.pooling import make_pooler
 
-# Finite on purpose: a row whose every key is masked then averages instead of giving NaN. No real token has such a row.
+# Finite on purpose: a row whose every key is masked then averages instead of giving NaN. No real
+# token has such a row.
 MASKED = -1e9
 
 
@@ -34,12 +36,14 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Differentiated by hand: torch would keep two float32 copies of x, and go over them more often (the norms were a fifth of a step)."""
+    """Differentiated by hand: torch would keep two float32 copies of x, and go over them more often
+    (the norms were a fifth of a step).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)                      # (..., 1)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, inverse, weight)
         return (wide * inverse).mul_(1.0 + weight.float()).to(x.dtype)
 
@@ -48,18 +52,29 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse, weight = ctx.saved_tensors
         normed, slope = x.float() * inverse, outer.float()
-        by_weight = (slope * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        by_weight = (
+            (slope * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         slope = slope * (1.0 + weight.float())
-        share = (slope * normed).mean(-1, keepdim=True)                                        # what changes the length alone does not come out
+        # what changes the length alone does not come out
+        share = (slope * normed).mean(-1, keepdim=True)
         return slope.addcmul_(normed, share, value=-1).mul_(inverse).to(x.dtype), by_weight, None
 
 
 class Attention(nn.Module):
-    """Bidirectional attention with normed queries and keys, rotary positions and shared key/value heads."""
+    """Bidirectional attention with normed queries and keys, rotary positions and shared key/value
+    heads.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.channels = config.num_heads, config.num_kv_heads, config.head_dim
+        self.heads, self.kv_heads, self.channels = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         self.scale = config.query_scale
         self.q_proj = nn.Linear(config.width, self.heads * self.channels, bias=False)
         self.k_proj = nn.Linear(config.width, self.kv_heads * self.channels, bias=False)
@@ -70,19 +85,31 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
         B, T, _ = x.shape
-        query = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.channels)).transpose(1, 2)    # (B, H, T, C)
-        key = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.channels)).transpose(1, 2)   # (B, K, T, C)
-        value = self.v_proj(x).view(B, T, self.kv_heads, self.channels).transpose(1, 2)              # (B, K, T, C)
-        shared = self.heads // self.kv_heads
+        H, K, C = self.heads, self.kv_heads, self.channels
+        # fmt: off
+        query = self.q_norm(self.q_proj(x).view(B, T, H, C)).transpose(1, 2)  # (B, H, T, C)
+        key = self.k_norm(self.k_proj(x).view(B, T, K, C)).transpose(1, 2)    # (B, K, T, C)
+        value = self.v_proj(x).view(B, T, K, C).transpose(1, 2)               # (B, K, T, C)
         query = rotate(query, rotary)
-        key = rotate(key, rotary).repeat_interleave(shared, dim=1)                                   # (B, H, T, C)
-        value = value.repeat_interleave(shared, dim=1)                                               # (B, H, T, C)
+        key = rotate(key, rotary).repeat_interleave(H // K, dim=1)            # (B, H, T, C)
+        value = value.repeat_interleave(H // K, dim=1)                        # (B, H, T, C)
+        # fmt: on
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):  # backward, the CPU's bfloat16 attention takes almost three times as long as its float32 one
-                mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=bias.float(), scale=self.scale)
+            # backward, the CPU's bfloat16 attention takes almost three times as long as its float32
+            # one
+            with torch.autocast("cpu", enabled=False):
+                mixed = F.scaled_dot_product_attention(
+                    query.float(),
+                    key.float(),
+                    value.float(),
+                    attn_mask=bias.float(),
+                    scale=self.scale,
+                )
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))                           # (B, T, D)
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=bias, scale=self.scale
+            )
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
         return out
 
 
@@ -118,7 +145,8 @@ class Encoder(nn.Module):
     """Token ids to unit vectors.
 
     Example:
-        >>> vectors = Encoder(config)(ids, mask)   # (B, T) int64, (B, T) bool -> (B, dim) float32, each of length 1
+        >>> vectors = Encoder(config)(ids, mask)   # (B, T) int64, (B, T) bool -> (B, dim) float32,
+                                                   each of length 1
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -133,14 +161,18 @@ class Encoder(nn.Module):
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T, D) last hidden states after the final norm, in the weights' dtype."""
         T = ids.shape[1]
-        x = self.embed_tokens(ids)                                                    # (B, T, D)
+        x = self.embed_tokens(ids)  # (B, T, D)
         # Gemma rounds sqrt(D) to the weights' dtype: 27.7128 becomes 27.75 in bfloat16.
         x = x * torch.tensor(self.config.width**0.5, dtype=x.dtype)
-        full_bias, sliding_bias = self.biases(mask, x.dtype)                          # (B, 1, T, T)
+        full_bias, sliding_bias = self.biases(mask, x.dtype)  # (B, 1, T, T)
         full_rotary = rotary_tables(T, self.config.head_dim, self.config.rope_theta_full, x)
         sliding_rotary = rotary_tables(T, self.config.head_dim, self.config.rope_theta_sliding, x)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            x = layer(x, full_rotary, full_bias) if kind == FULL else layer(x, sliding_rotary, sliding_bias)
+            x = (
+                layer(x, full_rotary, full_bias)
+                if kind == FULL
+                else layer(x, sliding_rotary, sliding_bias)
+            )
         return self.norm(x)  # type: ignore[no-any-return]
 
     def biases(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -157,17 +189,18 @@ class Encoder(nn.Module):
             (B, dim) float32 unit vectors of the full width.
         """
         real = mask.bool()
-        pooled = self.pooler(self.hidden_states(ids, real), real)                     # (B, D)
+        pooled = self.pooler(self.hidden_states(ids, real), real)  # (B, D)
         for dense in self.dense:
-            pooled = dense(pooled.to(dense.weight.dtype))                             # (B, 3072), then (B, 768)
+            pooled = dense(pooled.to(dense.weight.dtype))  # (B, 3072), then (B, 768)
         return F.normalize(pooled.float(), dim=-1)
 
 
 def attention_biases(mask: Tensor, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What is added to the scores of full and of sliding layers: 0 where token i may see token j, MASKED elsewhere.
+    """What is added to the scores of full and of sliding layers: 0 where token i may see token j,
+    MASKED elsewhere.
 
-    Every real key is seen by full layers; sliding layers see real keys with |i - j| <= window. Distances are between
-    indices, so the side of the padding does not matter.
+    Every real key is seen by full layers; sliding layers see real keys with |i - j| <= window.
+    Distances are between indices, so the side of the padding does not matter.
 
     Args:
         mask: (B, T) bool.
@@ -177,8 +210,8 @@ def attention_biases(mask: Tensor, window: int, dtype: torch.dtype) -> tuple[Ten
     """
     B, T = mask.shape
     position = torch.arange(T, device=mask.device)
-    near = (position[:, None] - position[None, :]).abs() <= window                   # (T, T)
-    real = mask[:, None, None, :].expand(B, 1, T, T)                                 # (B, 1, T, T)
+    near = (position[:, None] - position[None, :]).abs() <= window  # (T, T)
+    real = mask[:, None, None, :].expand(B, 1, T, T)  # (B, 1, T, T)
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     masked = torch.full((), MASKED, dtype=dtype, device=mask.device)
     return torch.where(real, zero, masked), torch.where(real & near, zero, masked)
@@ -186,9 +219,13 @@ def attention_biases(mask: Tensor, window: int, dtype: torch.dtype) -> tuple[Ten
 
 def rotary_tables(tokens: int, channels: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """(T, C) cosines and sines, computed in float32, in the dtype and on the device of `like`."""
-    exponent = torch.arange(0, channels, 2, device=like.device, dtype=torch.int64).float() / channels  # (C/2,)
-    angle = torch.arange(tokens, device=like.device).float()[:, None] * (1.0 / theta**exponent)       # (T, C/2)
-    angle = torch.cat((angle, angle), dim=-1)                                                          # (T, C)
+    pair = torch.arange(0, channels, 2, device=like.device, dtype=torch.int64)
+    position = torch.arange(tokens, device=like.device).float()
+    # fmt: off
+    exponent = pair.float() / channels                        # (C/2,)
+    angle = position[:, None] * (1.0 / theta**exponent)       # (T, C/2)
+    angle = torch.cat((angle, angle), dim=-1)                 # (T, C)
+    # fmt: on
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
@@ -198,7 +235,9 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """Differentiated by hand: the way back needs the tables alone, where torch would keep two copies of x."""
+    """Differentiated by hand: the way back needs the tables alone, where torch would keep two
+    copies of x.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,13 +19,17 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     """The encoder of a checkpoint, in evaluation mode.
 
     Args:
-        dtype: float32 or bfloat16. float16 is refused: this family's activations reach 800,000, float16 ends at 65,504.
+        dtype: float32 or bfloat16. float16 is refused: this family's activations reach 800,000,
+            float16 ends at 65,504.
 
     Raises:
         CheckpointError: a tensor is missing, surplus, of another shape, not float, or not finite.
     """
     if dtype not in (torch.float32, torch.bfloat16):
-        raise CheckpointError(f"dtype={dtype}: EmbeddingGemma computes in float32 or bfloat16 only; its activations overflow float16.")
+        raise CheckpointError(
+            f"dtype={dtype}: EmbeddingGemma computes in float32 or bfloat16 only; its activations "
+            "overflow float16."
+        )
     with torch.device("meta"):
         encoder = Encoder(checkpoint.config).to(dtype)
     wanted = {name: weight.shape for name, weight in encoder.named_parameters()}
@@ -39,14 +43,21 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or surplus:
         raise CheckpointError(
-            f"{checkpoint.folder}: {len(missing)} tensors are missing {missing[:3]} and {len(surplus)} are not understood {surplus[:3]}. "
+            f"{checkpoint.folder}: {len(missing)} tensors are missing {missing[:3]} and "
+            f"{len(surplus)} are not understood {surplus[:3]}. "
             "The published layout has names such as layers.0.mlp.up_proj.weight, without a prefix."
         )
     for name, weight in found.items():
         if weight.shape != wanted[name]:
-            raise CheckpointError(f"{checkpoint.folder}: {name} has shape {tuple(weight.shape)}, the config says {tuple(wanted[name])}.")
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} has shape {tuple(weight.shape)}, the config says "
+                f"{tuple(wanted[name])}."
+            )
         if not torch.isfinite(weight).all():
-            raise CheckpointError(f"{checkpoint.folder}: {name} holds NaN or infinite values; the file is damaged or training diverged.")
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} holds NaN or infinite values; the file is damaged or "
+                "training diverged."
+            )
     encoder.load_state_dict(found, strict=True, assign=True)
     return encoder.eval().requires_grad_(False)
 
@@ -62,4 +73,7 @@ def _read(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
                 tensors[name] = file.get_tensor(name).to(dtype)
             return tensors
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}. It may be cut off; fetch it again.") from error
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file: {error}. It may be cut off; fetch it "
+            "again."
+        ) from error

@@ -1,4 +1,7 @@
-"""From token vectors to one vector per text. EmbeddingGemma uses the mean; the others are the report's ablation."""
+"""From token vectors to one vector per text.
+
+EmbeddingGemma uses the mean; the others are the report's ablation.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """
     _check(hidden, mask)
     # `where`, not a product: a NaN in a padded row times 0 would still be NaN.
-    kept = torch.where(mask.unsqueeze(-1), hidden.float(), 0.0)              # (B, T, D)
-    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True)                   # (B, D)
+    kept = torch.where(mask.unsqueeze(-1), hidden.float(), 0.0)  # (B, T, D)
+    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True)  # (B, D)
 
 
 def first_pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -57,7 +60,8 @@ class LastPooler(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """softmax(q Kᵀ / sqrt(D)) V over the real tokens, with a learned query and learned K and V projections.
+    """softmax(q Kᵀ / sqrt(D)) V over the real tokens, with a learned query and learned K and V
+    projections.
 
     Source: arXiv:2509.20354 section 4.1 (ablation, 4 heads).
     """
@@ -76,7 +80,9 @@ class AttentionPooler(nn.Module):
         B, T, D = hidden.shape
         shape = (B, T, self.heads, D // self.heads)
         key, value = self.key(hidden).float().view(shape), self.value(hidden).float().view(shape)
-        scores = torch.einsum("hc,bthc->bht", self.query.float().view(shape[2:]), key) / D**0.5   # (B, heads, T)
+        scores = (
+            torch.einsum("hc,bthc->bht", self.query.float().view(shape[2:]), key) / D**0.5
+        )  # (B, heads, T)
         weights = scores.masked_fill(~mask[:, None, :], torch.finfo(torch.float32).min).softmax(-1)
         value = torch.where(mask[:, :, None, None], value, 0.0)
         return torch.einsum("bht,bthc->bhc", weights, value).reshape(B, D)
@@ -86,17 +92,23 @@ def make_pooler(name: str, width: int) -> nn.Module:
     """The pooler of that name; see `egemma_core.config.POOLINGS`."""
     if name == "attention":
         return AttentionPooler(width)
-    poolers: dict[str, type[nn.Module]] = {"mean": MeanPooler, "first": FirstPooler, "last": LastPooler}
+    poolers: dict[str, type[nn.Module]] = {
+        "mean": MeanPooler,
+        "first": FirstPooler,
+        "last": LastPooler,
+    }
     if name not in poolers:
         raise ConfigError(f"pooling={name!r}: one of {[*poolers, 'attention']}.")
     return poolers[name]()
 
 
 def _at(hidden: Tensor, position: Tensor) -> Tensor:
-    index = position.view(-1, 1, 1).expand(-1, 1, hidden.shape[2])           # (B, 1, D)
-    return hidden.gather(1, index).squeeze(1).float()                        # (B, D)
+    index = position.view(-1, 1, 1).expand(-1, 1, hidden.shape[2])  # (B, 1, D)
+    return hidden.gather(1, index).squeeze(1).float()  # (B, D)
 
 
 def _check(hidden: Tensor, mask: Tensor) -> None:
     if hidden.shape[:2] != mask.shape:
-        raise ShapeError(f"mask is {tuple(mask.shape)}, hidden {tuple(hidden.shape)}: B and T must agree.")
+        raise ShapeError(
+            f"mask is {tuple(mask.shape)}, hidden {tuple(hidden.shape)}: B and T must agree."
+        )

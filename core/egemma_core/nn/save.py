@@ -1,4 +1,6 @@
-"""An encoder as a checkpoint folder in the published layout, which sentence-transformers opens too."""
+"""An encoder as a checkpoint folder in the published layout, which sentence-transformers
+opens too.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,25 @@ from egemma_core.errors import CheckpointError, ConfigError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.prompts import Prompts
 
-# The published layout has no attention pooling: sentence-transformers and egemma-export refuse such a folder by its mode.
+# The published layout has no attention pooling: sentence-transformers and egemma-export refuse such
+# a folder by its mode.
 _POOLING_MODES = {"mean": "mean", "first": "cls", "last": "lasttoken", "attention": "attention"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def save_checkpoint(
-    encoder: Encoder, tokenizer_path: Path, prompts: Prompts, folder: Path, *, dtype: torch.dtype = torch.float32
+    encoder: Encoder,
+    tokenizer_path: Path,
+    prompts: Prompts,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write `folder` whole or not at all. `open_checkpoint` and `load_encoder` read it back.
 
     Args:
-        tokenizer_path: a SentencePiece BPE model; it is copied, and rewritten as the tokenizer.json that transformers wants.
+        tokenizer_path: a SentencePiece BPE model; it is copied, and rewritten as the tokenizer.json
+            that transformers wants.
         dtype: of the stored weights, float32 or bfloat16.
 
     Raises:
@@ -44,10 +53,15 @@ def save_checkpoint(
         raise ConfigError(f"dtype={dtype}: one of {[str(known) for known in _DTYPE_NAMES]}.")
     if folder.exists():
         raise CheckpointError(f"{folder} exists. Remove it, or save to another folder.")
-    weights = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in encoder.named_parameters()}
+    weights = {
+        name: weight.detach().to("cpu", dtype).contiguous()
+        for name, weight in encoder.named_parameters()
+    }
     damaged = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if damaged:
-        raise CheckpointError(f"{damaged[:3]} hold NaN or infinite values; training diverged, nothing was saved.")
+        raise CheckpointError(
+            f"{damaged[:3]} hold NaN or infinite values; training diverged, nothing was saved."
+        )
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -61,10 +75,20 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder: Path, config: EncoderConfig, weights: dict[str, Tensor], tokenizer_path: Path, prompts: Prompts) -> None:
+def _write(
+    folder: Path,
+    config: EncoderConfig,
+    weights: dict[str, Tensor],
+    tokenizer_path: Path,
+    prompts: Prompts,
+) -> None:
     dense = {name: weight for name, weight in weights.items() if name.startswith("dense.")}
     metadata = {"format": "pt"}  # transformers refuses files without it
-    save_file({name: weight for name, weight in weights.items() if name not in dense}, folder / WEIGHTS, metadata=metadata)
+    save_file(
+        {name: weight for name, weight in weights.items() if name not in dense},
+        folder / WEIGHTS,
+        metadata=metadata,
+    )
     shutil.copyfile(tokenizer_path, folder / TOKENIZER)
     _json(folder / "config.json", _transformer(config, _DTYPE_NAMES[weights["norm.weight"].dtype]))
     _json(
@@ -82,7 +106,9 @@ def _write(folder: Path, config: EncoderConfig, weights: dict[str, Tensor], toke
         {
             "transformer_task": "feature-extraction",
             "max_seq_length": config.max_tokens,
-            "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+            "modality_config": {
+                "text": {"method": "forward", "method_output_name": "last_hidden_state"}
+            },
             "module_output_name": "token_embeddings",
         },
     )
@@ -108,7 +134,9 @@ def _write(folder: Path, config: EncoderConfig, weights: dict[str, Tensor], toke
                 **flow,
             },
         )
-        save_file({"linear.weight": dense[f"dense.{position}.weight"]}, place / WEIGHTS, metadata=metadata)
+        save_file(
+            {"linear.weight": dense[f"dense.{position}.weight"]}, place / WEIGHTS, metadata=metadata
+        )
         types.append("base.modules.dense.Dense")
     _json(folder / f"{len(types)}_Normalize/config.json", flow)
     types.append("base.modules.normalize.Normalize")
@@ -178,26 +206,37 @@ def _transformer(config: EncoderConfig, dtype: str) -> dict[str, Any]:
 
 
 def tokenizer_json(path: Path) -> dict[str, Any]:
-    """A SentencePiece BPE model in the `tokenizers` format: same ids, [BOS] pieces [EOS] around a text.
+    """A SentencePiece BPE model in the `tokenizers` format: same ids, [BOS] pieces [EOS] around a
+    text.
 
-    SentencePiece stores pieces in merge order and not what was merged. Every split of a piece into two pieces is a
-    merge, in the order of the piece it makes and, for several splits of one, of its parts.
+    SentencePiece stores pieces in merge order and not what was merged. Every split of a piece into
+    two pieces is a merge, in the order of the piece it makes and, for several splits of one, of its
+    parts.
 
     Source: transformers, convert_slow_tokenizer.generate_merges and GemmaTokenizer.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     pieces = [model.id_to_piece(token) for token in range(model.vocab_size())]
     ids = {piece: token for token, piece in enumerate(pieces)}
-    controls = [token for token in range(len(pieces)) if model.is_control(token) or model.is_unknown(token)]
-    others = [token for token in range(len(pieces)) if token not in controls and not model.is_byte(token)]
-    # SentencePiece scores what it merged -0, -1, -2, ... and pieces that a user defined +0; its Python class tells no more.
+    controls = [
+        token for token in range(len(pieces)) if model.is_control(token) or model.is_unknown(token)
+    ]
+    others = [
+        token for token in range(len(pieces)) if token not in controls and not model.is_byte(token)
+    ]
+    # SentencePiece scores what it merged -0, -1, -2, ... and pieces that a user defined +0; its
+    # Python class tells no more.
     normal = [token for token in others if math.copysign(1, model.get_score(token)) < 0]
     user_defined = sorted(set(others) - set(normal))
     mergeable = {pieces[token] for token in normal}
     merges = []
     for token in sorted(normal, key=model.get_score, reverse=True):
         piece = pieces[token]
-        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece)) if piece[:at] in mergeable and piece[at:] in mergeable]
+        splits = [
+            (piece[:at], piece[at:])
+            for at in range(1, len(piece))
+            if piece[:at] in mergeable and piece[at:] in mergeable
+        ]
         merges += sorted(splits, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
 
     def added(token: int, special: bool) -> dict[str, Any]:
@@ -220,7 +259,10 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [*(added(token, True) for token in controls), *(added(token, False) for token in user_defined)],
+        "added_tokens": [
+            *(added(token, True) for token in controls),
+            *(added(token, False) for token in user_defined),
+        ],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         "pre_tokenizer": None,
         "post_processor": {

@@ -1,4 +1,6 @@
-"""A run's log as one picture: what the loss did, what the dev sets said, and how the steps were taken."""
+"""A run's log as one picture: what the loss did, what the dev sets said, and how the steps were
+taken.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from egemma_core.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FACTS = ("step", "source", "loss", "gradient_norm", "learning_rate", "tokens", "seconds", "dev")   # whatever else a line has is a part of the loss
+# whatever else a line has is a part of the loss
+FACTS = ("step", "source", "loss", "gradient_norm", "learning_rate", "tokens", "seconds", "dev")
 MOST_COLOURS = 10
 Line = dict[str, Any]
 
@@ -23,8 +26,9 @@ def draw(log: Path, png: Path) -> None:
     """Draw `log` into `png`, whole or not at all.
 
     Args:
-        log: JSON lines of a run: {"step", "source", "loss", its parts, "gradient_norm", "learning_rate", ...} and {"step", "dev": {"score", ...}}.
-            A last line without its end, as a killed run leaves it, is not drawn.
+        log: JSON lines of a run: {"step", "source", "loss", its parts, "gradient_norm",
+            "learning_rate", ...} and {"step", "dev": {"score", ...}}. A last line without its end,
+            as a killed run leaves it, is not drawn.
 
     Raises:
         InputError: the log is absent, a line is none of these, or there is no step in it.
@@ -35,10 +39,18 @@ def draw(log: Path, png: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("drawing curves needs matplotlib: pip install 'egemma[train]'.") from error
+        raise ConfigError(
+            "drawing curves needs matplotlib: pip install 'egemma[train]'."
+        ) from error
     figure = Figure(figsize=(9, 8 if dev else 5.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(3 if dev else 2, 1, sharex=True, squeeze=False, height_ratios=[4, 2.4, 1.3] if dev else [4, 1.3])[:, 0]
+    axes = figure.subplots(
+        3 if dev else 2,
+        1,
+        sharex=True,
+        squeeze=False,
+        height_ratios=[4, 2.4, 1.3] if dev else [4, 1.3],
+    )[:, 0]
     _draw_loss(axes[0], steps)
     if dev:
         _draw_dev(axes[1], dev)
@@ -58,28 +70,75 @@ def draw(log: Path, png: Path) -> None:
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """The median of each value and its neighbours, `width` in all, fewer at the ends: batches of several datasets jump, their median does not."""
-    return [statistics.median(values[max(0, index - width // 2) : index + width // 2 + 1]) for index in range(len(values))]
+    """The median of each value and its neighbours, `width` in all, fewer at the ends: batches of
+    several datasets jump, their median does not.
+    """
+    return [
+        statistics.median(values[max(0, index - width // 2) : index + width // 2 + 1])
+        for index in range(len(values))
+    ]
 
 
 def _draw_loss(axis: Axes, steps: Sequence[Line]) -> None:
-    """Points by dataset, and smoothed lines of the total and, where there are several, its parts."""
+    """Points by dataset, and smoothed lines of the total and, where there are several, its
+    parts.
+    """
     numbers = [line["step"] for line in steps]
     width, size = max(5, len(steps) // 15), min(8.0, max(3.5, 200 / len(steps)))
-    sources = sorted({str(line["source"]) for line in steps if "source" in line}, key=lambda source: (-sum(line.get("source") == source for line in steps), source))
+    sources = sorted(
+        {str(line["source"]) for line in steps if "source" in line},
+        key=lambda source: (-sum(line.get("source") == source for line in steps), source),
+    )
     for index, source in enumerate(sources):
         own = [line for line in steps if line.get("source") == source]
         named = index < MOST_COLOURS
-        label = source if named else f"{len(sources) - MOST_COLOURS} more" if index == MOST_COLOURS else None
-        axis.plot([line["step"] for line in own], [line["loss"] for line in own], ".", markersize=size, alpha=0.55, color=f"C{index}" if named else "0.75",
-                  label=label, zorder=2)
-    axis.plot(numbers, smooth([line["loss"] for line in steps], width), color="black", linewidth=1.8, label="loss, median", zorder=4)
-    parts = sorted({name for line in steps for name, value in line.items() if name not in FACTS and isinstance(value, int | float)})
+        label = (
+            source
+            if named
+            else f"{len(sources) - MOST_COLOURS} more"
+            if index == MOST_COLOURS
+            else None
+        )
+        axis.plot(
+            [line["step"] for line in own],
+            [line["loss"] for line in own],
+            ".",
+            markersize=size,
+            alpha=0.55,
+            color=f"C{index}" if named else "0.75",
+            label=label,
+            zorder=2,
+        )
+    axis.plot(
+        numbers,
+        smooth([line["loss"] for line in steps], width),
+        color="black",
+        linewidth=1.8,
+        label="loss, median",
+        zorder=4,
+    )
+    parts = sorted(
+        {
+            name
+            for line in steps
+            for name, value in line.items()
+            if name not in FACTS and isinstance(value, int | float)
+        }
+    )
     if len(parts) > 1:
-        for part, style in zip(parts, ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))), strict=False):
+        for part, style in zip(
+            parts, ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))), strict=False
+        ):
             own = [line for line in steps if part in line]
-            axis.plot([line["step"] for line in own], smooth([line[part] for line in own], width), color="0.35", linestyle=style, linewidth=1.2,
-                      label=part.replace("_", " "), zorder=3)
+            axis.plot(
+                [line["step"] for line in own],
+                smooth([line[part] for line in own], width),
+                color="0.35",
+                linestyle=style,
+                linewidth=1.2,
+                label=part.replace("_", " "),
+                zorder=3,
+            )
     axis.set_ylabel("loss")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
 
@@ -88,8 +147,16 @@ def _draw_dev(axis: Axes, dev: Sequence[Line]) -> None:
     numbers, scores = [line["step"] for line in dev], [line["dev"]["score"] for line in dev]
     best = max(range(len(scores)), key=lambda index: scores[index])
     axis.plot(numbers, scores, "o-", color="black", markersize=3, linewidth=1.4)
-    axis.plot(numbers[best], scores[best], "o", markersize=9, markerfacecolor="none", markeredgecolor="C3", markeredgewidth=1.6,
-              label=f"best: {scores[best]:.4f}\nat step {numbers[best]:,}")
+    axis.plot(
+        numbers[best],
+        scores[best],
+        "o",
+        markersize=9,
+        markerfacecolor="none",
+        markeredgecolor="C3",
+        markeredgewidth=1.6,
+        label=f"best: {scores[best]:.4f}\nat step {numbers[best]:,}",
+    )
     axis.set_ylabel("dev score")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
 
@@ -97,14 +164,25 @@ def _draw_dev(axis: Axes, dev: Sequence[Line]) -> None:
 def _draw_rate(axis: Axes, steps: Sequence[Line]) -> None:
     """Learning rate, and the gradient's norm on an axis of its own."""
     own = [line for line in steps if "learning_rate" in line]
-    axis.plot([line["step"] for line in own], [line["learning_rate"] for line in own], color="C0", linewidth=1.2)
+    axis.plot(
+        [line["step"] for line in own],
+        [line["learning_rate"] for line in own],
+        color="C0",
+        linewidth=1.2,
+    )
     axis.set_ylabel("learning\nrate", color="C0")
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     axis.set_ylim(bottom=0)
     normed = [line for line in steps if "gradient_norm" in line]
     if normed:
         other = axis.twinx()
-        other.plot([line["step"] for line in normed], [line["gradient_norm"] for line in normed], color="C1", linewidth=0.7, alpha=0.8)
+        other.plot(
+            [line["step"] for line in normed],
+            [line["gradient_norm"] for line in normed],
+            color="C1",
+            linewidth=0.7,
+            alpha=0.8,
+        )
         other.set_ylabel("gradient\nnorm", color="C1")
         other.set_ylim(bottom=0)
         other.spines[["top"]].set_visible(False)
@@ -113,9 +191,12 @@ def _draw_rate(axis: Axes, steps: Sequence[Line]) -> None:
 def _read(log: Path) -> tuple[list[Line], list[Line]]:
     """Lines of steps, and lines of dev scores."""
     try:
-        lines = log.read_text(encoding="utf-8").split("\n")[:-1]   # what follows the last line break is empty, or cut off
+        # what follows the last line break is empty, or cut off
+        lines = log.read_text(encoding="utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{log}: not readable ({error}). A run writes log.jsonl into its folder.") from error
+        raise InputError(
+            f"{log}: not readable ({error}). A run writes log.jsonl into its folder."
+        ) from error
     steps, dev = [], []
     for number, text in enumerate(lines, 1):
         try:
@@ -123,13 +204,22 @@ def _read(log: Path) -> tuple[list[Line], list[Line]]:
         except ValueError as error:
             raise InputError(f"{log}, line {number}: not JSON ({error}).") from error
         kind = "dev" if isinstance(line, dict) and "dev" in line else "loss"
-        value = line.get(kind) if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-        if kind == "dev" and isinstance(value, dict) and isinstance(value.get("score"), int | float):
+        value = (
+            line.get(kind) if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+        )
+        if (
+            kind == "dev"
+            and isinstance(value, dict)
+            and isinstance(value.get("score"), int | float)
+        ):
             dev.append(line)
         elif kind == "loss" and isinstance(value, int | float):
             steps.append(line)
         else:
-            raise InputError(f"{log}, line {number}: want step with loss, or step with dev and its score; found {text[:60]}.")
+            raise InputError(
+                f"{log}, line {number}: want step with loss, or step with dev and its score; found "
+                f"{text[:60]}."
+            )
     if not steps:
         raise InputError(f"{log}: no step in it yet. Draw when the run has logged one.")
     return steps, dev

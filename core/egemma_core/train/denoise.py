@@ -1,9 +1,12 @@
-"""Stage 0: a decoder-only model's weights learn to see both sides, as the encoder of an encoder-decoder that restores damaged texts (UL2).
+"""Stage 0: a decoder-only model's weights learn to see both sides, as the encoder of an
+encoder-decoder that restores damaged texts (UL2).
 
-Also the plain language model, for those who have no decoder-only checkpoint to begin with. Both are objectives of `egemma_core.train.loop`.
+Also the plain language model, for those who have no decoder-only checkpoint to begin with. Both are
+objectives of `egemma_core.train.loop`.
 
-Source: arXiv:2509.20354 section 2.3; T5Gemma, arXiv:2504.06225 (K = 1,000 steps of cross-attention alone where it starts fresh); T5Gemma 2,
-arXiv:2512.14856. Texts are drawn one by one, each as often as any other; neither paper says how theirs are cut and packed.
+Source: arXiv:2509.20354 section 2.3; T5Gemma, arXiv:2504.06225 (K = 1,000 steps of cross-attention
+alone where it starts fresh); T5Gemma 2, arXiv:2512.14856. Texts are drawn one by one, each as often
+as any other; neither paper says how theirs are cut and packed.
 """
 
 from __future__ import annotations
@@ -30,26 +33,51 @@ from egemma_core.train.ranks import ALONE, Ranks
 from egemma_core.train.texts import TextConfig, Texts, tokenize, usable, whole_texts, window
 from egemma_core.train.ul2 import TASKS, Denoised, SpecialTokens, denoise
 
-SHORTEST = 4   # tokens of a text from which spans can be taken out
-_TASK_SLOTS = tuple(index for index, task in enumerate(TASKS) for _ in range(task.weight))   # the mixture, as a row of tasks
-_WINDOWS, _DEV = 2, 3   # keep the random numbers of different uses apart; egemma_core.train.texts has 1
+SHORTEST = 4  # tokens of a text from which spans can be taken out
+# the mixture, as a row of tasks
+_TASK_SLOTS = tuple(index for index, task in enumerate(TASKS) for _ in range(task.weight))
+# keep the random numbers of different uses apart; egemma_core.train.texts has 1
+_WINDOWS, _DEV = 2, 3
 Chunk = TypeVar("Chunk")
 
 
 class DenoisingObjective:
-    """The encoder reads a damaged text, a decoder that is thrown away afterwards writes what is missing.
+    """The encoder reads a damaged text, a decoder that is thrown away afterwards writes what is
+    missing.
 
     Args:
-        encoder: a decoder's weights (`read_decoder`), float32, on the device of `ranks`. It is trained in place; its head is not.
-        dev: texts for `evaluate`, each damaged once and for all, the tasks in the shares of their mixture.
-        cross, cross_steps: how cross-attention starts, and for how many steps it is trained alone where it starts "fresh".
+        encoder: a decoder's weights (`read_decoder`), float32, on the device of `ranks`. It is
+            trained in place; its head is not.
+        dev: texts for `evaluate`, each damaged once and for all, the tasks in the shares of their
+            mixture.
+        cross, cross_steps: how cross-attention starts, and for how many steps it is trained alone
+            where it starts "fresh".
     """
 
-    def __init__(self, encoder: Encoder, texts: Sequence[str], config: TextConfig, *, tokenizer_path: Path, prompts: Prompts, dev: Sequence[str] = (),
-                 cross: CrossInit = "balanced", cross_steps: int = 0, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        texts: Sequence[str],
+        config: TextConfig,
+        *,
+        tokenizer_path: Path,
+        prompts: Prompts,
+        dev: Sequence[str] = (),
+        cross: CrossInit = "balanced",
+        cross_steps: int = 0,
+        ranks: Ranks = ALONE,
+    ) -> None:
         if cross_steps < 0 or (cross_steps and cross == "balanced"):
-            raise ConfigError(f"cross_steps={cross_steps} with cross={cross!r}: only cross-attention that starts 'fresh' is trained alone at first.")
-        self.encoder, self.config, self.cross_steps, self.ranks = encoder, config, cross_steps, ranks
+            raise ConfigError(
+                f"cross_steps={cross_steps} with cross={cross!r}: only cross-attention that starts "
+                "'fresh' is trained alone at first."
+            )
+        self.encoder, self.config, self.cross_steps, self.ranks = (
+            encoder,
+            config,
+            cross_steps,
+            ranks,
+        )
         self.tokenizer_path, self.prompts = tokenizer_path, prompts
         tokenizer = whole_texts(tokenizer_path, encoder.config, config)
         self.special = SpecialTokens.of(tokenizer)
@@ -59,31 +87,60 @@ class DenoisingObjective:
         if config.compile:
             compile_layers((*encoder.layers, *self.model.decoder.layers), ranks.device)
         draw = np.random.default_rng((config.seed, _DEV))
-        self.dev = [denoise(window(tokenize(text, tokenizer), config.max_tokens - 2, draw), self.special, draw, _TASK_SLOTS[index % len(_TASK_SLOTS)])
-                    for index, text in enumerate(usable(dev, tokenizer, SHORTEST, reserved)[0])]
+        self.dev = [
+            denoise(
+                window(tokenize(text, tokenizer), config.max_tokens - 2, draw),
+                self.special,
+                draw,
+                _TASK_SLOTS[index % len(_TASK_SLOTS)],
+            )
+            for index, text in enumerate(usable(dev, tokenizer, SHORTEST, reserved)[0])
+        ]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {**dict(self.encoder.named_parameters()), **{f"decoder.{name}": weight for name, weight in self.model.decoder.named_parameters()}}
+        return {
+            **dict(self.encoder.named_parameters()),
+            **{f"decoder.{name}": weight for name, weight in self.model.decoder.named_parameters()},
+        }
 
     def examples(self, step: int) -> list[Denoised]:
-        """That step's batch. Neither side of an example is longer than `max_tokens`: a span is no shorter than its sentinel."""
+        """That step's batch.
+
+        Neither side of an example is longer than `max_tokens`: a span is no shorter than its
+        sentinel.
+        """
         draw = np.random.default_rng((self.config.seed, _WINDOWS, step))
-        return [denoise(window(ids, self.config.max_tokens - 2, draw), self.special, draw) for ids in self.texts.at(step)]
+        return [
+            denoise(window(ids, self.config.max_tokens - 2, draw), self.special, draw)
+            for ids in self.texts.at(step)
+        ]
 
     def backward(self, step: int) -> Outcome:
         examples = self.examples(step)
         targets = sum(len(example.target) for example in examples)
         mine = examples[self.ranks.share(len(examples))]
-        trained = self.model.cross_parameters() if step < self.cross_steps else list(self.model.parameters())
+        trained = (
+            self.model.cross_parameters()
+            if step < self.cross_steps
+            else list(self.model.parameters())
+        )
         self.model.train()
         with only(trained, self.model.parameters()):
-            loss = self.ranks.sum(backward_in_parts(in_chunks(mine, self.config.chunk_tokens), self._loss, targets))
+            loss = self.ranks.sum(
+                backward_in_parts(in_chunks(mine, self.config.chunk_tokens), self._loss, targets)
+            )
         self.ranks.sum_gradients(trained)
-        return Outcome({"loss": float(loss)}, targets + sum(len(example.source) for example in examples), "denoising")
+        return Outcome(
+            {"loss": float(loss)},
+            targets + sum(len(example.source) for example in examples),
+            "denoising",
+        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean nats of a token that is to be written, below zero so that higher is better: "score" over all, and for each task by its name."""
+        """Mean nats of a token that is to be written, below zero so that higher is better: "score"
+        over all, and for each task by its name.
+        """
         if not self.dev:
             return {}
         scores: dict[str, float] = {}
@@ -91,7 +148,9 @@ class DenoisingObjective:
         for index, task in enumerate(TASKS):
             own = [example for example in self.dev if example.task == index]
             if own:
-                nats = sum(float(self._loss(chunk)) for chunk in in_chunks(own, self.config.chunk_tokens))
+                nats = sum(
+                    float(self._loss(chunk)) for chunk in in_chunks(own, self.config.chunk_tokens)
+                )
                 scores[task.name] = -nats / sum(len(example.target) for example in own)
                 total += nats
         return {"score": -total / sum(len(example.target) for example in self.dev), **scores}
@@ -102,40 +161,77 @@ class DenoisingObjective:
     def _loss(self, chunk: Sequence[Denoised]) -> Tensor:
         """Nats of all target tokens of the chunk, summed."""
         config, device = self.encoder.config, self.ranks.device
-        source, source_mask = pad([example.source for example in chunk], config.pad_id, device)                       # (b, T)
-        target, target_mask = pad([(config.bos_id, *example.target[:-1]) for example in chunk], config.pad_id, device)  # (b, S)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            hidden = self.model.hidden_states(source, source_mask, target)                                            # (b, S, D)
-        return token_loss(hidden[target_mask], self.encoder.embed_tokens.weight, flat([example.target for example in chunk], device))
+        # (b, T)
+        source, source_mask = pad([example.source for example in chunk], config.pad_id, device)
+        # (b, S)
+        target, target_mask = pad(
+            [(config.bos_id, *example.target[:-1]) for example in chunk], config.pad_id, device
+        )
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
+        ):
+            hidden = self.model.hidden_states(source, source_mask, target)  # (b, S, D)
+        return token_loss(
+            hidden[target_mask],
+            self.encoder.embed_tokens.weight,
+            flat([example.target for example in chunk], device),
+        )
 
 
 class LanguageModelObjective:
-    """The next token of plain texts: makes a decoder-only checkpoint, which `save` writes, out of an encoder's layers under causal masks."""
+    """The next token of plain texts: makes a decoder-only checkpoint, which `save` writes, out of
+    an encoder's layers under causal masks.
+    """
 
-    def __init__(self, encoder: Encoder, texts: Sequence[str], config: TextConfig, *, tokenizer_path: Path, dev: Sequence[str] = (),
-                 ranks: Ranks = ALONE) -> None:
-        self.encoder, self.config, self.tokenizer_path, self.ranks = encoder, config, tokenizer_path, ranks
+    def __init__(
+        self,
+        encoder: Encoder,
+        texts: Sequence[str],
+        config: TextConfig,
+        *,
+        tokenizer_path: Path,
+        dev: Sequence[str] = (),
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.encoder, self.config, self.tokenizer_path, self.ranks = (
+            encoder,
+            config,
+            tokenizer_path,
+            ranks,
+        )
         if config.compile:
             compile_layers(encoder.layers, ranks.device)
         tokenizer = whole_texts(tokenizer_path, encoder.config, config)
         self.texts = Texts(texts, tokenizer, config, 1)
         draw = np.random.default_rng((config.seed, _DEV))
-        self.dev = [window((*tokenize(text, tokenizer), encoder.config.eos_id), config.max_tokens, draw) for text in usable(dev, tokenizer, 1)[0]]
+        self.dev = [
+            window((*tokenize(text, tokenizer), encoder.config.eos_id), config.max_tokens, draw)
+            for text in usable(dev, tokenizer, 1)[0]
+        ]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By their names in the file that `save` writes."""
-        return {f"model.{name}": weight for name, weight in self.encoder.named_parameters() if not name.startswith(("dense.", "pooler."))}
+        return {
+            f"model.{name}": weight
+            for name, weight in self.encoder.named_parameters()
+            if not name.startswith(("dense.", "pooler."))
+        }
 
     def rows(self, step: int) -> list[Ids]:
         """What is to be written behind BOS: a text and EOS, or a window of that."""
         draw = np.random.default_rng((self.config.seed, _WINDOWS, step))
-        return [window((*ids, self.encoder.config.eos_id), self.config.max_tokens, draw) for ids in self.texts.at(step)]
+        return [
+            window((*ids, self.encoder.config.eos_id), self.config.max_tokens, draw)
+            for ids in self.texts.at(step)
+        ]
 
     def backward(self, step: int) -> Outcome:
         rows = self.rows(step)
         tokens = sum(map(len, rows))
         self.encoder.train()
-        loss = self.ranks.sum(backward_in_parts(self._chunks(rows[self.ranks.share(len(rows))]), self._loss, tokens))
+        loss = self.ranks.sum(
+            backward_in_parts(self._chunks(rows[self.ranks.share(len(rows))]), self._loss, tokens)
+        )
         self.ranks.sum_gradients(self.parameters().values())
         return Outcome({"loss": float(loss)}, tokens, "language model")
 
@@ -144,30 +240,42 @@ class LanguageModelObjective:
         """Mean nats of a token, below zero so that higher is better."""
         if not self.dev:
             return {}
-        return {"score": -sum(float(self._loss(chunk)) for chunk in self._chunks(self.dev)) / sum(map(len, self.dev))}
+        return {
+            "score": -sum(float(self._loss(chunk)) for chunk in self._chunks(self.dev))
+            / sum(map(len, self.dev))
+        }
 
     def save(self, folder: Path) -> None:
         save_decoder(self.encoder, self.tokenizer_path, folder)
 
     def _chunks(self, rows: Sequence[Ids]) -> list[list[Ids]]:
-        return [[rows[index] for index in chunk] for chunk in by_length(rows, self.config.chunk_tokens)]
+        return [
+            [rows[index] for index in chunk] for chunk in by_length(rows, self.config.chunk_tokens)
+        ]
 
     def _loss(self, rows: Sequence[Ids]) -> Tensor:
         config, device = self.encoder.config, self.ranks.device
-        ids, mask = pad([(config.bos_id, *row[:-1]) for row in rows], config.pad_id, device)                          # (b, S)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            hidden = causal_hidden_states(self.encoder, ids)                                                          # (b, S, D)
+        # (b, S)
+        ids, mask = pad([(config.bos_id, *row[:-1]) for row in rows], config.pad_id, device)
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
+        ):
+            hidden = causal_hidden_states(self.encoder, ids)  # (b, S, D)
         return token_loss(hidden[mask], self.encoder.embed_tokens.weight, flat(rows, device))
 
 
 def in_chunks(examples: Sequence[Denoised], chunk_tokens: int) -> list[list[Denoised]]:
-    """Examples that go together: of like shares of target and source, then of like length; both sides padded make at most `chunk_tokens`.
+    """Examples that go together: of like shares of target and source, then of like length; both
+    sides padded make at most `chunk_tokens`.
 
     An example that is longer than that goes alone.
     """
     chunks: list[list[Denoised]] = []
     longest = (0, 0)
-    for example in sorted(examples, key=lambda example: (TASKS[example.task].rate, len(example.source) + len(example.target))):
+    for example in sorted(
+        examples,
+        key=lambda example: (TASKS[example.task].rate, len(example.source) + len(example.target)),
+    ):
         together = max(longest[0], len(example.source)), max(longest[1], len(example.target))
         if chunks and (len(chunks[-1]) + 1) * sum(together) <= chunk_tokens:
             chunks[-1].append(example)
@@ -178,8 +286,12 @@ def in_chunks(examples: Sequence[Denoised], chunk_tokens: int) -> list[list[Deno
     return chunks
 
 
-def backward_in_parts(chunks: Sequence[Chunk], loss_of: Callable[[Chunk], Tensor], total: int) -> Tensor:
-    """The chunks' summed losses over `total`, detached, with its gradient added to every `.grad`: the same for every way to cut chunks."""
+def backward_in_parts(
+    chunks: Sequence[Chunk], loss_of: Callable[[Chunk], Tensor], total: int
+) -> Tensor:
+    """The chunks' summed losses over `total`, detached, with its gradient added to every `.grad`:
+    the same for every way to cut chunks.
+    """
     parts = []
     for chunk in chunks:
         part = loss_of(chunk) / total

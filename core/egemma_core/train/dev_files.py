@@ -1,4 +1,6 @@
-"""Dev sets from disk: retrieval folders and similarity files. A row that is no row is an error that names its file, line and field.
+"""Dev sets from disk: retrieval folders and similarity files.
+
+A row that is no row is an error that names its file, line and field.
 
 | file | row |
 | --- | --- |
@@ -27,9 +29,10 @@ from egemma_core.train.rows import Dataset
 class Retrieval:
     """Queries, the documents they search, and which are right."""
 
-    queries: Mapping[str, str]                          # id to text
-    documents: Mapping[str, tuple[str | None, str]]     # id to title and text
-    relevant: Mapping[str, Mapping[str, float]]         # query id to document id to degree, above 0; queries without one are absent
+    queries: Mapping[str, str]  # id to text
+    documents: Mapping[str, tuple[str | None, str]]  # id to title and text
+    # query id to document id to degree, above 0; queries without one are absent
+    relevant: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Judged:
 def read_retrieval(folder: Path) -> Retrieval:
     """
     Raises:
-        InputError: a file is absent or damaged, a row is bad, an id is unknown or given twice, or no query has a right document.
+        InputError: a file is absent or damaged, a row is bad, an id is unknown or given twice, or
+            no query has a right document.
     """
     queries: dict[str, str] = {}
     documents: dict[str, tuple[str | None, str]] = {}
@@ -54,22 +58,45 @@ def read_retrieval(folder: Path) -> Retrieval:
     path = _path(folder, "corpus")
     for number, row in _rows(path):
         title = _text(row, "title", path, number) if row.get("title") else None
-        documents[_new(row, "id", documents, path, number)] = (title, _text(row, "text", path, number))
+        documents[_new(row, "id", documents, path, number)] = (
+            title,
+            _text(row, "text", path, number),
+        )
     relevant: dict[str, dict[str, float]] = {}
     judged: set[tuple[str, str]] = set()
     path = _path(folder, "qrels")
     for number, row in _rows(path):
-        query, document, degree = _text(row, "q", path, number), _text(row, "d", path, number), _number(row, "rel", path, number)
+        query, document, degree = (
+            _text(row, "q", path, number),
+            _text(row, "d", path, number),
+            _number(row, "rel", path, number),
+        )
         if query not in queries or document not in documents:
-            raise InputError(f"{path}, line {number}: " + (f"no query has the id {query!r}." if query not in queries else f"no document has the id {document!r}."))
+            raise InputError(
+                f"{path}, line {number}: "
+                + (
+                    f"no query has the id {query!r}."
+                    if query not in queries
+                    else f"no document has the id {document!r}."
+                )
+            )
         if degree < 0 or (query, document) in judged:
-            raise InputError(f"{path}, line {number}: " + (f"rel={degree}, want 0 or more." if degree < 0 else f"{query!r} and {document!r} were judged before."))
+            raise InputError(
+                f"{path}, line {number}: "
+                + (
+                    f"rel={degree}, want 0 or more."
+                    if degree < 0
+                    else f"{query!r} and {document!r} were judged before."
+                )
+            )
         judged.add((query, document))
         if degree > 0:
             relevant.setdefault(query, {})[document] = degree
     if not relevant:
         raise InputError(f"{path}: no query has a right document (rel above 0).")
-    return Retrieval(queries, documents, {query: relevant[query] for query in queries if query in relevant})
+    return Retrieval(
+        queries, documents, {query: relevant[query] for query in queries if query in relevant}
+    )
 
 
 def read_similarity(path: Path, languages: Sequence[str] | None = None) -> list[Judged]:
@@ -84,15 +111,27 @@ def read_similarity(path: Path, languages: Sequence[str] | None = None) -> list[
         if languages is not None:
             seen.add(_text(row, "lang", path, number))
         if languages is None or row["lang"] in languages:
-            pairs.append(Judged(_text(row, "a", path, number), _text(row, "b", path, number), _number(row, "score", path, number)))
+            pairs.append(
+                Judged(
+                    _text(row, "a", path, number),
+                    _text(row, "b", path, number),
+                    _number(row, "score", path, number),
+                )
+            )
     absent = sorted(set(languages or ()) - seen)
     if absent or not pairs:
-        raise InputError(f"{path}: no row has lang {absent}; there are {sorted(seen)}." if absent else f"{path}: no rows.")
+        raise InputError(
+            f"{path}: no row has lang {absent}; there are {sorted(seen)}."
+            if absent
+            else f"{path}: no rows."
+        )
     return pairs
 
 
 def from_pairs(dataset: Dataset) -> Retrieval:
-    """Each query of a dataset against all of its positives; right are the positives of all rows with that query."""
+    """Each query of a dataset against all of its positives; right are the positives of all rows
+    with that query.
+    """
     queries = {row.query: row.query for row in dataset.rows}
     documents: dict[str, tuple[str | None, str]] = {}
     relevant: dict[str, dict[str, float]] = {}
@@ -104,10 +143,15 @@ def from_pairs(dataset: Dataset) -> Retrieval:
 
 
 def _path(folder: Path, name: str) -> Path:
-    found = [path for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if path.is_file()]
+    found = [
+        path for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if path.is_file()
+    ]
     if len(found) != 1:
-        raise InputError(f"{folder}: {'no' if not found else 'both a'} {name}.jsonl {'or' if not found else 'and a'} {name}.jsonl.gz; "
-                         "a retrieval set is a folder with one each of queries, corpus and qrels.")
+        raise InputError(
+            f"{folder}: {'no' if not found else 'both a'} {name}.jsonl "
+            f"{'or' if not found else 'and a'} {name}.jsonl.gz; "
+            "a retrieval set is a folder with one each of queries, corpus and qrels."
+        )
     return found[0]
 
 
@@ -119,7 +163,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise InputError(f"{path}, line {number}: {error}") from error
 
 
-def _new(row: Mapping[str, Any], field: str, known: Mapping[str, object], path: Path, number: int) -> str:
+def _new(
+    row: Mapping[str, Any], field: str, known: Mapping[str, object], path: Path, number: int
+) -> str:
     value = _text(row, field, path, number)
     if value in known:
         raise InputError(f"{path}, line {number}: field {field!r}: {value!r} was given before.")
@@ -128,7 +174,10 @@ def _new(row: Mapping[str, Any], field: str, known: Mapping[str, object], path: 
 
 def _text(row: Mapping[str, Any], field: str, path: Path, number: int) -> str:
     if field not in row:
-        raise InputError(f"{path}, line {number}: field {field!r}: found only {sorted(row)}, want a text that is not blank.")
+        raise InputError(
+            f"{path}, line {number}: field {field!r}: found only {sorted(row)}, want a text that "
+            "is not blank."
+        )
     try:
         return checked_text(row[field], field)
     except BadRowError as error:
@@ -138,5 +187,8 @@ def _text(row: Mapping[str, Any], field: str, path: Path, number: int) -> str:
 def _number(row: Mapping[str, Any], field: str, path: Path, number: int) -> float:
     value = row.get(field)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{path}, line {number}: field {field!r}: found {shortened(value) if field in row else f'only {sorted(row)}'}, want a number.")
+        raise InputError(
+            f"{path}, line {number}: field {field!r}: found "
+            f"{shortened(value) if field in row else f'only {sorted(row)}'}, want a number."
+        )
     return float(value)

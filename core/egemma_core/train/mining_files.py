@@ -26,12 +26,13 @@ from egemma_core.train.teacher_cache import CachedTeacher
 class MineConfig:
     """A file of pairs, and where the same pairs go with their negatives."""
 
-    rows: Path                                        # .jsonl or .jsonl.gz of pairs; `negative` fields there are replaced
-    out: Path                                         # .jsonl or .jsonl.gz; must not exist
-    teacher: str                                      # see `open_teacher`
-    corpus: Path | None = None                        # more candidates: {"text", "title"?} per line
-    symmetric: bool = False                           # both sides are queries, as in sentence similarity
-    cache: Path | None = None                         # the teacher's vectors are kept there, so that a second run goes on; None keeps none
+    rows: Path  # .jsonl or .jsonl.gz of pairs; `negative` fields there are replaced
+    out: Path  # .jsonl or .jsonl.gz; must not exist
+    teacher: str  # see `open_teacher`
+    corpus: Path | None = None  # more candidates: {"text", "title"?} per line
+    symmetric: bool = False  # both sides are queries, as in sentence similarity
+    # the teacher's vectors are kept there, so that a second run goes on; None keeps none
+    cache: Path | None = None
     query_prompt: str | None = None
     document_prompt: str | None = None
     query_prompt_name: str | None = None
@@ -46,8 +47,9 @@ class MineConfig:
 
 
 def mine_file(config: MineConfig) -> MiningReport:
-    """Write `config.out`: the rows of `config.rows` with their fields, `negative` (a text, or a list where per_query is above 1) and, where
-    candidates have titles, `negative_title`. Rows that got none have neither. The file is there whole or not at all.
+    """Write `config.out`: the rows of `config.rows` with their fields, `negative` (a text, or a
+    list where per_query is above 1) and, where candidates have titles, `negative_title`. Rows that
+    got none have neither. The file is there whole or not at all.
 
     Raises:
         ConfigError: `out` exists, or a setting cannot work.
@@ -55,24 +57,44 @@ def mine_file(config: MineConfig) -> MiningReport:
     """
     if config.out.exists():
         raise ConfigError(f"{config.out} exists. Remove it, or choose another name.")
-    dataset = read_dataset(DatasetConfig(name=config.rows.name, path=(config.rows.name,), kind="pairs", task="search result",
-                                         symmetric=config.symmetric), config.rows.parent)
+    dataset = read_dataset(
+        DatasetConfig(
+            name=config.rows.name,
+            path=(config.rows.name,),
+            kind="pairs",
+            task="search result",
+            symmetric=config.symmetric,
+        ),
+        config.rows.parent,
+    )
     corpus = [] if config.corpus is None else read_corpus(config.corpus)
-    teacher = open_teacher(config.teacher, query_prompt=config.query_prompt, document_prompt=config.document_prompt, device=config.device,
-                           query_prompt_name=config.query_prompt_name, document_prompt_name=config.document_prompt_name)
+    teacher = open_teacher(
+        config.teacher,
+        query_prompt=config.query_prompt,
+        document_prompt=config.document_prompt,
+        device=config.device,
+        query_prompt_name=config.query_prompt_name,
+        document_prompt_name=config.document_prompt_name,
+    )
     if config.cache is not None:
         teacher = CachedTeacher(teacher, config.cache)
     negatives, report = mine(dataset.rows, teacher, config.mining, corpus, config.symmetric)
     rows = (parse_row(line, number) for number, line in lines_of(config.rows))
-    fields = [row for row in rows if row["query"] != row["positive"]]   # equal ones were refused, or dropped, when reading
-    lines = [json.dumps(_with_negatives(row, found, config.mining), ensure_ascii=False, separators=(",", ":"))
-             for row, found in zip(fields, negatives, strict=True)]
+    # equal ones were refused, or dropped, when reading
+    fields = [row for row in rows if row["query"] != row["positive"]]
+    lines = [
+        json.dumps(
+            _with_negatives(row, found, config.mining), ensure_ascii=False, separators=(",", ":")
+        )
+        for row, found in zip(fields, negatives, strict=True)
+    ]
     _write(config.out, "".join(f"{line}\n" for line in lines).encode())
     return replace(report, dropped=dict(dataset.dropped))
 
 
 def read_corpus(path: Path) -> list[Document]:
-    """Documents of a .jsonl or .jsonl.gz file, {"text", "title"?} per line; other fields are not read.
+    """Documents of a .jsonl or .jsonl.gz file, {"text", "title"?} per line; other fields are not
+    read.
 
     Raises:
         InputError: the file cannot be read, or a line is not as above; file and line are named.
@@ -90,10 +112,16 @@ def read_corpus(path: Path) -> list[Document]:
     return documents
 
 
-def _with_negatives(row: Mapping[str, Any], negatives: Sequence[Document], config: MiningConfig) -> dict[str, Any]:
-    made = {name: value for name, value in row.items() if name not in ("negative", "negative_title")}
+def _with_negatives(
+    row: Mapping[str, Any], negatives: Sequence[Document], config: MiningConfig
+) -> dict[str, Any]:
+    made = {
+        name: value for name, value in row.items() if name not in ("negative", "negative_title")
+    }
     if negatives:
-        made["negative"] = [document.text for document in negatives] if config.per_query > 1 else negatives[0].text
+        made["negative"] = (
+            [document.text for document in negatives] if config.per_query > 1 else negatives[0].text
+        )
         if row.get("title") or any(document.title for document in negatives):
             titles = [document.title or "" for document in negatives]
             made["negative_title"] = titles if config.per_query > 1 else titles[0]
@@ -105,7 +133,8 @@ def _write(path: Path, content: bytes) -> None:
     scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         with scratch.open("xb") as file:
-            file.write(gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)   # no clock: the same rows give the same file
+            # no clock: the same rows give the same file
+            file.write(gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)

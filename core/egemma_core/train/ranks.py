@@ -1,6 +1,7 @@
-"""The processes of one run, as torchrun starts them: each embeds its share of the batch, all see the whole loss.
+"""The processes of one run, as torchrun starts them: each embeds its share of the batch, all see
+the whole loss.
 
-    torchrun --nproc-per-node 2 -m egemma_core.train run recipe.toml --out runs/mine
+torchrun --nproc-per-node 2 -m egemma_core.train run recipe.toml --out runs/mine
 """
 
 from __future__ import annotations
@@ -43,12 +44,17 @@ class Ranks:
             ConfigError: they do not divide evenly.
         """
         if total % self.count:
-            raise ConfigError(f"a batch of {total} does not divide among {self.count} processes; choose a multiple.")
+            raise ConfigError(
+                f"a batch of {total} does not divide among {self.count} processes; choose a "
+                "multiple."
+            )
         each = total // self.count
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def gather(self, mine: Tensor) -> Tensor:
-        """(count, ...) the same-shaped tensors of all processes; a gradient reaches only this one's own."""
+        """(count, ...) the same-shaped tensors of all processes; a gradient reaches only this one's
+        own.
+        """
         if self.count == 1:
             return mine[None]
         parts = [torch.empty_like(mine) for _ in range(self.count)]
@@ -72,10 +78,15 @@ class Ranks:
         return int(largest)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every `.grad` by its sum over all processes, in one message. Those of shards are sums already."""
+        """Replace every `.grad` by its sum over all processes, in one message.
+
+        Those of shards are sums already.
+        """
         if self.count == 1:
             return
-        gradients = [weight.grad for weight in parameters if weight.grad is not None and not is_shard(weight)]
+        gradients = [
+            weight.grad for weight in parameters if weight.grad is not None and not is_shard(weight)
+        ]
         if not gradients:
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -94,7 +105,10 @@ class Ranks:
         return box[0]
 
     def of_first(self, work: Callable[[], T]) -> T:
-        """What the first process's `work` gives, on all of them; the others do not call it. Its error is raised on all: none waits for it."""
+        """What the first process's `work` gives, on all of them; the others do not call it.
+
+        Its error is raised on all: none waits for it.
+        """
         if self.count == 1:
             return work()
         found: tuple[T | None, EgemmaError | None] = (None, None)
@@ -108,10 +122,10 @@ class Ranks:
             raise failed
         return cast(T, value)
 
-
     def shard(self, encoder: Encoder) -> None:
-        """Keep a share of every weight's rows in each process, and so of its gradient and moments (FSDP2). A layer's weights are whole only while it
-        computes. Every process must then run the encoder equally often. A lone process keeps all.
+        """Keep a share of every weight's rows in each process, and so of its gradient and moments
+        (FSDP2). A layer's weights are whole only while it computes. Every process must then run the
+        encoder equally often. A lone process keeps all.
         """
         if self.count == 1:
             return
@@ -120,16 +134,31 @@ class Ranks:
 
         mesh = init_device_mesh(self.device.type, (self.count,))
         for module in (*encoder.layers, encoder):
-            # The outermost too: it would keep its weights whole behind a pass without gradients, and not see the next step's.
+            # The outermost too: it would keep its weights whole behind a pass without gradients,
+            # and not see the next step's.
             sharded = cast(FSDPModule, fully_shard(module, mesh=mesh, reshard_after_forward=True))
-            sharded.set_gradient_divide_factor(1.0)            # the sum, where the default is the mean
-            sharded.set_force_sum_reduction_for_comms(True)    # gloo knows no other
+            sharded.set_gradient_divide_factor(1.0)  # the sum, where the default is the mean
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> float:
-        """Scale all gradients so that together they are no longer than `limit`; returns how long they were."""
+        """Scale all gradients so that together they are no longer than `limit`; returns how long
+        they were.
+        """
         found = [weight for weight in parameters if weight.grad is not None]
-        kinds = [kind for kind in ([weight for weight in found if is_shard(weight)], [weight for weight in found if not is_shard(weight)]) if kind]
-        norms = [whole(nn.utils.get_total_norm([weight.grad for weight in kind if weight.grad is not None])) for kind in kinds]
+        kinds = [
+            kind
+            for kind in (
+                [weight for weight in found if is_shard(weight)],
+                [weight for weight in found if not is_shard(weight)],
+            )
+            if kind
+        ]
+        norms = [
+            whole(
+                nn.utils.get_total_norm([weight.grad for weight in kind if weight.grad is not None])
+            )
+            for kind in kinds
+        ]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
         for kind in kinds:
             nn.utils.clip_grads_with_norm_(kind, limit, norm)
@@ -160,7 +189,8 @@ def is_shard(tensor: Tensor) -> bool:
     """Whether this process holds only a share of it."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
-    from torch.distributed.tensor import DTensor  # a second of imports that a single process does not need
+    # a second of imports that a single process does not need
+    from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
@@ -171,13 +201,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """A whole tensor as `weight` is: on its device, this process's share of it where that is one."""
+    """A whole tensor as `weight` is: on its device, this process's share of it where that is
+    one.
+    """
     if not is_shard(weight):
         return tensor.to(weight.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(weight, DTensor)
-    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
+    )
 
 
 @contextmanager
@@ -193,10 +227,16 @@ def join(device: str | None = None) -> Iterator[Ranks]:
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"device={device!r}: 'cpu' or 'cuda'.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda', but torch sees no GPU. Leave it out, or install a torch with CUDA.")
+        raise ConfigError(
+            "device='cuda', but torch sees no GPU. Leave it out, or install a torch with CUDA."
+        )
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+    place = (
+        torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+        if kind == "cuda"
+        else torch.device("cpu")
+    )
     if kind == "cuda":
         torch.cuda.set_device(place)
     if count == 1:

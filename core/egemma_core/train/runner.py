@@ -1,9 +1,9 @@
 """Runs a recipe, stage by stage.
 
-    OUT/recipe.json          the whole recipe as it was read
-    OUT/1-adaptation/        a run folder per stage (egemma_core.train.loop)
-    OUT/model/               the last stage's model
-    OUT/report.json          every stage's result
+OUT/recipe.json          the whole recipe as it was read
+OUT/1-adaptation/        a run folder per stage (egemma_core.train.loop)
+OUT/model/               the last stage's model
+OUT/report.json          every stage's result
 """
 
 from __future__ import annotations
@@ -49,28 +49,54 @@ class StageResult:
     stopped: str
     seconds: float
     tokens: int
-    mixtures: list[dict[str, Any]] = field(default_factory=list)   # rates and score of each run
-    dev: dict[str, dict[str, int]] = field(default_factory=dict)   # how many queries and documents of each dev set were used, of how many
+    mixtures: list[dict[str, Any]] = field(default_factory=list)  # rates and score of each run
+    # how many queries and documents of each dev set were used, of how many
+    dev: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class Runner:
     """Runs a recipe, stage by stage. Run again after it was killed, it goes on where it was.
 
     Args:
-        through_of: makes quantization-aware contexts of a scheme's name; `egemma_quant` brings it. None refuses such stages.
-        shard: divide encoder, gradient and moments among the processes in contrast stages; in the others each has all of them.
+        through_of: makes quantization-aware contexts of a scheme's name; `egemma_quant` brings it.
+            None refuses such stages.
+        shard: divide encoder, gradient and moments among the processes in contrast stages; in the
+            others each has all of them.
         tell: hears of every step.
         say: hears of every stage, once.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, *, ranks: Ranks = ALONE, shard: bool = False, through_of: ThroughOf | None = None,
-                 tell: Tell = lambda progress: None, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        ranks: Ranks = ALONE,
+        shard: bool = False,
+        through_of: ThroughOf | None = None,
+        tell: Tell = lambda progress: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         if shard and ranks.count == 1:
-            raise ConfigError("--shard divides a model among processes, and there is one. Start several with torchrun --nproc-per-node N, or leave it out.")
+            raise ConfigError(
+                "--shard divides a model among processes, and there is one. Start several with "
+                "torchrun --nproc-per-node N, or leave it out."
+            )
         wanting = [stage.name for stage in recipe.stages if stage.scheme is not None]
         if wanting and through_of is None:
-            raise ConfigError(f"stage {wanting[0]!r} is quantization-aware: run the recipe with egemma-train, which brings egemma_quant.")
-        self.recipe, self.out, self.ranks, self.shard, self.through_of, self.tell, self.say = recipe, out, ranks, shard, through_of, tell, say
+            raise ConfigError(
+                f"stage {wanting[0]!r} is quantization-aware: run the recipe with egemma-train, "
+                "which brings egemma_quant."
+            )
+        self.recipe, self.out, self.ranks, self.shard, self.through_of, self.tell, self.say = (
+            recipe,
+            out,
+            ranks,
+            shard,
+            through_of,
+            tell,
+            say,
+        )
         self._read: dict[str, Dataset] = {}
         self._dev: dict[str, dict[str, int]] = {}
 
@@ -86,9 +112,15 @@ class Runner:
         model: Path | None = None
         for number, stage in enumerate(self.recipe.stages, start=1):
             folder = self.out / f"{number}-{stage.name}"
-            self.say(f"{number} of {len(self.recipe.stages)}: {stage.name}{', whole in each process' if self.shard and stage.kind != 'contrast' else ''}")
+            whole = self.shard and stage.kind != "contrast"
+            note = ", whole in each process" if whole else ""
+            self.say(f"{number} of {len(self.recipe.stages)}: {stage.name}{note}")
             before = None if stage.init == "start" else model
-            result = self._mixtures(stage, folder, before) if stage.mixtures else self._once(stage, folder, before)
+            result = (
+                self._mixtures(stage, folder, before)
+                if stage.mixtures
+                else self._once(stage, folder, before)
+            )
             model = Path(result.model)
             results.append(result)
         assert model is not None
@@ -98,15 +130,24 @@ class Runner:
             shutil.copytree(model, scratch)
             shutil.rmtree(self.out / "model", ignore_errors=True)
             publish(scratch, self.out / "model")
-            _write(self.out / "report.json", {"recipe": self.recipe.name, "stages": [asdict(result) for result in results]})
+            _write(
+                self.out / "report.json",
+                {"recipe": self.recipe.name, "stages": [asdict(result) for result in results]},
+            )
         self.ranks.agree(None)
         return results
 
     def _keep_recipe(self) -> None:
-        path, asked = self.out / "recipe.json", json.loads(json.dumps(asdict(self.recipe), default=str))
+        path, asked = (
+            self.out / "recipe.json",
+            json.loads(json.dumps(asdict(self.recipe), default=str)),
+        )
         if path.exists():
             if json.loads(path.read_text(encoding="utf-8")) != asked:
-                raise ConfigError(f"{self.out} holds a run of another recipe, or of this one before it was changed. Give another --out, or remove that folder.")
+                raise ConfigError(
+                    f"{self.out} holds a run of another recipe, or of this one before it was "
+                    "changed. Give another --out, or remove that folder."
+                )
         elif any(not found.name.startswith(".") for found in self.out.iterdir()):
             raise ConfigError(f"{self.out} is not empty and holds no run. Give another --out.")
         else:
@@ -114,102 +155,266 @@ class Runner:
 
     def _once(self, stage: Stage, folder: Path, before: Path | None) -> StageResult:
         finished = self._train(stage, folder, before, None)
-        return StageResult(stage=stage.name, model=str(finished.model), scores=finished.scores, step=finished.step, stopped=finished.stopped, seconds=finished.seconds,
-                           tokens=finished.tokens, dev=self._dev if stage.kind == "contrast" else {})
+        return StageResult(
+            stage=stage.name,
+            model=str(finished.model),
+            scores=finished.scores,
+            step=finished.step,
+            stopped=finished.stopped,
+            seconds=finished.seconds,
+            tokens=finished.tokens,
+            dev=self._dev if stage.kind == "contrast" else {},
+        )
 
     def _mixtures(self, stage: Stage, folder: Path, before: Path | None) -> StageResult:
         """One run per mixture, the best ones averaged, and the average scored beside them."""
         assert stage.mixtures is not None
         datasets = self._datasets(stage)
         names = [dataset.name for dataset in datasets]
-        own = [rates_of(datasets, "rates")] if all(dataset.config.rate is not None for dataset in datasets) else []
-        search = RateSearch(names, folder / "mixtures.jsonl", seed=stage.batches.seed if stage.batches else 0, first=stage.mixtures.seeds or own,
-                            random=stage.mixtures.random, concentration=stage.mixtures.concentration)
+        own = (
+            [rates_of(datasets, "rates")]
+            if all(dataset.config.rate is not None for dataset in datasets)
+            else []
+        )
+        search = RateSearch(
+            names,
+            folder / "mixtures.jsonl",
+            seed=stage.batches.seed if stage.batches else 0,
+            first=stage.mixtures.seeds or own,
+            random=stage.mixtures.random,
+            concentration=stage.mixtures.concentration,
+        )
         runs: list[tuple[Rates, Finished]] = []
         while len(runs) < stage.mixtures.trials:
             done = search.history()
-            rates = done[len(runs)].rates if len(runs) < len(done) else self.ranks.agree(search.propose())
-            self.say(f"  mixture {len(runs) + 1} of {stage.mixtures.trials}: {', '.join(f'{name} {rate:.2f}' for name, rate in rates.items())}")
+            rates = (
+                done[len(runs)].rates
+                if len(runs) < len(done)
+                else self.ranks.agree(search.propose())
+            )
+            self.say(
+                f"  mixture {len(runs) + 1} of {stage.mixtures.trials}: "
+                f"{', '.join(f'{name} {rate:.2f}' for name, rate in rates.items())}"
+            )
             finished = self._train(stage, folder / f"mixture-{len(runs) + 1:02d}", before, rates)
             if "score" not in finished.scores:
-                raise ConfigError(f"stage {stage.name!r} searches mixtures and has no dev set to score them on. Add a table [dev.NAME].")
+                raise ConfigError(
+                    f"stage {stage.name!r} searches mixtures and has no dev set to score them on. "
+                    "Add a table [dev.NAME]."
+                )
             if len(runs) >= len(done) and self.ranks.first:
                 search.tell(rates, finished.scores["score"])
             self.ranks.agree(None)
             runs.append((rates, finished))
         best: list[int] = []
-        for scored in search.best(stage.mixtures.best):   # each mixture unlike those before it
-            index = next(index for index, (rates, _) in enumerate(runs) if distance(rates, scored.rates) <= TOLERANCE)
-            if all(_weights(runs[index][1].model) != _weights(runs[other][1].model) for other in best):   # a dataset with a rate near 0 may never have been drawn
+        for scored in search.best(stage.mixtures.best):  # each mixture unlike those before it
+            index = next(
+                index
+                for index, (rates, _) in enumerate(runs)
+                if distance(rates, scored.rates) <= TOLERANCE
+            )
+            # a dataset with a rate near 0 may never have been drawn
+            if all(
+                _weights(runs[index][1].model) != _weights(runs[other][1].model) for other in best
+            ):
                 best.append(index)
         if not (folder / "model").exists():
-            self.ranks.of_first(lambda: soup([runs[index][1].model for index in best], folder / "model"))
+            self.ranks.of_first(
+                lambda: soup([runs[index][1].model for index in best], folder / "model")
+            )
         encoder, tokenizer_path, prompts = self._load(folder / "model")
-        scores = self.ranks.agree(self._contrast(stage, encoder, tokenizer_path, prompts, None).evaluate())
-        mixtures = [{"rates": rates, "scores": finished.scores, "in_soup": index in best, "model": str(finished.model)} for index, (rates, finished) in enumerate(runs)]
-        return StageResult(stage=stage.name, model=str(folder / "model"), scores=scores, step=stage.loop.steps, mixtures=mixtures,
-                           stopped=f"the average of {len(best)} of {len(runs)} runs{'' if len(best) == stage.mixtures.best else ', no more were unlike each other'}", seconds=sum(run.seconds for _, run in runs), tokens=sum(run.tokens for _, run in runs), dev=self._dev)
+        scores = self.ranks.agree(
+            self._contrast(stage, encoder, tokenizer_path, prompts, None).evaluate()
+        )
+        mixtures = [
+            {
+                "rates": rates,
+                "scores": finished.scores,
+                "in_soup": index in best,
+                "model": str(finished.model),
+            }
+            for index, (rates, finished) in enumerate(runs)
+        ]
+        return StageResult(
+            stage=stage.name,
+            model=str(folder / "model"),
+            scores=scores,
+            step=stage.loop.steps,
+            mixtures=mixtures,
+            stopped=f"the average of {len(best)} of {len(runs)} "
+            f"runs{'' if len(best) == stage.mixtures.best else ', no more were unlike each other'}",
+            seconds=sum(run.seconds for _, run in runs),
+            tokens=sum(run.tokens for _, run in runs),
+            dev=self._dev,
+        )
 
-    def _train(self, stage: Stage, folder: Path, before: Path | None, rates: Rates | None) -> Finished:
+    def _train(
+        self, stage: Stage, folder: Path, before: Path | None, rates: Rates | None
+    ) -> Finished:
         encoder, tokenizer_path, prompts = self._load(before)
-        described = {"stage": json.loads(json.dumps(asdict(stage), default=str)), "before": None if before is None else str(before.relative_to(self.out)), "rates": rates}
+        described = {
+            "stage": json.loads(json.dumps(asdict(stage), default=str)),
+            "before": None if before is None else str(before.relative_to(self.out)),
+            "rates": rates,
+        }
         described["stage"].pop("loop")
         if stage.kind == "contrast":
             objective: Objective = self._contrast(stage, encoder, tokenizer_path, prompts, rates)
             with cast(BatchesAhead, cast(Contrast, objective).batches):
-                return run(objective, stage.loop, folder, described, ranks=self.ranks, tell=self.tell, draw=draw)
-        return run(self._texts_objective(stage, encoder, tokenizer_path, prompts), stage.loop, folder, described, ranks=self.ranks, tell=self.tell, draw=draw)
+                return run(
+                    objective,
+                    stage.loop,
+                    folder,
+                    described,
+                    ranks=self.ranks,
+                    tell=self.tell,
+                    draw=draw,
+                )
+        return run(
+            self._texts_objective(stage, encoder, tokenizer_path, prompts),
+            stage.loop,
+            folder,
+            described,
+            ranks=self.ranks,
+            tell=self.tell,
+            draw=draw,
+        )
 
-    def _texts_objective(self, stage: Stage, encoder: Encoder, tokenizer_path: Path, prompts: Prompts) -> Objective:
+    def _texts_objective(
+        self, stage: Stage, encoder: Encoder, tokenizer_path: Path, prompts: Prompts
+    ) -> Objective:
         assert stage.texts is not None
         texts = self._texts(stage)
         dev: list[str] = []
         if stage.dev_one_in is not None:
             texts, dev = hold_out_texts(texts, stage.dev_one_in)
         if stage.kind == "language-model":
-            return LanguageModelObjective(encoder, texts, stage.texts, tokenizer_path=tokenizer_path, dev=dev, ranks=self.ranks)
-        return DenoisingObjective(encoder, texts, stage.texts, tokenizer_path=tokenizer_path, prompts=prompts, dev=dev, cross=stage.cross, cross_steps=stage.cross_steps,
-                                  ranks=self.ranks)
+            return LanguageModelObjective(
+                encoder,
+                texts,
+                stage.texts,
+                tokenizer_path=tokenizer_path,
+                dev=dev,
+                ranks=self.ranks,
+            )
+        return DenoisingObjective(
+            encoder,
+            texts,
+            stage.texts,
+            tokenizer_path=tokenizer_path,
+            prompts=prompts,
+            dev=dev,
+            cross=stage.cross,
+            cross_steps=stage.cross_steps,
+            ranks=self.ranks,
+        )
 
-    def _contrast(self, stage: Stage, encoder: Encoder, tokenizer_path: Path, prompts: Prompts, rates: Rates | None) -> Contrast:
+    def _contrast(
+        self,
+        stage: Stage,
+        encoder: Encoder,
+        tokenizer_path: Path,
+        prompts: Prompts,
+        rates: Rates | None,
+    ) -> Contrast:
         assert stage.batches is not None
         datasets, config = self._datasets(stage), stage.batches
         if rates is not None:
-            datasets = [replace(dataset, config=replace(dataset.config, rate=rates[dataset.name])) for dataset in datasets]
+            datasets = [
+                replace(dataset, config=replace(dataset.config, rate=rates[dataset.name]))
+                for dataset in datasets
+            ]
             config = replace(config, sampling="rates")
         if self.shard:
             self.ranks.shard(encoder)
         tokenizer = tokenizer_of(tokenizer_path, encoder.config)
-        dev = DevSets(self.recipe.dev, self.recipe.folder, tokenizer, prompts, precision=stage.loss.precision) if self.recipe.dev else None
+        dev = (
+            DevSets(
+                self.recipe.dev,
+                self.recipe.folder,
+                tokenizer,
+                prompts,
+                precision=stage.loss.precision,
+            )
+            if self.recipe.dev
+            else None
+        )
         self._dev = dev.described() if dev is not None else {}
-        options: dict[str, Any] = {} if stage.scheme is None or self.through_of is None else {"through": self.through_of(stage.scheme, stage.activations)}
-        return Contrast(encoder, BatchesAhead(Batches(datasets, tokenizer, prompts, config)), stage.loss, tokenizer_path=tokenizer_path, prompts=prompts, dev=dev,
-                        matching=self._matching(stage.teacher, encoder, datasets), ranks=self.ranks, **options)
+        options: dict[str, Any] = (
+            {}
+            if stage.scheme is None or self.through_of is None
+            else {"through": self.through_of(stage.scheme, stage.activations)}
+        )
+        return Contrast(
+            encoder,
+            BatchesAhead(Batches(datasets, tokenizer, prompts, config)),
+            stage.loss,
+            tokenizer_path=tokenizer_path,
+            prompts=prompts,
+            dev=dev,
+            matching=self._matching(stage.teacher, encoder, datasets),
+            ranks=self.ranks,
+            **options,
+        )
 
-    def _matching(self, config: TeacherConfig | None, encoder: Encoder, datasets: Sequence[Dataset]) -> Matching | None:
+    def _matching(
+        self, config: TeacherConfig | None, encoder: Encoder, datasets: Sequence[Dataset]
+    ) -> Matching | None:
         if config is None:
             return None
-        teacher = CachedTeacher(open_teacher(config.model, query_prompt=config.query_prompt, document_prompt=config.document_prompt,
-                                             query_prompt_name=config.query_prompt_name, document_prompt_name=config.document_prompt_name,
-                                             device=self.ranks.device.type), self.out / config.cache)
+        teacher = CachedTeacher(
+            open_teacher(
+                config.model,
+                query_prompt=config.query_prompt,
+                document_prompt=config.document_prompt,
+                query_prompt_name=config.query_prompt_name,
+                document_prompt_name=config.document_prompt_name,
+                device=self.ranks.device.type,
+            ),
+            self.out / config.cache,
+        )
         for dataset in datasets if self.ranks.first else ():
-            documents = [text for row in dataset.rows for text in (_titled(row.title, row.positive), *map(_titled, row.negative_titles or [None] * len(row.negatives), row.negatives))]
-            teacher.fill("query", [row.query for row in dataset.rows] + (documents if dataset.symmetric else []))
+            documents = [
+                text
+                for row in dataset.rows
+                for text in (
+                    _titled(row.title, row.positive),
+                    *map(
+                        _titled, row.negative_titles or [None] * len(row.negatives), row.negatives
+                    ),
+                )
+            ]
+            teacher.fill(
+                "query",
+                [row.query for row in dataset.rows] + (documents if dataset.symmetric else []),
+            )
             if not dataset.symmetric:
                 teacher.fill("document", documents)
         self.ranks.agree(None)
-        return Matching(teacher, TeacherSpace(encoder.config.dims[0], teacher.dim, config.match).to(self.ranks.device))
+        return Matching(
+            teacher,
+            TeacherSpace(encoder.config.dims[0], teacher.dim, config.match).to(self.ranks.device),
+        )
 
     def _load(self, model: Path | None) -> tuple[Encoder, Path, Prompts]:
-        """The encoder to train, float32 on the run's device, the tokenizer's file and the prompts."""
+        """The encoder to train, float32 on the run's device, the tokenizer's file and the
+        prompts.
+        """
         start = self.recipe.start
-        if model is not None and not (model / "modules.json").is_file():   # what a language-model stage wrote: a decoder
+        # what a language-model stage wrote: a decoder
+        if model is not None and not (model / "modules.json").is_file():
             if start.head is None:
-                raise ConfigError(f"{model} is a decoder, and [start] has no head to put behind it.")
+                raise ConfigError(
+                    f"{model} is a decoder, and [start] has no head to put behind it."
+                )
             encoder, path, prompts = read_decoder(model, start.head)
         elif model is not None or start.model is not None:
             checkpoint = open_checkpoint(str(model or start.model))
-            encoder, path, prompts = load_encoder(checkpoint), checkpoint.tokenizer_path, checkpoint.prompts
+            encoder, path, prompts = (
+                load_encoder(checkpoint),
+                checkpoint.tokenizer_path,
+                checkpoint.prompts,
+            )
         elif start.decoder is not None:
             assert start.head is not None
             encoder, path, prompts = read_decoder(Path(start.decoder), start.head)
@@ -231,10 +436,18 @@ class Runner:
             scratch.rename(path)
         self.ranks.agree(None)
         vocab_size = pieces_in(path)
-        return random_encoder(shape.config(vocab_size, head.dims, head.pooling), head.seed), path, EMBEDDING_GEMMA
+        return (
+            random_encoder(shape.config(vocab_size, head.dims, head.pooling), head.seed),
+            path,
+            EMBEDDING_GEMMA,
+        )
 
     def _datasets(self, stage: Stage) -> list[Dataset]:
-        return [self._dataset(config) for config in self.recipe.data if stage.datasets is None or config.name in stage.datasets]
+        return [
+            self._dataset(config)
+            for config in self.recipe.data
+            if stage.datasets is None or config.name in stage.datasets
+        ]
 
     def _dataset(self, config: DatasetConfig) -> Dataset:
         if config.name not in self._read:
@@ -244,10 +457,22 @@ class Runner:
         return self._read[config.name]
 
     def _texts(self, stage: Stage | None) -> list[str]:
-        wanted = [config for config in self.recipe.data if stage is None or stage.datasets is None or config.name in stage.datasets]
-        paths = [path for config in wanted for pattern in config.path for path in sorted(self.recipe.folder.glob(pattern))]
+        wanted = [
+            config
+            for config in self.recipe.data
+            if stage is None or stage.datasets is None or config.name in stage.datasets
+        ]
+        paths = [
+            path
+            for config in wanted
+            for pattern in config.path
+            for path in sorted(self.recipe.folder.glob(pattern))
+        ]
         if not paths:
-            raise ConfigError(f"no file matches {[pattern for config in wanted for pattern in config.path]} in {self.recipe.folder}.")
+            raise ConfigError(
+                f"no file matches {[pattern for config in wanted for pattern in config.path]} in "
+                f"{self.recipe.folder}."
+            )
         return read_texts(paths, TEXT_FIELDS)
 
 
@@ -259,7 +484,9 @@ def pieces_in(path: Path) -> int:
     import sentencepiece
 
     try:
-        return int(sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes()).get_piece_size())
+        return int(
+            sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes()).get_piece_size()
+        )
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a readable SentencePiece model ({error}).") from error
 

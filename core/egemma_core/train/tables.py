@@ -1,4 +1,6 @@
-"""A table of a TOML file as a frozen dataclass: every key known, every value of its type, or an error that says what was meant."""
+"""A table of a TOML file as a frozen dataclass: every key known, every value of its type, or an
+error that says what was meant.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,36 @@ def read_table(kind: type[T], table: object, where: str, **given: Any) -> T:
         given: fields that do not come from the table, and may not stand in it.
 
     Raises:
-        ConfigError: a key is unknown or missing, a value has another type, or the dataclass refuses it.
+        ConfigError: a key is unknown or missing, a value has another type, or the dataclass refuses
+            it.
     """
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where}: {table!r} is {type(table).__name__}, not a table.")
     hints = get_type_hints(kind)
     known = {field.name: field for field in fields(kind) if field.name not in given}  # type: ignore[arg-type]
     check_keys(table, known, where)
-    missing = [name for name, field in known.items() if name not in table and field.default is MISSING and field.default_factory is MISSING]
+    missing = [
+        name
+        for name, field in known.items()
+        if name not in table and field.default is MISSING and field.default_factory is MISSING
+    ]
     if missing:
-        raise ConfigError(f"{where}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; it has {list(table) or 'nothing'}.")
-    values = {name: _converted(value, hints[name], f"{where} {name}") for name, value in table.items()}
+        raise ConfigError(
+            f"{where}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; it "
+            f"has {list(table) or 'nothing'}."
+        )
+    values = {
+        name: _converted(value, hints[name], f"{where} {name}") for name, value in table.items()
+    }
     try:
         return kind(**values, **given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def check_keys(table: Mapping[str, Any], known: Mapping[str, Any] | tuple[str, ...], where: str) -> None:
+def check_keys(
+    table: Mapping[str, Any], known: Mapping[str, Any] | tuple[str, ...], where: str
+) -> None:
     """
     Raises:
         ConfigError: a key is not known; names the nearest one that is.
@@ -46,7 +60,10 @@ def check_keys(table: Mapping[str, Any], known: Mapping[str, Any] | tuple[str, .
     for key in table:
         if key not in known:
             near = difflib.get_close_matches(key, list(known), 1)
-            raise ConfigError(f"{where}: {key!r} is not known; " + (f"did you mean {near[0]!r}?" if near else f"there are {list(known)}."))
+            raise ConfigError(
+                f"{where}: {key!r} is not known; "
+                + (f"did you mean {near[0]!r}?" if near else f"there are {list(known)}.")
+            )
 
 
 def _converted(value: Any, hint: Any, where: str) -> Any:
@@ -63,11 +80,16 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
         kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
         if len(kinds) != len(value):
             raise ConfigError(f"{where}={value!r}: {len(kinds)} values are wanted.")
-        return tuple(_converted(part, part_hint, where) for part, part_hint in zip(value, kinds, strict=True))
+        return tuple(
+            _converted(part, part_hint, where) for part, part_hint in zip(value, kinds, strict=True)
+        )
     if get_origin(hint) in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}={value!r} is {type(value).__name__}, not a table.")
-        return {key: _converted(part, get_args(hint)[1], f"{where}.{key}") for key, part in value.items()}
+        return {
+            key: _converted(part, get_args(hint)[1], f"{where}.{key}")
+            for key, part in value.items()
+        }
     if hint is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:

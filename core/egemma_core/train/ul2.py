@@ -1,11 +1,13 @@
 """UL2 denoising: what an encoder-decoder learns before its encoder becomes an embedding model.
 
-Spans of a text are taken out; the encoder reads what is left, with a sentinel for each span, behind a token that names the task; the
-decoder writes the spans, each behind its sentinel. Five tasks, drawn 1:1:1:1:4.
+Spans of a text are taken out; the encoder reads what is left, with a sentinel for each span, behind
+a token that names the task; the decoder writes the spans, each behind its sentinel. Five tasks,
+drawn 1:1:1:1:4.
 
-Source: T5Gemma 2, arXiv:2512.14856 (the tasks and their mixture); UL2, arXiv:2205.05131; span drawing of T5, arXiv:1910.10683.
-Not published: which tokens Gemma uses as sentinels and task names, and where the single long span of the fifth task lies. Ours are
-`<unusedN>` pieces, which the vocabulary has for such uses, and the end of the text, as in UL2's sequential task.
+Source: T5Gemma 2, arXiv:2512.14856 (the tasks and their mixture); UL2, arXiv:2205.05131; span
+drawing of T5, arXiv:1910.10683. Not published: which tokens Gemma uses as sentinels and task names,
+and where the single long span of the fifth task lies. Ours are `<unusedN>` pieces, which the
+vocabulary has for such uses, and the end of the text, as in UL2's sequential task.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ class Denoising:
     """One task: how much of a text is taken out, in spans of which mean length."""
 
     name: str
-    rate: float              # of the tokens that are taken out
-    span: float | None       # mean length in tokens; None for a single span at the end
-    weight: int              # how often it is drawn, against the others
+    rate: float  # of the tokens that are taken out
+    span: float | None  # mean length in tokens; None for a single span at the end
+    weight: int  # how often it is drawn, against the others
 
 
 TASKS = (
@@ -43,8 +45,8 @@ TASKS = (
 class SpecialTokens:
     """Ids that stand for tasks and spans. None of them can come from a text."""
 
-    tasks: tuple[int, ...]       # one for each of TASKS
-    sentinels: tuple[int, ...]   # for the first span, the second, ...
+    tasks: tuple[int, ...]  # one for each of TASKS
+    sentinels: tuple[int, ...]  # for the first span, the second, ...
     eos_id: int
 
     @classmethod
@@ -56,20 +58,29 @@ class SpecialTokens:
         """
         spare = tokenizer.spare_ids()
         if len(spare) <= len(TASKS):
-            raise ConfigError(f"the vocabulary has {len(spare)} <unusedN> pieces, denoising needs {len(TASKS)} for its tasks and at least one for a span.")
-        return cls(tasks=tuple(spare[: len(TASKS)]), sentinels=tuple(spare[len(TASKS) : len(TASKS) + sentinels]), eos_id=tokenizer.eos_id)
+            raise ConfigError(
+                f"the vocabulary has {len(spare)} <unusedN> pieces, denoising needs {len(TASKS)} "
+                "for its tasks and at least one for a span."
+            )
+        return cls(
+            tasks=tuple(spare[: len(TASKS)]),
+            sentinels=tuple(spare[len(TASKS) : len(TASKS) + sentinels]),
+            eos_id=tokenizer.eos_id,
+        )
 
 
 @dataclass(frozen=True)
 class Denoised:
     """One training example."""
 
-    task: int                  # index into TASKS
-    source: tuple[int, ...]    # what the encoder reads: task token, text with sentinels, EOS
-    target: tuple[int, ...]    # what the decoder writes: sentinel, span, sentinel, span, ..., EOS
+    task: int  # index into TASKS
+    source: tuple[int, ...]  # what the encoder reads: task token, text with sentinels, EOS
+    target: tuple[int, ...]  # what the decoder writes: sentinel, span, sentinel, span, ..., EOS
 
 
-def denoise(ids: Sequence[int], special: SpecialTokens, draw: np.random.Generator, task: int | None = None) -> Denoised:
+def denoise(
+    ids: Sequence[int], special: SpecialTokens, draw: np.random.Generator, task: int | None = None
+) -> Denoised:
     """Take spans out of a text.
 
     Args:
@@ -81,9 +92,13 @@ def denoise(ids: Sequence[int], special: SpecialTokens, draw: np.random.Generato
         InputError: a text of fewer than 4 tokens, or one that holds a task token or sentinel.
     """
     if len(ids) < 4:
-        raise InputError(f"a text has {len(ids)} tokens: there is nothing to take out of fewer than 4.")
+        raise InputError(
+            f"a text has {len(ids)} tokens: there is nothing to take out of fewer than 4."
+        )
     if not {*special.tasks, *special.sentinels}.isdisjoint(ids):
-        raise InputError("a text holds a task token or a sentinel (an <unusedN> piece). Leave such texts out.")
+        raise InputError(
+            "a text holds a task token or a sentinel (an <unusedN> piece). Leave such texts out."
+        )
     if task is None:
         weights = np.array([task.weight for task in TASKS], np.float64)
         task = int(draw.choice(len(TASKS), p=weights / weights.sum()))
@@ -92,7 +107,12 @@ def denoise(ids: Sequence[int], special: SpecialTokens, draw: np.random.Generato
     if chosen.span is None:
         taken = np.arange(len(ids)) >= len(ids) - removed
     else:
-        spans = min(max(1, round(removed / chosen.span)), removed, len(ids) - removed, len(special.sentinels))
+        spans = min(
+            max(1, round(removed / chosen.span)),
+            removed,
+            len(ids) - removed,
+            len(special.sentinels),
+        )
         taken = draw_spans(len(ids), removed, spans, draw)
     source, target = [special.tasks[task]], []
     span = -1
@@ -108,11 +128,16 @@ def denoise(ids: Sequence[int], special: SpecialTokens, draw: np.random.Generato
     return Denoised(task, (*source, special.eos_id), (*target, special.eos_id))
 
 
-def draw_spans(length: int, removed: int, spans: int, draw: np.random.Generator) -> NDArray[np.bool_]:
-    """(length,) bool, true where a token is taken out: `removed` tokens in `spans` runs, kept and taken runs by turns, kept first.
+def draw_spans(
+    length: int, removed: int, spans: int, draw: np.random.Generator
+) -> NDArray[np.bool_]:
+    """(length,) bool, true where a token is taken out: `removed` tokens in `spans` runs, kept and
+    taken runs by turns, kept first.
 
-    Every way to cut both into that many parts is as likely as any other (T5's random_spans_noise_mask).
+    Every way to cut both into that many parts is as likely as any other (T5's
+    random_spans_noise_mask).
     """
+
     def parts(total: int) -> NDArray[np.int64]:
         cuts = np.sort(draw.choice(total - 1, spans - 1, replace=False)) + 1
         return np.diff(np.concatenate(([0], cuts, [total])))
@@ -122,7 +147,9 @@ def draw_spans(length: int, removed: int, spans: int, draw: np.random.Generator)
 
 
 def restore(example: Denoised, special: SpecialTokens) -> tuple[int, ...]:
-    """The text that an example was made from: what a perfect decoder's answer says about its source."""
+    """The text that an example was made from: what a perfect decoder's answer says about its
+    source.
+    """
     spans: dict[int, list[int]] = {}
     current: list[int] = []
     for token in example.target[:-1]:

@@ -1,4 +1,6 @@
-"""A small vocabulary of our own: Gemma's kind of SentencePiece model, and token vectors to start training from."""
+"""A small vocabulary of our own: Gemma's kind of SentencePiece model, and token vectors to start
+training from.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,21 @@ from torch import Tensor, nn
 
 from egemma_core.nn.encoder import Encoder
 
-# Channels of a token vector that only make it longer: one group of the 4-bit formats, so that they share no scale with others.
+# Channels of a token vector that only make it longer: one group of the 4-bit formats, so that they
+# share no scale with others.
 FILLER = 32
 
 
 def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path, spare: int = 0) -> None:
     """Write a SentencePiece BPE model with Gemma 3's settings and `num_pieces` pieces to `path`.
 
-    Identity normalizer, no blank in front, byte fallback, single digits, runs of newlines and blanks as pieces;
-    pad 0, eos 1, bos 2, unk 3, `<mask>` 4. Merges stop at blanks, unlike Gemma's: 8,000 pieces are too few for phrases.
+    Identity normalizer, no blank in front, byte fallback, single digits, runs of newlines and
+    blanks as pieces; pad 0, eos 1, bos 2, unk 3, `<mask>` 4. Merges stop at blanks, unlike Gemma's:
+    8,000 pieces are too few for phrases.
 
     Args:
-        spare: how many `<unusedN>` pieces it gets, which no text gives; UL2 denoising takes its task tokens and sentinels from these.
+        spare: how many `<unusedN>` pieces it gets, which no text gives; UL2 denoising takes its
+            task tokens and sentinels from these.
 
     Source: the trainer and normalizer specification inside Gemma 3's tokenizer.model.
     """
@@ -60,14 +65,22 @@ def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path, spare: i
 
 
 def token_vectors(
-    rows: Sequence[Sequence[int]], vocab_size: int, width: int, *, window: int = 5, rare: float = 1e-4, seed: int = 0
+    rows: Sequence[Sequence[int]],
+    vocab_size: int,
+    width: int,
+    *,
+    window: int = 5,
+    rare: float = 1e-4,
+    seed: int = 0,
 ) -> Tensor:
-    """Vectors to start an embedding table from, made of how often tokens occur and stand near each other.
+    """Vectors to start an embedding table from, made of how often tokens occur and stand near each
+    other.
 
-    A short contrastive run sees too few texts to learn this from nothing. All channels but the last FILLER hold what a
-    token means: the leading singular vectors of the positive pointwise mutual information, times the square roots of
-    their singular values. The last ones hold what it does not say: a token of frequency f keeps the share
-    rare / (rare + f) of its length in the others and the rest goes there, where `initialize` lets nothing through.
+    A short contrastive run sees too few texts to learn this from nothing. All channels but the last
+    FILLER hold what a token means: the leading singular vectors of the positive pointwise mutual
+    information, times the square roots of their singular values. The last ones hold what it does
+    not say: a token of frequency f keeps the share rare / (rare + f) of its length in the others
+    and the rest goes there, where `initialize` lets nothing through.
 
     Args:
         rows: token ids of many texts, without prompts.
@@ -77,8 +90,9 @@ def token_vectors(
     Returns:
         (vocab_size, width) float32, each of unit length.
 
-    Source: Levy, Goldberg and Dagan 2015, "Improving Distributional Similarity" (context smoothing 0.75); Arora, Liang and
-    Ma 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings" (weights by frequency).
+    Source: Levy, Goldberg and Dagan 2015, "Improving Distributional Similarity" (context smoothing
+    0.75); Arora, Liang and Ma 2017, "A Simple but Tough-to-Beat Baseline for Sentence Embeddings"
+    (weights by frequency).
     """
     counts = np.zeros(vocab_size * vocab_size, dtype=np.float32)
     gap = [-1] * window  # keeps neighbours inside their text
@@ -86,12 +100,19 @@ def token_vectors(
     for distance in range(1, window + 1):
         left, right = flat[:-distance], flat[distance:]
         inside = (left >= 0) & (right >= 0)
-        counts += np.bincount(left[inside] * vocab_size + right[inside], minlength=vocab_size**2).astype(np.float32) / distance
+        counts += (
+            np.bincount(left[inside] * vocab_size + right[inside], minlength=vocab_size**2).astype(
+                np.float32
+            )
+            / distance
+        )
     near = torch.from_numpy(counts).view(vocab_size, vocab_size)
     near = near + near.T  # (V, V)
     context = near.sum(0) ** 0.75
     expected = near.sum(1, keepdim=True) * (context / context.sum())  # (V, V)
-    information = torch.where(near > 0, (near / expected.clamp(min=1e-12)).clamp(min=1.0).log(), 0.0)
+    information = torch.where(
+        near > 0, (near / expected.clamp(min=1e-12)).clamp(min=1.0).log(), 0.0
+    )
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(vocab_size, width - FILLER, generator=generator)
     for _ in range(4):  # subspace iteration; the matrix is nearly symmetric
@@ -100,7 +121,9 @@ def token_vectors(
     meaning = (sketch @ inner) * strength.sqrt()  # (V, D - FILLER)
     unseen = meaning.norm(dim=1) < 1e-6
     meaning[unseen] = torch.randn(int(unseen.sum()), width - FILLER, generator=generator)
-    frequency = torch.from_numpy(np.bincount(flat[flat >= 0], minlength=vocab_size).astype(np.float32))
+    frequency = torch.from_numpy(
+        np.bincount(flat[flat >= 0], minlength=vocab_size).astype(np.float32)
+    )
     share = (rare / (rare + frequency / frequency.sum()))[:, None]  # (V, 1)
     filler = ((1 - share.square()) / FILLER).sqrt().expand(-1, FILLER)
     return torch.cat((F.normalize(meaning, dim=-1) * share, filler), dim=-1)
@@ -108,10 +131,12 @@ def token_vectors(
 
 @torch.no_grad()
 def initialize(encoder: Encoder, vectors: Tensor, seed: int) -> None:
-    """Fill an encoder so that, before the first step, a text's vector is nearly the mean of its tokens' meanings.
+    """Fill an encoder so that, before the first step, a text's vector is nearly the mean of its
+    tokens' meanings.
 
-    Every block starts at a fifth of the residual stream and the dense head as a rotation and back. The filler channels
-    lengthen a frequent token, so that the norms shrink the rest of it, and no norm hands them on.
+    Every block starts at a fifth of the residual stream and the dense head as a rotation and back.
+    The filler channels lengthen a frequent token, so that the norms shrink the rest of it, and no
+    norm hands them on.
 
     Args:
         vectors: (V, D), from `token_vectors`.

@@ -1,5 +1,7 @@
-"""What a bulk run is: the model, the settings and the input. `egemma-bulk.json` keeps it in the output folder, so that a rerun goes on
-with the same thing and nothing else.
+"""What a bulk run is: the model, the settings and the input.
+
+`egemma-bulk.json` keeps it in the output folder, so that a rerun goes on with the same thing and
+nothing else.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from egemma_core.tokens import Overflow
 FORMAT = "egemma-bulk"
 FORMAT_VERSION = 1
 JOB_FILE = "egemma-bulk.json"
-ATTEMPTS = ".attempts"       # folder: how often a shard was begun, on Ray
+ATTEMPTS = ".attempts"  # folder: how often a shard was begun, on Ray
 MADE_COLUMNS = ("vector", "num_tokens", "truncated", "error")
-ID_COLUMN = "id"            # what ids are called that the input does not have
-DEFAULT_SHARD_ROWS = 4096   # a kill costs each worker the shard that it was in
+ID_COLUMN = "id"  # what ids are called that the input does not have
+DEFAULT_SHARD_ROWS = 4096  # a kill costs each worker the shard that it was in
 MAX_SHARDS = 1_000_000
 ROLES = ("document", "query")
 
@@ -35,13 +37,15 @@ class BulkSettings:
     """Everything about a run, beside the model and the input, that decides what its files hold."""
 
     text_column: str = "text"
-    title_column: str | None = None      # of documents
-    id_column: str | None = None         # None: ids are made, "FILE:ROW"
-    keep: tuple[str, ...] = ()           # other columns that go along
-    keep_text: bool = True               # False leaves texts and titles out, for files of half the size; an index cannot be filled from them
-    role: str = "document"               # or "query": which prompt goes before the text
-    task: str | None = None              # of queries; None: the model's default
-    dim: int | None = None               # a trained width; None: the full one
+    title_column: str | None = None  # of documents
+    id_column: str | None = None  # None: ids are made, "FILE:ROW"
+    keep: tuple[str, ...] = ()  # other columns that go along
+    # False leaves texts and titles out, for files of half the size; an index cannot be filled from
+    # them
+    keep_text: bool = True
+    role: str = "document"  # or "query": which prompt goes before the text
+    task: str | None = None  # of queries; None: the model's default
+    dim: int | None = None  # a trained width; None: the full one
     overflow: Overflow = "error"
     shard_rows: int = DEFAULT_SHARD_ROWS
 
@@ -49,21 +53,43 @@ class BulkSettings:
         if self.role not in ROLES:
             raise ConfigError(f"role={self.role!r}: one of {ROLES}.")
         if self.role == "query" and self.title_column is not None:
-            raise ConfigError(f"title_column={self.title_column!r} with role='query': only documents have titles. Leave it out.")
+            raise ConfigError(
+                f"title_column={self.title_column!r} with role='query': only documents have "
+                "titles. Leave it out."
+            )
         if self.role == "document" and self.task is not None:
-            raise ConfigError(f"task={self.task!r} with role='document': a document is embedded the same for all tasks. Leave it out.")
+            raise ConfigError(
+                f"task={self.task!r} with role='document': a document is embedded the same for all "
+                "tasks. Leave it out."
+            )
         if self.overflow not in get_args(Overflow):
             raise ConfigError(f"overflow={self.overflow!r}: one of {get_args(Overflow)}.")
-        if isinstance(self.shard_rows, bool) or not isinstance(self.shard_rows, int) or not 1 <= self.shard_rows <= 1_000_000:
-            raise ConfigError(f"shard_rows={self.shard_rows!r}: a whole number from 1 to 1,000,000.")
-        named = [column for column in (self.id_column, self.title_column, self.text_column) if column is not None]
+        if (
+            isinstance(self.shard_rows, bool)
+            or not isinstance(self.shard_rows, int)
+            or not 1 <= self.shard_rows <= 1_000_000
+        ):
+            raise ConfigError(
+                f"shard_rows={self.shard_rows!r}: a whole number from 1 to 1,000,000."
+            )
+        named = [
+            column
+            for column in (self.id_column, self.title_column, self.text_column)
+            if column is not None
+        ]
         if not all(isinstance(column, str) and column for column in (*named, *self.keep)):
-            raise ConfigError(f"columns {named} and keep={self.keep!r}: names are non-empty str, keep is a list of them.")
+            raise ConfigError(
+                f"columns {named} and keep={self.keep!r}: names are non-empty str, keep is a list "
+                "of them."
+            )
         columns = self.output_columns
         if len(set(columns)) != len(columns):
             twice = next(column for column in columns if columns.count(column) > 1)
-            raise ConfigError(f"the output would have two columns {twice!r}. Name each input column once; {', '.join(MADE_COLUMNS)} are made here, "
-                              f"and {ID_COLUMN!r} where no id_column is given: rename such a column of the input.")
+            raise ConfigError(
+                f"the output would have two columns {twice!r}. Name each input column once; "
+                f"{', '.join(MADE_COLUMNS)} are made here, "
+                f"and {ID_COLUMN!r} where no id_column is given: rename such a column of the input."
+            )
 
     @property
     def input_columns(self) -> list[str]:
@@ -73,7 +99,11 @@ class BulkSettings:
 
     @property
     def output_columns(self) -> list[str]:
-        texts = [column for column in (self.title_column, self.text_column) if column is not None] if self.keep_text else []
+        texts = (
+            [column for column in (self.title_column, self.text_column) if column is not None]
+            if self.keep_text
+            else []
+        )
         return [self.id_column or ID_COLUMN, *texts, *self.keep, *MADE_COLUMNS]
 
 
@@ -100,15 +130,20 @@ class Job:
     """One run, complete; equal ids mean files of equal content."""
 
     identity: ModelIdentity
-    target: str              # of the bundle, for people
-    prompt: str              # what stands before each text; where documents have titles, as without one
-    settings: BulkSettings   # dim and task resolved
+    target: str  # of the bundle, for people
+    prompt: str  # what stands before each text; where documents have titles, as without one
+    settings: BulkSettings  # dim and task resolved
     files: tuple[SourceFile, ...]
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
         rows = [[file.name, file.sha256, file.rows] for file in self.files]
-        content = {"fingerprint": self.identity.fingerprint, "prompt": self.prompt, "settings": asdict(self.settings), "files": rows}
+        content = {
+            "fingerprint": self.identity.fingerprint,
+            "prompt": self.prompt,
+            "settings": asdict(self.settings),
+            "files": rows,
+        }
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         object.__setattr__(self, "id", hashlib.sha256(canonical.encode()).hexdigest())
 
@@ -128,13 +163,27 @@ class Job:
         """
         size = self.settings.shard_rows
         if sum(-(-file.rows // size) for file in self.files) > MAX_SHARDS:
-            raise ConfigError(f"{self.rows} rows in shards of {size} are more than {MAX_SHARDS} files. Raise shard_rows.")
+            raise ConfigError(
+                f"{self.rows} rows in shards of {size} are more than {MAX_SHARDS} files. Raise "
+                "shard_rows."
+            )
         ranges = [(file, start) for file in self.files for start in range(0, file.rows, size)]
-        return [Shard(number=number, file=file, start=start, stop=min(start + size, file.rows)) for number, (file, start) in enumerate(ranges)]
+        return [
+            Shard(number=number, file=file, start=start, stop=min(start + size, file.rows))
+            for number, (file, start) in enumerate(ranges)
+        ]
 
     def to_json(self) -> str:
-        body = {"format": FORMAT, "format_version": FORMAT_VERSION, "id": self.id, "identity": json.loads(self.identity.to_json()),
-                "target": self.target, "prompt": self.prompt, "settings": asdict(self.settings), "files": [asdict(file) for file in self.files]}
+        body = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "id": self.id,
+            "identity": json.loads(self.identity.to_json()),
+            "target": self.target,
+            "prompt": self.prompt,
+            "settings": asdict(self.settings),
+            "files": [asdict(file) for file in self.files],
+        }
         return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -146,15 +195,32 @@ class Job:
         try:
             body = json.loads(text)
             if body.get("format") != FORMAT or body.get("format_version") != FORMAT_VERSION:
-                raise IndexFileError(f"{where}: format {body.get('format')!r} {body.get('format_version')!r}, this egemma reads {FORMAT!r} "
-                                     f"{FORMAT_VERSION}. Open it with the egemma that wrote it.")
+                raise IndexFileError(
+                    f"{where}: format {body.get('format')!r} {body.get('format_version')!r}, this "
+                    f"egemma reads {FORMAT!r} "
+                    f"{FORMAT_VERSION}. Open it with the egemma that wrote it."
+                )
             settings = BulkSettings(**body["settings"] | {"keep": tuple(body["settings"]["keep"])})
-            job = cls(identity=ModelIdentity.from_json(json.dumps(body["identity"])), target=body["target"], prompt=body["prompt"],
-                      settings=settings, files=tuple(SourceFile(**file) for file in body["files"]))
+            job = cls(
+                identity=ModelIdentity.from_json(json.dumps(body["identity"])),
+                target=body["target"],
+                prompt=body["prompt"],
+                settings=settings,
+                files=tuple(SourceFile(**file) for file in body["files"]),
+            )
             if job.id != body["id"]:
                 raise ValueError("its id does not belong to its content")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
-            raise IndexFileError(f"{where} is damaged: {error}. Embed into another folder.") from error
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            ConfigError,
+        ) as error:
+            raise IndexFileError(
+                f"{where} is damaged: {error}. Embed into another folder."
+            ) from error
         return job
 
 
@@ -170,7 +236,9 @@ def read_job(out: Path) -> Job | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise IndexFileError(f"{path} cannot be read: {error}. Embed into another folder.") from error
+        raise IndexFileError(
+            f"{path} cannot be read: {error}. Embed into another folder."
+        ) from error
 
 
 def check_same_job(out: Path, stored: Job, mine: Job) -> None:
@@ -179,22 +247,40 @@ def check_same_job(out: Path, stored: Job, mine: Job) -> None:
         IndexMismatchError: the folder holds vectors of another model.
         ConfigError: it holds a run with other settings or another input.
     """
-    check_same_model(out, stored.identity, mine.identity, "Give that bundle, or another output folder.")
-    settings = [f"{one.name}={getattr(stored.settings, one.name)!r} instead of {getattr(mine.settings, one.name)!r}"
-                for one in fields(BulkSettings) if getattr(stored.settings, one.name) != getattr(mine.settings, one.name)]
+    check_same_model(
+        out, stored.identity, mine.identity, "Give that bundle, or another output folder."
+    )
+    settings = [
+        f"{one.name}={getattr(stored.settings, one.name)!r} instead of "
+        f"{getattr(mine.settings, one.name)!r}"
+        for one in fields(BulkSettings)
+        if getattr(stored.settings, one.name) != getattr(mine.settings, one.name)
+    ]
     if settings:
-        raise ConfigError(f"{out} was begun with {', '.join(settings)}. Give the same settings, or another output folder.")
+        raise ConfigError(
+            f"{out} was begun with {', '.join(settings)}. Give the same settings, or another "
+            "output folder."
+        )
     before, now = ({file.name: file for file in job.files} for job in (stored, mine))
-    changes = [*(f"{name} is new" for name in now if name not in before), *(f"{name} is gone" for name in before if name not in now),
-               *(f"{name} changed" for name in now if name in before and now[name] != before[name])]
+    changes = [
+        *(f"{name} is new" for name in now if name not in before),
+        *(f"{name} is gone" for name in before if name not in now),
+        *(f"{name} changed" for name in now if name in before and now[name] != before[name]),
+    ]
     if changes:
-        shown = ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
-        raise ConfigError(f"{out} was begun with another input: {shown}. Restore it, or give another output folder.")
+        shown = ", ".join(changes[:3]) + (
+            f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        )
+        raise ConfigError(
+            f"{out} was begun with another input: {shown}. Restore it, or give another output "
+            "folder."
+        )
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the place of `path`, durably, when the block ends well, and leaves nothing otherwise.
+    """A binary file that takes the place of `path`, durably, when the block ends well, and leaves
+    nothing otherwise.
 
     Raises:
         IndexFileError: the disk is full or the folder cannot be written.
@@ -215,4 +301,7 @@ def replacing(path: Path) -> Iterator[Any]:
         finally:
             scratch.unlink(missing_ok=True)
     except OSError as error:
-        raise IndexFileError(f"{path} cannot be written: {error}. Finished shards are kept: run again when it can be.") from error
+        raise IndexFileError(
+            f"{path} cannot be written: {error}. Finished shards are kept: run again when it can "
+            "be."
+        ) from error

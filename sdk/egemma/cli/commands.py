@@ -37,7 +37,14 @@ _Result = TypeVar("_Result")
 def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed; returns its exit code."""
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
-        "embed": _embed, "add": _add, "remove": _remove, "search": _search, "index": lambda args: upkeep.run(args, _model), "inspect": _inspect, "verify": _verify, "bench": _bench,
+        "embed": _embed,
+        "add": _add,
+        "remove": _remove,
+        "search": _search,
+        "index": lambda args: upkeep.run(args, _model),
+        "inspect": _inspect,
+        "verify": _verify,
+        "bench": _bench,
     }
     return commands[args.command](args)
 
@@ -46,10 +53,23 @@ def _embed_parquet(args: argparse.Namespace) -> int:
     from egemma.bulk import embed_parquet
 
     with Progress("rows", None) as progress:
-        report = embed_parquet(args.parquet[0] if len(args.parquet) == 1 else args.parquet, args.out, bundle=_model(args.model, None),
-                               text_column=args.text_column or "text", title_column=args.title_column, id_column=args.id_column,
-                               role=args.role, task=args.task, dim=args.dim, overflow=args.overflow, engine=args.engine or "local",
-                               workers=args.workers, threads_per_worker=args.threads, on_error=args.on_error or "fail", progress=progress.at)
+        report = embed_parquet(
+            args.parquet[0] if len(args.parquet) == 1 else args.parquet,
+            args.out,
+            bundle=_model(args.model, None),
+            text_column=args.text_column or "text",
+            title_column=args.title_column,
+            id_column=args.id_column,
+            role=args.role,
+            task=args.task,
+            dim=args.dim,
+            overflow=args.overflow,
+            engine=args.engine or "local",
+            workers=args.workers,
+            threads_per_worker=args.threads,
+            on_error=args.on_error or "fail",
+            progress=progress.at,
+        )
     print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else report.to_text())
     return 0
 
@@ -58,16 +78,25 @@ def _embed(args: argparse.Namespace) -> int:
     if args.parquet is not None:
         return _embed_parquet(args)
     from_stdin = args.texts in ([], [STDIN])
-    typed = (Incoming(where=f"TEXT {number}", text=text) for number, text in enumerate(args.texts, start=1))
+    typed = (
+        Incoming(where=f"TEXT {number}", text=text)
+        for number, text in enumerate(args.texts, start=1)
+    )
     kept = []
-    with (Embedder.open(_model(args.model, None), threads=args.threads) as embedder,
-          Progress("texts", None if from_stdin else len(args.texts)) as progress):
+    with (
+        Embedder.open(_model(args.model, None), threads=args.threads) as embedder,
+        Progress("texts", None if from_stdin else len(args.texts)) as progress,
+    ):
 
         def embed(group: list[Incoming]) -> Embeddings:
             texts = [incoming.text for incoming in group]
             if args.role == "query":
-                return embedder.embed_queries(texts, task=args.task or DEFAULT_TASK, dim=args.dim, overflow=args.overflow)
-            return embedder.embed_documents(texts, titles=[args.title] * len(texts), dim=args.dim, overflow=args.overflow)
+                return embedder.embed_queries(
+                    texts, task=args.task or DEFAULT_TASK, dim=args.dim, overflow=args.overflow
+                )
+            return embedder.embed_documents(
+                texts, titles=[args.title] * len(texts), dim=args.dim, overflow=args.overflow
+            )
 
         for group in _groups(read_lines([STDIN]) if from_stdin else typed):
             found = _blaming(embed, group)
@@ -76,7 +105,11 @@ def _embed(args: argparse.Namespace) -> int:
                 kept.append(found.vectors)
             for incoming, embedding in zip(group, found, strict=True):
                 if args.json:
-                    print(json.dumps(_embedding_row(args, incoming.text, embedding), ensure_ascii=False))
+                    print(
+                        json.dumps(
+                            _embedding_row(args, incoming.text, embedding), ensure_ascii=False
+                        )
+                    )
                 elif args.out is None:
                     print(_embedding_line(args, incoming.text, embedding))
             sys.stdout.flush()
@@ -101,10 +134,16 @@ def _add(args: argparse.Namespace) -> int:
     known = None if is_new(args.index) else describe_index(args.index)
     model = _model(args.model, known)
     if args.plan and known is None:  # a plan leaves nothing behind
-        with (tempfile.TemporaryDirectory() as scratch, Embedder.open(model, threads=args.threads) as embedder,
-              Index.open(Path(scratch, "index.db"), embedder) as index):
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            Embedder.open(model, threads=args.threads) as embedder,
+            Index.open(Path(scratch, "index.db"), embedder) as index,
+        ):
             return _sync(args, index, paths)
-    with Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder) as index:
+    with (
+        Embedder.open(model, threads=args.threads) as embedder,
+        Index.open(args.index, embedder) as index,
+    ):
         location = model if model == BUILTIN else str(Path(model).resolve())
         if known is None or known.model_path != location:
             index.remember_model_path(location)
@@ -113,7 +152,8 @@ def _add(args: argparse.Namespace) -> int:
             given = [name for name in names if name not in paths]
             return _add_texts(args, index, given) if given and not args.plan else code
         except (EgemmaError, KeyboardInterrupt):
-            if documents := len(index):  # asked of the file: Ctrl-C may come between storing and counting
+            # asked of the file: Ctrl-C may come between storing and counting
+            if documents := len(index):
                 print(f"egemma: {args.index} now holds {documents} documents.", file=sys.stderr)
             raise
 
@@ -123,18 +163,42 @@ def _sync(args: argparse.Namespace, index: Index, paths: list[str]) -> int:
     from egemma.ingest import IngestConfig, plan_folder, render, sync
     from egemma.ingest.plan import DEFAULT_EXCLUDE
 
-    config = IngestConfig(exclude=(*DEFAULT_EXCLUDE, *args.exclude), hidden=args.hidden, chunk_tokens=args.chunk_tokens,
-                          allow_empty=args.allow_empty)
+    config = IngestConfig(
+        exclude=(*DEFAULT_EXCLUDE, *args.exclude),
+        hidden=args.hidden,
+        chunk_tokens=args.chunk_tokens,
+        allow_empty=args.allow_empty,
+    )
     if args.plan:
         with Progress("files", None) as progress:
-            plan = plan_folder(index, paths, config, progress=lambda _path, done, total: progress.at(done, total))
-        print(json.dumps({**asdict(plan), "chunks": plan.chunks, "embed_chunks": plan.embed_chunks, "embed_tokens": plan.embed_tokens},
-                         ensure_ascii=False) if args.json else "\n".join(render(plan)))
+            plan = plan_folder(
+                index, paths, config, progress=lambda _path, done, total: progress.at(done, total)
+            )
+        print(
+            json.dumps(
+                {
+                    **asdict(plan),
+                    "chunks": plan.chunks,
+                    "embed_chunks": plan.embed_chunks,
+                    "embed_tokens": plan.embed_tokens,
+                },
+                ensure_ascii=False,
+            )
+            if args.json
+            else "\n".join(render(plan))
+        )
         return 0
     with Progress("bytes", None) as progress:
-        report = sync(index, paths, config, progress=lambda now: progress.at(now.bytes_done, now.bytes))
-    print(json.dumps({"index": args.index, **asdict(report), "documents": len(index)}, ensure_ascii=False) if args.json
-          else "\n".join([*report.to_lines(), f"{args.index} now holds {len(index)} documents"]))
+        report = sync(
+            index, paths, config, progress=lambda now: progress.at(now.bytes_done, now.bytes)
+        )
+    print(
+        json.dumps(
+            {"index": args.index, **asdict(report), "documents": len(index)}, ensure_ascii=False
+        )
+        if args.json
+        else "\n".join([*report.to_lines(), f"{args.index} now holds {len(index)} documents"])
+    )
     return 0
 
 
@@ -144,10 +208,17 @@ def _add_texts(args: argparse.Namespace, index: Index, names: list[str]) -> int:
     overflow: IndexOverflow = args.overflow or "error"
 
     def add(group: list[Incoming]) -> None:
-        for part in ([incoming for incoming in group if incoming.id is not None], [incoming for incoming in group if incoming.id is None]):
-            ids = index.add([incoming.text for incoming in part], titles=[incoming.title for incoming in part],
-                            ids=[incoming.id for incoming in part if incoming.id is not None] or None,
-                            metadata=[incoming.metadata for incoming in part], overflow=overflow)
+        for part in (
+            [incoming for incoming in group if incoming.id is not None],
+            [incoming for incoming in group if incoming.id is None],
+        ):
+            ids = index.add(
+                [incoming.text for incoming in part],
+                titles=[incoming.title for incoming in part],
+                ids=[incoming.id for incoming in part if incoming.id is not None] or None,
+                metadata=[incoming.metadata for incoming in part],
+                overflow=overflow,
+            )
             stored.extend(replace(document, text="") for document in index.get(ids))
 
     with Progress("documents", None) as progress:
@@ -155,15 +226,32 @@ def _add_texts(args: argparse.Namespace, index: Index, names: list[str]) -> int:
             _blaming(add, group)
             progress.advance(len(group))
     documents = len(index)
-    tokens, cut = sum(document.num_tokens for document in stored), [document.id for document in stored if document.truncated]
+    tokens, cut = (
+        sum(document.num_tokens for document in stored),
+        [document.id for document in stored if document.truncated],
+    )
     if args.json:
-        print(json.dumps({"index": args.index, "added": len(stored), "tokens": tokens, "truncated": len(cut), "truncated_ids": cut,
-                          "documents": documents}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {
+                    "index": args.index,
+                    "added": len(stored),
+                    "tokens": tokens,
+                    "truncated": len(cut),
+                    "truncated_ids": cut,
+                    "documents": documents,
+                },
+                ensure_ascii=False,
+            )
+        )
         return 0
     print(f"{args.index}: added {len(stored)} documents, {tokens} tokens; it now holds {documents}")
     if cut:
-        print(f"{len(cut)} were longer than the model reads, only the beginning of each can be found: "
-              f"{', '.join(_printable(id_) for id_ in cut[:5])}{', ...' if len(cut) > 5 else ''}")
+        print(
+            f"{len(cut)} were longer than the model reads, only the beginning of each can be "
+            "found: "
+            f"{', '.join(_printable(id_) for id_ in cut[:5])}{', ...' if len(cut) > 5 else ''}"
+        )
     return 0
 
 
@@ -171,24 +259,46 @@ def _remove(args: argparse.Namespace) -> int:
     with Index.open(args.index, create=False) as index:
         index.get(args.ids)  # a mistyped id deletes nothing, and says so
         removed, documents = index.remove(args.ids), len(index)
-    print(json.dumps({"index": args.index, "removed": removed, "documents": documents}) if args.json
-          else f"{args.index}: deleted {removed}; it now holds {documents}")
+    print(
+        json.dumps({"index": args.index, "removed": removed, "documents": documents})
+        if args.json
+        else f"{args.index}: deleted {removed}; it now holds {documents}"
+    )
     return 0
 
 
 def _search(args: argparse.Namespace) -> int:
-    options = {"where": args.where, "mode": args.mode, "dim": args.dim, "task": args.task, "shortlist": args.shortlist, "exact": args.exact,
-               "approximate": args.approximate}
+    options = {
+        "where": args.where,
+        "mode": args.mode,
+        "dim": args.dim,
+        "task": args.task,
+        "shortlist": args.shortlist,
+        "exact": args.exact,
+        "approximate": args.approximate,
+    }
     if args.mode == "text":  # words need no model
         with Index.open(args.index, create=False) as index:
             hits = index.search(args.query, args.k, **options)
     else:
         model = _model(args.model, describe_index(args.index))
-        with Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder, create=False, threads=args.threads) as index:
+        with (
+            Embedder.open(model, threads=args.threads) as embedder,
+            Index.open(args.index, embedder, create=False, threads=args.threads) as index,
+        ):
             hits = index.search(args.query, args.k, **options)
     if args.json:
-        print(json.dumps({"query": args.query, "task": args.task, "how": asdict(hits.how), "hits": [asdict(hit) for hit in hits]},
-                         ensure_ascii=False))
+        print(
+            json.dumps(
+                {
+                    "query": args.query,
+                    "task": args.task,
+                    "how": asdict(hits.how),
+                    "hits": [asdict(hit) for hit in hits],
+                },
+                ensure_ascii=False,
+            )
+        )
         return 0
     for rank, hit in enumerate(hits, start=1):
         print(_hit_lines(rank, hit))
@@ -201,33 +311,66 @@ def _inspect(args: argparse.Namespace) -> int:
     path = Path(args.path)
     if args.path != BUILTIN and path.is_file():
         facts = describe_index(path, check=True)
-        print(json.dumps({"kind": "index", **asdict(facts)}, ensure_ascii=False) if args.json else _index_text(facts))
+        print(
+            json.dumps({"kind": "index", **asdict(facts)}, ensure_ascii=False)
+            if args.json
+            else _index_text(facts)
+        )
         return 0 if facts.damage is None else 1
     bundle = read_bundle(BUILTIN_FOLDER if args.path == BUILTIN else path)
     manifest = asdict(bundle.manifest)
     if args.json:
-        print(json.dumps({"kind": "bundle", "path": str(bundle.folder), **manifest}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"kind": "bundle", "path": str(bundle.folder), **manifest}, ensure_ascii=False
+            )
+        )
         return 0
     megabytes = sum(facts["bytes"] for facts in manifest["files"].values()) / 1e6
     bounds = manifest["verification"].get("bounds", {})
-    _print_table([
-        ("bundle", f"{bundle.folder}, every file as its SHA-256 says"),
-        ("model", f"{manifest['source'].get('model')} {manifest['source'].get('revision') or ''}".strip()),
-        ("target", f"{manifest['target']}, {manifest['runtime']}, weights {manifest['scheme'].get('name')}"),
-        ("reads", f"{manifest['tokenizer']['max_tokens']} tokens, {'one text' if manifest['batch'] == 'one' else 'several texts'} at a time"),
-        ("widths", ", ".join(map(str, manifest["dims"]))),
-        ("tasks", ", ".join(bundle.prompts.tasks)),
-        ("size", f"{megabytes:.1f} MB"),
-        ("verified", ", ".join(f"{name} {bound}" for name, bound in bounds.items()) or "no bounds"),
-        ("made by", ", ".join(f"{tool} {version}" for tool, version in manifest["tools"].items())),
-        ("fingerprint", manifest["fingerprint"]),
-    ])
+    _print_table(
+        [
+            ("bundle", f"{bundle.folder}, every file as its SHA-256 says"),
+            (
+                "model",
+                f"{manifest['source'].get('model')} "
+                f"{manifest['source'].get('revision') or ''}".strip(),
+            ),
+            (
+                "target",
+                f"{manifest['target']}, {manifest['runtime']}, weights "
+                f"{manifest['scheme'].get('name')}",
+            ),
+            (
+                "reads",
+                f"{manifest['tokenizer']['max_tokens']} tokens, "
+                f"{'one text' if manifest['batch'] == 'one' else 'several texts'} at a time",
+            ),
+            ("widths", ", ".join(map(str, manifest["dims"]))),
+            ("tasks", ", ".join(bundle.prompts.tasks)),
+            ("size", f"{megabytes:.1f} MB"),
+            (
+                "verified",
+                ", ".join(f"{name} {bound}" for name, bound in bounds.items()) or "no bounds",
+            ),
+            (
+                "made by",
+                ", ".join(f"{tool} {version}" for tool, version in manifest["tools"].items()),
+            ),
+            ("fingerprint", manifest["fingerprint"]),
+        ]
+    )
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    result = verify_bundle(args.bundle, threads=args.threads, min_cosine_float=args.min_cosine_float,
-                           min_cosine_quantized=args.min_cosine_quantized, max_batch_difference=args.max_batch_difference)
+    result = verify_bundle(
+        args.bundle,
+        threads=args.threads,
+        min_cosine_float=args.min_cosine_float,
+        min_cosine_quantized=args.min_cosine_quantized,
+        max_batch_difference=args.max_batch_difference,
+    )
     print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else result.to_text())
     return 0 if result.passed else 1
 
@@ -239,7 +382,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _model(asked: str | None, index: IndexFacts | None) -> str:
-    """Which bundle to open: the one asked for, else the one that the index was made with, else the environment's, else builtin."""
+    """Which bundle to open: the one asked for, else the one that the index was made with, else the
+    environment's, else builtin.
+    """
     if asked is not None:
         return asked
     named = os.environ.get(MODEL_VARIABLE)
@@ -247,8 +392,10 @@ def _model(asked: str | None, index: IndexFacts | None) -> str:
         if index.model_path == BUILTIN or Path(index.model_path).is_dir():
             return index.model_path
         if not named:
-            raise IndexFileError(f"{index.path} was made with {index.model} in {index.model_path}, which is gone. "
-                                 "Say where that model is now with --model.")
+            raise IndexFileError(
+                f"{index.path} was made with {index.model} in {index.model_path}, which is gone. "
+                "Say where that model is now with --model."
+            )
     return named or BUILTIN
 
 
@@ -259,7 +406,9 @@ def _groups(items: Iterable[_Item]) -> Iterator[list[_Item]]:
 
 
 def _blaming(call: Callable[[list[Incoming]], _Result], group: list[Incoming]) -> _Result:
-    """`call(group)`; when that fails, one text at a time, so that the error can say where the culprit came from."""
+    """`call(group)`; when that fails, one text at a time, so that the error can say where the
+    culprit came from.
+    """
     try:
         return call(group)
     except (InputError, TokenLimitError, PromptError):
@@ -267,31 +416,56 @@ def _blaming(call: Callable[[list[Incoming]], _Result], group: list[Incoming]) -
             try:
                 call([incoming])
             except EgemmaError as error:
-                raise type(error)(f"{incoming.where}: {str(error).removeprefix('text 0: ').removeprefix('text 0 ')}") from error
+                raise type(error)(
+                    f"{incoming.where}: "
+                    f"{str(error).removeprefix('text 0: ').removeprefix('text 0 ')}"
+                ) from error
         raise
 
 
 def _once_each(documents: Iterable[Incoming]) -> Iterator[Incoming]:
-    """The same documents; refuses an id that comes twice in one run, as the later would replace the earlier."""
+    """The same documents; refuses an id that comes twice in one run, as the later would replace the
+    earlier.
+    """
     seen: dict[str, str] = {}
     for document in documents:
-        if document.id is not None and seen.setdefault(document.id, document.where) != document.where:
-            raise InputError(f"{document.where}: id {document.id!r} was given to {seen[document.id]} already. Give each its own.")
+        if (
+            document.id is not None
+            and seen.setdefault(document.id, document.where) != document.where
+        ):
+            raise InputError(
+                f"{document.where}: id {document.id!r} was given to {seen[document.id]} already. "
+                "Give each its own."
+            )
         yield document
 
 
 def _embedding_row(args: argparse.Namespace, text: str, embedding: Embedding) -> dict[str, Any]:
     prompt = {"task": args.task or DEFAULT_TASK} if args.role == "query" else {"title": args.title}
-    row = {"text": text, "as": args.role, **prompt, "dim": embedding.dim, "num_tokens": embedding.num_tokens,
-           "truncated": embedding.truncated, "fingerprint": embedding.fingerprint}
+    row = {
+        "text": text,
+        "as": args.role,
+        **prompt,
+        "dim": embedding.dim,
+        "num_tokens": embedding.num_tokens,
+        "truncated": embedding.truncated,
+        "fingerprint": embedding.fingerprint,
+    }
     # The shortest decimals that read back as the same float32; left out where a file holds them.
-    return row if args.out is not None else {**row, "vector": [float(str(value)) for value in embedding.vector]}
+    return (
+        row
+        if args.out is not None
+        else {**row, "vector": [float(str(value)) for value in embedding.vector]}
+    )
 
 
 def _embedding_line(args: argparse.Namespace, text: str, embedding: Embedding) -> str:
     first = ", ".join(f"{value:.4f}" for value in embedding.vector[:4])
     cut = ", truncated" if embedding.truncated else ""
-    return f"{args.role}, {embedding.num_tokens} tokens{cut}, {embedding.dim} floats [{first}, ...]  {_shortened(text, 40)}"
+    return (
+        f"{args.role}, {embedding.num_tokens} tokens{cut}, {embedding.dim} floats [{first}, "
+        f"...]  {_shortened(text, 40)}"
+    )
 
 
 def _hit_lines(rank: int, hit: Hit) -> str:
@@ -299,7 +473,10 @@ def _hit_lines(rank: int, hit: Hit) -> str:
     if hit.position or hit.start:
         name += f"  [{hit.start}:{hit.stop}]"
     cut = "  (only its beginning was embedded)" if hit.truncated else ""
-    return f"{rank:>3}  {hit.score:.3f}  {name}{cut}\n            {_shortened(hit.text, max(20, shutil.get_terminal_size().columns - 13))}"
+    return (
+        f"{rank:>3}  {hit.score:.3f}  {name}{cut}\n            "
+        f"{_shortened(hit.text, max(20, shutil.get_terminal_size().columns - 13))}"
+    )
 
 
 def _shortened(text: str, width: int) -> str:
@@ -313,12 +490,24 @@ def _printable(text: str) -> str:
 
 
 def _index_text(facts: IndexFacts) -> str:
-    cut = f", {facts.truncated_chunks} of them only from their beginning" if facts.truncated_chunks else ""
-    rows = [("index", facts.path), ("documents", str(facts.documents)), ("chunks", f"{facts.chunks}{cut}"), ("model", facts.model),
-            ("model was in", facts.model_path or "not known"), ("widths", f"{', '.join(map(str, facts.dims))}; the first pass scans {facts.scan_width}"),
-            ("vectors", "codes and float32" if facts.floats else "codes"), *([("migrating to", facts.migrating_to)] if facts.migrating_to else []),
-            ("size", f"{facts.file_bytes / 1e6:.1f} MB, format version {facts.format_version}"),
-            ("damage", facts.damage or "none found"), ("fingerprint", facts.fingerprint)]
+    cut = (
+        f", {facts.truncated_chunks} of them only from their beginning"
+        if facts.truncated_chunks
+        else ""
+    )
+    rows = [
+        ("index", facts.path),
+        ("documents", str(facts.documents)),
+        ("chunks", f"{facts.chunks}{cut}"),
+        ("model", facts.model),
+        ("model was in", facts.model_path or "not known"),
+        ("widths", f"{', '.join(map(str, facts.dims))}; the first pass scans {facts.scan_width}"),
+        ("vectors", "codes and float32" if facts.floats else "codes"),
+        *([("migrating to", facts.migrating_to)] if facts.migrating_to else []),
+        ("size", f"{facts.file_bytes / 1e6:.1f} MB, format version {facts.format_version}"),
+        ("damage", facts.damage or "none found"),
+        ("fingerprint", facts.fingerprint),
+    ]
     return _table(rows)
 
 

@@ -20,7 +20,7 @@ _KEYS = {"id", "text", "title", "metadata"}
 class Incoming:
     """One document on its way into an index."""
 
-    where: str                          # "notes.txt", or "notes.txt:12" for a line
+    where: str  # "notes.txt", or "notes.txt:12" for a line
     text: str
     id: str | None = None
     title: str | None = None
@@ -47,7 +47,8 @@ def read_documents(names: Sequence[str], form: str) -> Iterator[Incoming]:
 
     Args:
         names: file names; "-" is stdin.
-        form: "file" for one document per file, "lines" for one per line that is not blank, "jsonl" for one JSON object per line.
+        form: "file" for one document per file, "lines" for one per line that is not blank, "jsonl"
+            for one JSON object per line.
 
     Raises:
         InputError: a file cannot be read, is not UTF-8, or a line is not what `form` says.
@@ -58,11 +59,19 @@ def read_documents(names: Sequence[str], form: str) -> Iterator[Incoming]:
             with _open(name) as file:
                 text = _decode(file.read(), where)
             # The full path: two folders may each have a notes.txt, and one would replace the other.
-            yield Incoming(where=where, text=text, id=None if name == STDIN else Path(name).resolve().as_posix())
+            yield Incoming(
+                where=where,
+                text=text,
+                id=None if name == STDIN else Path(name).resolve().as_posix(),
+            )
         else:
             for where, line in _lines(name):
                 if line.strip():
-                    yield Incoming(where=where, text=line) if form == "lines" else _from_json(line, where)
+                    yield (
+                        Incoming(where=where, text=line)
+                        if form == "lines"
+                        else _from_json(line, where)
+                    )
 
 
 def read_lines(names: Iterable[str]) -> Iterator[Incoming]:
@@ -91,9 +100,13 @@ def _shown(name: str) -> str:
 
 def _decode(content: bytes, where: str) -> str:
     try:
-        return content.decode("utf-8").removeprefix("\ufeff")  # some editors begin a file with this mark
+        # some editors begin a file with this mark
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: byte {error.start} is not UTF-8. Convert the file, for example with iconv, or leave it out.") from error
+        raise InputError(
+            f"{where}: byte {error.start} is not UTF-8. Convert the file, for example with iconv, "
+            "or leave it out."
+        ) from error
 
 
 def _open(name: str) -> AbstractContextManager[BinaryIO]:
@@ -113,9 +126,17 @@ def _from_json(line: str, where: str) -> Incoming:
         body = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(body, dict) or not isinstance(body.get("text"), str) or not body.keys() <= _KEYS:
-        raise InputError(f'{where}: each line is a JSON object with "text", and nothing but {sorted(_KEYS)}.')
+    if (
+        not isinstance(body, dict)
+        or not isinstance(body.get("text"), str)
+        or not body.keys() <= _KEYS
+    ):
+        raise InputError(
+            f'{where}: each line is a JSON object with "text", and nothing but {sorted(_KEYS)}.'
+        )
     for key, kind in (("id", str), ("title", str), ("metadata", dict)):
         if body.get(key) is not None and not isinstance(body[key], kind):
-            raise InputError(f"{where}: {key!r} is {type(body[key]).__name__}, it must be {kind.__name__}.")
+            raise InputError(
+                f"{where}: {key!r} is {type(body[key]).__name__}, it must be {kind.__name__}."
+            )
     return Incoming(where=where, **body)

@@ -1,4 +1,7 @@
-"""`egemma index ...`: what keeps an index well. Each opens, calls one function of the package, and prints."""
+"""`egemma index ...`: what keeps an index well.
+
+Each opens, calls one function of the package, and prints.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,15 @@ def run(args: argparse.Namespace, model_of: Callable[..., str]) -> int:
         model_of: which bundle, of what was typed and of what an index says.
     """
     commands: dict[str, Callable[[argparse.Namespace, Callable[..., str]], int]] = {
-        "check": _check, "compact": _compact, "backup": _backup, "export": _export, "import": _import, "tune": _tune, "graph": _graph,
-        "migrate": _migrate, "abandon": _abandon,
+        "check": _check,
+        "compact": _compact,
+        "backup": _backup,
+        "export": _export,
+        "import": _import,
+        "tune": _tune,
+        "graph": _graph,
+        "migrate": _migrate,
+        "abandon": _abandon,
     }
     return commands[args.index_command](args, model_of)
 
@@ -36,27 +46,47 @@ def _check(args: argparse.Namespace, _: Callable[..., str]) -> int:
     if args.json:
         print(json.dumps({"index": args.index, "findings": findings}, ensure_ascii=False))
     else:
-        print("\n".join(findings) if findings else f"{args.index}: every checksum fits, nothing is missing")
+        print(
+            "\n".join(findings)
+            if findings
+            else f"{args.index}: every checksum fits, nothing is missing"
+        )
     return 1 if findings else 0
 
 
 def _compact(args: argparse.Namespace, _: Callable[..., str]) -> int:
     report = upkeep.compact(args.index)
-    _print(args, asdict(report), f"{args.index}: {report.bytes_before / _MB:.1f} MB, now {report.bytes_after / _MB:.1f} MB"
-           + ("; chunks have new numbers, so build the graph again if there was one" if report.renumbered else ""))
+    _print(
+        args,
+        asdict(report),
+        f"{args.index}: {report.bytes_before / _MB:.1f} MB, now {report.bytes_after / _MB:.1f} MB"
+        + (
+            "; chunks have new numbers, so build the graph again if there was one"
+            if report.renumbered
+            else ""
+        ),
+    )
     return 0
 
 
 def _backup(args: argparse.Namespace, _: Callable[..., str]) -> int:
     facts = upkeep.backup(args.index, args.to, force=args.force)
-    _print(args, asdict(facts), f"{args.to}: {facts.documents} documents, {facts.file_bytes / _MB:.1f} MB, checked")
+    _print(
+        args,
+        asdict(facts),
+        f"{args.to}: {facts.documents} documents, {facts.file_bytes / _MB:.1f} MB, checked",
+    )
     return 0
 
 
 def _export(args: argparse.Namespace, _: Callable[..., str]) -> int:
     with Index.open(args.index, create=False) as index:
         documents = index.export_jsonl(args.to, vectors=not args.no_vectors, force=args.force)
-    _print(args, {"file": args.to, "documents": documents}, f"{args.to}: {documents} documents{', without vectors' if args.no_vectors else ''}")
+    _print(
+        args,
+        {"file": args.to, "documents": documents},
+        f"{args.to}: {documents} documents{', without vectors' if args.no_vectors else ''}",
+    )
     return 0
 
 
@@ -64,16 +94,27 @@ def _import(args: argparse.Namespace, model_of: Callable[..., str]) -> int:
     header = read_header(args.file)
     new = is_new(args.index)
     if new and not args.embed:
-        with Index.open(args.index, header.identity, keep_floats=header.floats) as index, Progress("documents", header.documents) as progress:
+        with (
+            Index.open(args.index, header.identity, keep_floats=header.floats) as index,
+            Progress("documents", header.documents) as progress,
+        ):
             report = index.import_jsonl(args.file, progress=progress.at)
     else:
         model = model_of(args.model, None if new else describe_index(args.index))
-        with (Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder) as index,
-              Progress("documents", header.documents) as progress):
+        with (
+            Embedder.open(model, threads=args.threads) as embedder,
+            Index.open(args.index, embedder) as index,
+            Progress("documents", header.documents) as progress,
+        ):
             report = index.import_jsonl(args.file, reembed=args.embed, progress=progress.at)
             if new:
                 index.remember_model_path(model if model == BUILTIN else str(Path(model).resolve()))
-    _print(args, asdict(report), f"{args.index}: took in {report.documents} documents, {report.chunks} passages, {report.embedded} of them embedded")
+    _print(
+        args,
+        asdict(report),
+        f"{args.index}: took in {report.documents} documents, {report.chunks} passages, "
+        f"{report.embedded} of them embedded",
+    )
     return 0
 
 
@@ -84,34 +125,60 @@ def _tune(args: argparse.Namespace, model_of: Callable[..., str]) -> int:
     else:
         queries = [line.text for line in read_lines([args.queries])]
         model = model_of(args.model, describe_index(args.index))
-        with Embedder.open(model, threads=args.threads) as embedder, Index.open(args.index, embedder, create=False, threads=args.threads) as index:
+        with (
+            Embedder.open(model, threads=args.threads) as embedder,
+            Index.open(args.index, embedder, create=False, threads=args.threads) as index,
+        ):
             report = index.tune(recall=args.recall, k=args.k, queries=queries)
     _print(args, asdict(report), report.to_text())
     return 0 if report.chosen is not None else 1
 
 
 def _graph(args: argparse.Namespace, _: Callable[..., str]) -> int:
-    with Index.open(args.index, create=False, threads=args.threads) as index, Progress("passages", None) as progress:
+    with (
+        Index.open(args.index, create=False, threads=args.threads) as index,
+        Progress("passages", None) as progress,
+    ):
         notes = index.build_graph(progress=progress.at)
     _print(args, asdict(notes), f"{args.index}: the graph holds {notes.vectors} passages")
     return 0
 
 
 def _migrate(args: argparse.Namespace, _: Callable[..., str]) -> int:
-    with Embedder.open(args.to, threads=args.threads) as embedder, Progress("passages", None) as progress:
-        report = migration.migrate(args.index, embedder, overflow=args.overflow, progress=progress.at)
+    with (
+        Embedder.open(args.to, threads=args.threads) as embedder,
+        Progress("passages", None) as progress,
+    ):
+        report = migration.migrate(
+            args.index, embedder, overflow=args.overflow, progress=progress.at
+        )
     with Index.open(args.index, create=False) as index:
         index.remember_model_path(args.to if args.to == BUILTIN else str(Path(args.to).resolve()))
     earlier = f", {report.resumed} were there from before" if report.resumed else ""
-    cut = f"; of {report.truncated} the new model reads only the beginning" if report.truncated else ""
-    _print(args, asdict(report), f"{args.index} is now of {report.to_model}: {report.embedded} of {report.chunks} passages embedded{earlier}{cut}")
+    cut = (
+        f"; of {report.truncated} the new model reads only the beginning"
+        if report.truncated
+        else ""
+    )
+    _print(
+        args,
+        asdict(report),
+        f"{args.index} is now of {report.to_model}: {report.embedded} of {report.chunks} passages "
+        f"embedded{earlier}{cut}",
+    )
     return 0
 
 
 def _abandon(args: argparse.Namespace, _: Callable[..., str]) -> int:
     if not migration.abandon(args.index):
-        raise InputError(f"{args.index} is not on its way to another model: there is nothing to give up.")
-    _print(args, {"index": args.index, "abandoned": True}, f"{args.index}: the migration is given up, its model stays")
+        raise InputError(
+            f"{args.index} is not on its way to another model: there is nothing to give up."
+        )
+    _print(
+        args,
+        {"index": args.index, "abandoned": True},
+        f"{args.index}: the migration is given up, its model stays",
+    )
     return 0
 
 

@@ -6,4 +6,16 @@ from egemma.index.index import Index, IndexOverflow
 from egemma.index.inputs import content_id
 from egemma.index.put import PutReport
 
-__all__ = ["Document", "Hit", "Hits", "How", "Index", "IndexFacts", "IndexOverflow", "PutReport", "content_id", "describe_index", "is_new"]
+__all__ = [
+    "Document",
+    "Hit",
+    "Hits",
+    "How",
+    "Index",
+    "IndexFacts",
+    "IndexOverflow",
+    "PutReport",
+    "content_id",
+    "describe_index",
+    "is_new",
+]

@@ -29,8 +29,13 @@ def check_k(k: int) -> None:
 
 
 def check_shortlist(shortlist: int | None) -> None:
-    if shortlist is not None and (isinstance(shortlist, bool) or not isinstance(shortlist, int) or shortlist < 1):
-        raise ConfigError(f"shortlist={shortlist!r}: a whole number of at least 1, or None for the index's own choice.")
+    if shortlist is not None and (
+        isinstance(shortlist, bool) or not isinstance(shortlist, int) or shortlist < 1
+    ):
+        raise ConfigError(
+            f"shortlist={shortlist!r}: a whole number of at least 1, or None for the index's own "
+            "choice."
+        )
 
 
 def one_per_text(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
@@ -46,7 +51,11 @@ def one_per_text(name: str, values: Sequence[Any] | None, count: int) -> list[An
 def check_counts(num_tokens: Sequence[Any], count: int) -> list[int]:
     counts = one_per_text("num_tokens", num_tokens, count)
     for row, value in enumerate(counts):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**31:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, np.integer))
+            or not 0 <= value < 2**31
+        ):
             raise InputError(f"num_tokens[{row}]={value!r}: a whole number of tokens, 0 or more.")
     return [int(value) for value in counts]
 
@@ -55,14 +64,20 @@ def check_text(what: str, text: object, *, blank: bool) -> None:
     if not isinstance(text, str):
         raise InputError(f"{what} is {type(text).__name__}: pass str; decode bytes first.")
     if "\0" in text:
-        raise InputError(f"{what} holds a NUL character at {text.index(chr(0))}: other languages stop reading there. Remove it.")
+        raise InputError(
+            f"{what} holds a NUL character at {text.index(chr(0))}: other languages stop reading "
+            "there. Remove it."
+        )
     if not blank and not text.strip():
         raise InputError(f"{what} is blank: there is nothing to find in it. Leave it out.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{what} holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not "
-                         "Unicode text. Decode the source with errors='replace', or remove it.") from error
+        raise InputError(
+            f"{what} holds a lone surrogate U+{ord(text[error.start]):04X} at character "
+            f"{error.start}, which is not "
+            "Unicode text. Decode the source with errors='replace', or remove it."
+        ) from error
 
 
 def check_id(id_: object) -> None:
@@ -82,7 +97,9 @@ def check_unique(ids: Sequence[str], contents: Sequence[object]) -> None:
     seen: dict[str, object] = {}
     for id_, content in zip(ids, contents, strict=True):
         if seen.setdefault(id_, content) != content:
-            raise InputError(f"id {id_!r} is given to two different documents of one call. Give each its own.")
+            raise InputError(
+                f"id {id_!r} is given to two different documents of one call. Give each its own."
+            )
 
 
 def pack_json(name: str, value: Mapping[str, Any] | None) -> str | None:
@@ -97,14 +114,20 @@ def pack_json(name: str, value: Mapping[str, Any] | None) -> str | None:
     try:
         packed = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
         packed.encode()
-    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError, a lone surrogate, is a ValueError
+    # UnicodeEncodeError, a lone surrogate, is a ValueError
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{name}={str(value)[:200]} cannot be stored as JSON: {error}.") from error
     if "\\u0000" in packed:
-        raise InputError(f"{name}={str(value)[:200]} holds a NUL character: other languages stop reading there. Remove it.")
+        raise InputError(
+            f"{name}={str(value)[:200]} holds a NUL character: other languages stop reading there. "
+            "Remove it."
+        )
     return packed
 
 
-def query_rows(vectors: object, dim: int | None, identity: ModelIdentity) -> tuple[NDArray[np.float64], int]:
+def query_rows(
+    vectors: object, dim: int | None, identity: ModelIdentity
+) -> tuple[NDArray[np.float64], int]:
     """Queries as float64 unit rows of the width they came in, and the width to score at.
 
     Args:
@@ -116,12 +139,18 @@ def query_rows(vectors: object, dim: int | None, identity: ModelIdentity) -> tup
     """
     array = to_array(vectors)
     if array.ndim != 2 or array.dtype.kind != "f":
-        raise InputError(f"the vectors have shape {array.shape} and type {array.dtype}: they must be rows of floats.")
+        raise InputError(
+            f"the vectors have shape {array.shape} and type {array.dtype}: they must be rows of "
+            "floats."
+        )
     width = check_dim(array.shape[1], identity.dims)
     dim = width if dim is None else check_dim(dim, identity.dims)
     if dim > width:
-        raise InputError(f"dim={dim}, but the vector has {width} channels: pass a wider vector or a smaller dim.")
+        raise InputError(
+            f"dim={dim}, but the vector has {width} channels: pass a wider vector or a smaller dim."
+        )
     for narrower in {dim, *(trained for trained in identity.dims if trained <= width)}:
-        normalize(array[:, :narrower].astype(np.float32))  # refuses what has no direction at that width
+        # refuses what has no direction at that width
+        normalize(array[:, :narrower].astype(np.float32))
     wide = array.astype(np.float64)
     return wide / np.sqrt((wide * wide).sum(axis=1, keepdims=True)), dim

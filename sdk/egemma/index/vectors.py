@@ -18,8 +18,8 @@ from egemma.index.file import State
 from egemma.index.heads import Damage, Heads
 from egemma.index.tune import Tuned
 
-MIN_SHORTLIST = 300          # where nothing was tuned: at least so many, and
-SHORTLIST_PER_HIT = 10       # so many for each hit that is wanted
+MIN_SHORTLIST = 300  # where nothing was tuned: at least so many, and
+SHORTLIST_PER_HIT = 10  # so many for each hit that is wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,35 +35,60 @@ class Plan:
 
 
 def default_shortlist(state: State, k: int) -> tuple[int, int | None]:
-    """How many to compare at full width for k hits; and for how many chunks that was tuned, None where it was not."""
+    """How many to compare at full width for k hits; and for how many chunks that was tuned, None
+    where it was not.
+    """
     tuned = None if state.tuned is None else Tuned.from_json(state.tuned)
     if tuned is None or tuned.scan_width != state.scan_width:
         return max(MIN_SHORTLIST, SHORTLIST_PER_HIT * k), None
     return tuned.shortlist_for(k), tuned.chunks
 
 
-def stored_vectors(connection: sqlite3.Connection, state: State, heads: Heads, numbers: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(n, D) float64 stored vectors of these chunks, which are in rising order: floats where the file keeps them, else codes."""
+def stored_vectors(
+    connection: sqlite3.Connection, state: State, heads: Heads, numbers: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(n, D) float64 stored vectors of these chunks, which are in rising order: floats where the
+    file keeps them, else codes.
+    """
     layout = state.layout
     codes = heads.codes[numbers]
-    rows = connection.execute("SELECT v.number, v.crc32, v.scales, v.rest, v.floats FROM json_each(?) AS j CROSS JOIN vectors AS v "
-                              "ON v.number = j.value", (json.dumps(numbers.tolist()),)).fetchall()
+    rows = connection.execute(
+        "SELECT v.number, v.crc32, v.scales, v.rest, v.floats FROM json_each(?) AS j CROSS JOIN "
+        "vectors AS v "
+        "ON v.number = j.value",
+        (json.dumps(numbers.tolist()),),
+    ).fetchall()
     if [row[0] for row in rows] != numbers.tolist():
         raise Damage(f"{len(numbers)} vectors are wanted, {len(rows)} are there")
     for head, (number, crc, scales, rest, floats) in zip(codes, rows, strict=True):
-        if not fits(layout, state.floats, scales, rest, floats) or vector_crc32(number, head.tobytes(), scales, rest, floats) != crc:
+        if (
+            not fits(layout, state.floats, scales, rest, floats)
+            or vector_crc32(number, head.tobytes(), scales, rest, floats) != crc
+        ):
             raise Damage(f"vector {number} is not what was stored")
     if state.floats:
-        return np.frombuffer(b"".join(row[4] for row in rows), "<f4").reshape(-1, layout.dim).astype(np.float64)
-    return decode(codes, np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, layout.scales),
-                  np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, layout.rest_bytes), layout)
+        return (
+            np.frombuffer(b"".join(row[4] for row in rows), "<f4")
+            .reshape(-1, layout.dim)
+            .astype(np.float64)
+        )
+    return decode(
+        codes,
+        np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, layout.scales),
+        np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, layout.rest_bytes),
+        layout,
+    )
 
 
-def rescore_ms(connection: sqlite3.Connection, state: State, heads: Heads, live: NDArray[np.int64], count: int) -> float:
+def rescore_ms(
+    connection: sqlite3.Connection, state: State, heads: Heads, live: NDArray[np.int64], count: int
+) -> float:
     """How long it takes to read so many vectors and compare them with a query, median."""
     times = []
     for run in range(5):
-        numbers = np.sort(np.random.default_rng(run).choice(live, min(count, len(live)), replace=False))
+        numbers = np.sort(
+            np.random.default_rng(run).choice(live, min(count, len(live)), replace=False)
+        )
         started = time.perf_counter()
         stored = stored_vectors(connection, state, heads, numbers)
         cosines(stored[0], stored)

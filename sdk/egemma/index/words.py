@@ -9,14 +9,16 @@ from egemma.index.heads import Damage
 from egemma_core.errors import InputError
 
 _WORD = re.compile(r"\w+")
-# SQLite's idea of a letter is older than Python's, and has combining accents in it: a piece with one of these goes to it whole.
+# SQLite's idea of a letter is older than Python's, and has combining accents in it: a piece with
+# one of these goes to it whole.
 _DOUBTFUL = re.compile(r"[^\x00-\x7f\w]")
 _NEVER_STORED = re.compile(r"[\0\ud800-\udfff]")
 MAX_WORDS = 1000
 
 
 def match_of(query: str) -> str | None:
-    """Any of the words, each quoted, so that no operator, column or quote of FTS5 can come from a user; None where there is no word.
+    """Any of the words, each quoted, so that no operator, column or quote of FTS5 can come from a
+    user; None where there is no word.
 
     FTS5 cuts what stands in quotes once more, and finds it where the same words follow each other.
 
@@ -27,11 +29,19 @@ def match_of(query: str) -> str | None:
     pieces = [piece.replace('"', '""') for piece in query.split() if _DOUBTFUL.search(piece)]
     words = list(dict.fromkeys(_WORD.findall(query) + pieces))
     if len(words) > MAX_WORDS:
-        raise InputError(f"the query has {len(words)} different words: full text takes {MAX_WORDS}. Shorten it, or use mode='vector'.")
+        raise InputError(
+            f"the query has {len(words)} different words: full text takes {MAX_WORDS}. Shorten it, "
+            "or use mode='vector'."
+        )
     return " OR ".join(f'"{word}"' for word in words) or None
 
 
-def best_words(connection: sqlite3.Connection, query: str, count: int, condition: tuple[str, list[object]] | None) -> list[tuple[int, float]]:
+def best_words(
+    connection: sqlite3.Connection,
+    query: str,
+    count: int,
+    condition: tuple[str, list[object]] | None,
+) -> list[tuple[int, float]]:
     """Chunk numbers and BM25 (higher is better), best first, equal ones by number.
 
     Args:
@@ -40,9 +50,14 @@ def best_words(connection: sqlite3.Connection, query: str, count: int, condition
     match = match_of(query)
     if match is None:
         return []
-    among, parameters = ("", []) if condition is None else (f"AND rowid IN ({condition[0]})", condition[1])
-    rows = connection.execute(f"SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? {among} ORDER BY bm25(words), rowid LIMIT ?",
-                              (match, *parameters, count))
+    among, parameters = (
+        ("", []) if condition is None else (f"AND rowid IN ({condition[0]})", condition[1])
+    )
+    rows = connection.execute(
+        f"SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? {among} ORDER BY bm25(words), "
+        "rowid LIMIT ?",
+        (match, *parameters, count),
+    )
     found = rows.fetchall()
     if any(not isinstance(score, float) for _, score in found):
         raise Damage("the full-text table is not what was stored")

@@ -1,6 +1,9 @@
-"""PDF and HTML to text. Runs in a process of its own, which `sandbox` starts and limits: what it reads may be hostile.
+"""PDF and HTML to text.
 
-Messages: a line of JSON, then as many bytes as it says; the answer is a line of JSON. See `Sandbox.extract`.
+Runs in a process of its own, which `sandbox` starts and limits: what it reads may be hostile.
+
+Messages: a line of JSON, then as many bytes as it says; the answer is a line of JSON. See
+`Sandbox.extract`.
 """
 
 from __future__ import annotations
@@ -11,18 +14,79 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-MOST_BLANKS = 128     # of a run; longer ones carry nothing and could fill chunks
+MOST_BLANKS = 128  # of a run; longer ones carry nothing and could fill chunks
 MAX_LEVEL = 6
 _LONG_BLANKS = re.compile(rf"(\s{{{MOST_BLANKS}}})\s+")
 _BLANKS = re.compile(r"[ \t\n\r\f]+")
 _SURROGATES_AND_NUL = re.compile(r"[\0\ud800-\udfff]")
 
 # Their content is not text of the page, or is shown only where something else is not.
-_LEFT_OUT = frozenset(("script", "style", "template", "noscript", "svg", "math", "iframe", "object", "canvas", "audio", "video", "head",
-                       "select", "datalist"))
-_PARAGRAPHS = frozenset(("p", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "blockquote", "table", "ul", "ol", "dl", "section", "article",
-                         "aside", "header", "footer", "main", "nav", "figure", "form", "hr", "fieldset", "address", "details"))
-_LINES = frozenset(("div", "li", "tr", "dt", "dd", "br", "caption", "figcaption", "legend", "summary", "center", "thead", "tbody", "tfoot"))
+_LEFT_OUT = frozenset(
+    (
+        "script",
+        "style",
+        "template",
+        "noscript",
+        "svg",
+        "math",
+        "iframe",
+        "object",
+        "canvas",
+        "audio",
+        "video",
+        "head",
+        "select",
+        "datalist",
+    )
+)
+_PARAGRAPHS = frozenset(
+    (
+        "p",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "pre",
+        "blockquote",
+        "table",
+        "ul",
+        "ol",
+        "dl",
+        "section",
+        "article",
+        "aside",
+        "header",
+        "footer",
+        "main",
+        "nav",
+        "figure",
+        "form",
+        "hr",
+        "fieldset",
+        "address",
+        "details",
+    )
+)
+_LINES = frozenset(
+    (
+        "div",
+        "li",
+        "tr",
+        "dt",
+        "dd",
+        "br",
+        "caption",
+        "figcaption",
+        "legend",
+        "summary",
+        "center",
+        "thead",
+        "tbody",
+        "tfoot",
+    )
+)
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _HIDING = re.compile(r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)\b", re.IGNORECASE)
 
@@ -53,15 +117,24 @@ def extract_pdf(data: bytes, *, pages: int, characters: int, stream_bytes: int) 
     import pypdf
 
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # its warnings about repaired files
-    pypdf.overwrite_configuration(pypdf.Configuration().with_overwrites(
-        zlib_maximum_output_length=stream_bytes, lzw_maximum_output_length=stream_bytes, run_length_maximum_output_length=stream_bytes,
-        array_based_stream_maximum_output_length=stream_bytes, maximum_declared_stream_length=stream_bytes))
+    pypdf.overwrite_configuration(
+        pypdf.Configuration().with_overwrites(
+            zlib_maximum_output_length=stream_bytes,
+            lzw_maximum_output_length=stream_bytes,
+            run_length_maximum_output_length=stream_bytes,
+            array_based_stream_maximum_output_length=stream_bytes,
+            maximum_declared_stream_length=stream_bytes,
+        )
+    )
     reader = pypdf.PdfReader(io.BytesIO(data), strict=False)
     if reader.is_encrypted:
         _unlock(reader)
     found = len(reader.pages)
     if found > pages:
-        raise ExtractError("too large", f"{found} pages, the limit is {pages}. Split it, or raise ParseLimits.pdf_pages")
+        raise ExtractError(
+            "too large",
+            f"{found} pages, the limit is {pages}. Split it, or raise ParseLimits.pdf_pages",
+        )
     parts: list[str] = []
     starts: list[int] = []
     length = empty = replaced = 0
@@ -76,7 +149,11 @@ def extract_pdf(data: bytes, *, pages: int, characters: int, stream_bytes: int) 
             length += len(text) + 2
         _check_length(length, characters)
     if not parts:
-        raise ExtractError("no text", f"its {found} pages hold no text, only images. Recognise the text first, for example with OCRmyPDF")
+        raise ExtractError(
+            "no text",
+            f"its {found} pages hold no text, only images. Recognise the text first, for example "
+            "with OCRmyPDF",
+        )
     whole = "".join(parts).rstrip()
     notes = [f"{empty} of {found} pages hold no text"] if empty else []
     if replaced:
@@ -95,13 +172,20 @@ def _unlock(reader: Any) -> None:
     try:
         unlocked = reader.decrypt("")
     except DependencyError as error:
-        raise ExtractError("encrypted", "it is encrypted with AES, which needs `pip install 'pypdf[crypto]'`") from error
+        raise ExtractError(
+            "encrypted", "it is encrypted with AES, which needs `pip install 'pypdf[crypto]'`"
+        ) from error
     if not unlocked:
         raise ExtractError("encrypted", "it is encrypted. Save it without its password")
 
 
-def _outline(reader: Any, text: str, starts: Sequence[int]) -> tuple[list[tuple[int, int, str]], str | None]:
-    """Bookmarks as headings: where their words stand on their page, or at its top. A damaged outline costs the headings only."""
+def _outline(
+    reader: Any, text: str, starts: Sequence[int]
+) -> tuple[list[tuple[int, int, str]], str | None]:
+    """Bookmarks as headings: where their words stand on their page, or at its top.
+
+    A damaged outline costs the headings only.
+    """
     headings: list[tuple[int, int, str]] = []
     last = -1
     try:
@@ -150,9 +234,17 @@ def extract_html(source: str, *, characters: int) -> dict[str, Any]:
         _walk(page.body, out)
     text = "".join(out.parts).rstrip()
     if not text.strip():
-        raise ExtractError("no text", "it shows no text. Pages that scripts fill must be saved as the browser shows them")
+        raise ExtractError(
+            "no text",
+            "it shows no text. Pages that scripts fill must be saved as the browser shows them",
+        )
     title = page.css_first("head > title")
-    return {"text": text, "title": _clean_title(None if title is None else title.text()), "headings": out.headings, "notes": []}
+    return {
+        "text": text,
+        "title": _clean_title(None if title is None else title.text()),
+        "headings": out.headings,
+        "notes": [],
+    }
 
 
 def _walk(body: Any, out: _Page) -> None:
@@ -251,7 +343,10 @@ class _Page:
 
 def _check_length(length: int, characters: int) -> None:
     if length > characters:
-        raise ExtractError("too large", f"more than {characters} characters of text. Split it, or raise ParseLimits.characters")
+        raise ExtractError(
+            "too large",
+            f"more than {characters} characters of text. Split it, or raise ParseLimits.characters",
+        )
 
 
 def _clean_title(title: object) -> str | None:
@@ -277,32 +372,53 @@ def _answer(request: dict[str, Any], data: bytes) -> dict[str, Any]:
     try:
         _limit(request["memory_bytes"], request["cpu_s"])
         if request["kind"] == "pdf":
-            return extract_pdf(data, pages=request["pages"], characters=request["characters"], stream_bytes=request["stream_bytes"])
+            return extract_pdf(
+                data,
+                pages=request["pages"],
+                characters=request["characters"],
+                stream_bytes=request["stream_bytes"],
+            )
         return extract_html(data.decode("utf-8"), characters=request["characters"])
     except ExtractError as error:
         return {"reason": error.reason, "detail": error.detail}
     except MemoryError:
-        return {"reason": "memory", "detail": f"reading it takes more than {request['memory_bytes'] // 2**20} MB of memory"}
+        return {
+            "reason": "memory",
+            "detail": f"reading it takes more than {request['memory_bytes'] // 2**20} MB of memory",
+        }
     except RecursionError:
         return {"reason": "damaged", "detail": "it is nested too deeply"}
-    except Exception as error:  # a parser may raise anything on a damaged file; the parent tells it as a typed error
-        return {"reason": "damaged", "detail": f"it is damaged ({type(error).__name__}: {str(error)[:200]})"}
+    # a parser may raise anything on a damaged file; the parent tells it as a typed error
+    except Exception as error:
+        return {
+            "reason": "damaged",
+            "detail": f"it is damaged ({type(error).__name__}: {str(error)[:200]})",
+        }
 
 
 def _limit(memory_bytes: int, cpu_s: int) -> None:
-    """Before each file. Windows has no such limits: there only the parent's clock and the parser's own bounds hold."""
+    """Before each file.
+
+    Windows has no such limits: there only the parent's clock and the parser's own bounds hold.
+    """
     try:
         import resource
     except ImportError:
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
-    limits = {resource.RLIMIT_CPU: int(used.ru_utime + used.ru_stime) + cpu_s + 1,
-              resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}  # it writes no file
-    if sys.platform != "darwin":  # macOS accepts RLIMIT_AS only where it is far above what every process maps
+    limits = {
+        resource.RLIMIT_CPU: int(used.ru_utime + used.ru_stime) + cpu_s + 1,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+    }  # it writes no file
+    # macOS accepts RLIMIT_AS only where it is far above what every process maps
+    if sys.platform != "darwin":
         limits[resource.RLIMIT_AS] = memory_bytes
     for which, value in limits.items():
         _, hard = resource.getrlimit(which)
-        resource.setrlimit(which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+        resource.setrlimit(
+            which, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard)
+        )
 
 
 def _read_exactly(stream: BinaryIO, count: int) -> bytes:

@@ -1,4 +1,6 @@
-"""The process that reads PDF and HTML: started once, limited in memory and time, replaced after a file that broke it."""
+"""The process that reads PDF and HTML: started once, limited in memory and time, replaced after a
+file that broke it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from typing import Any
 from egemma_core.errors import RuntimeUnavailableError
 
 LIBRARIES = {"pdf": "pypdf", "html": "selectolax"}
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from egemma.ingest.extract import main; main()"
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from egemma.ingest.extract "
+    "import main; main()"
+)
 
 
 def check_libraries(kind: str) -> None:
@@ -25,23 +30,39 @@ def check_libraries(kind: str) -> None:
     """
     library = LIBRARIES.get(kind)
     if library is not None and importlib.util.find_spec(library) is None:
-        raise RuntimeUnavailableError(f"reading {kind.upper()} needs {library}. Install it with `pip install 'egemma[ingest]'`, "
-                                      f"or leave these files out with exclude=['*.{kind}'].")
+        raise RuntimeUnavailableError(
+            f"reading {kind.upper()} needs {library}. Install it with `pip install "
+            "'egemma[ingest]'`, "
+            f"or leave these files out with exclude=['*.{kind}']."
+        )
 
 
 class Sandbox:
-    """A child process that extracts text. On Linux it has limits on memory, processor time and written files, on macOS all but the
-    one on memory, on Windows none of them; the parent's clock and the parser's own bounds on decompression hold everywhere.
+    """A child process that extracts text.
+
+    On Linux it has limits on memory, processor time and written files, on macOS all but the one on
+    memory, on Windows none of them; the parent's clock and the parser's own bounds on decompression
+    hold everywhere.
     """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def extract(self, kind: str, data: bytes, *, memory_bytes: int, time_s: float, **limits: int) -> dict[str, Any]:
-        """The answer of `extract.main`: text, title, headings and notes, or reason and detail of a failure."""
+    def extract(
+        self, kind: str, data: bytes, *, memory_bytes: int, time_s: float, **limits: int
+    ) -> dict[str, Any]:
+        """The answer of `extract.main`: text, title, headings and notes, or reason and detail of a
+        failure.
+        """
         check_libraries(kind)
         process = self._running()
-        request = {"kind": kind, "bytes": len(data), "memory_bytes": memory_bytes, "cpu_s": int(time_s) + 1, **limits}
+        request = {
+            "kind": kind,
+            "bytes": len(data),
+            "memory_bytes": memory_bytes,
+            "cpu_s": int(time_s) + 1,
+            **limits,
+        }
         overdue = threading.Event()
 
         def end() -> None:
@@ -59,7 +80,8 @@ class Sandbox:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = b""
-        except BaseException:  # Ctrl-C in the middle of a message: the next one must not read its answer
+        # Ctrl-C in the middle of a message: the next one must not read its answer
+        except BaseException:
             self.close()
             raise
         finally:
@@ -86,23 +108,38 @@ class Sandbox:
     def __enter__(self) -> Sandbox:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self.close()
             # A session of its own: Ctrl-C is for the parent, which then ends it.
-            self._process = subprocess.Popen([sys.executable, "-c", _START, json.dumps(sys.path)], stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=os.name == "posix")
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=os.name == "posix",
+            )
         return self._process
 
-    def _autopsy(self, process: subprocess.Popen[bytes], overdue: bool, memory_bytes: int, time_s: float) -> dict[str, Any]:
+    def _autopsy(
+        self, process: subprocess.Popen[bytes], overdue: bool, memory_bytes: int, time_s: float
+    ) -> dict[str, Any]:
         """It died without an answer."""
         code = process.wait()
         self.close()
         if overdue or (os.name == "posix" and code == -signal.SIGXCPU):
             return {"reason": "too slow", "detail": f"reading it takes more than {time_s:g} s"}
         if os.name == "posix" and code in (-signal.SIGKILL, -signal.SIGABRT):
-            return {"reason": "memory", "detail": f"reading it takes more than {memory_bytes // 2**20} MB of memory"}
+            return {
+                "reason": "memory",
+                "detail": f"reading it takes more than {memory_bytes // 2**20} MB of memory",
+            }
         return {"reason": "damaged", "detail": f"the parser ended with code {code}"}

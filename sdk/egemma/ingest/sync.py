@@ -1,4 +1,7 @@
-"""Bring an index up to date with files and folders. What is committed stays: stop it at any time, and call it again to go on."""
+"""Bring an index up to date with files and folders.
+
+What is committed stays: stop it at any time, and call it again to go on.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,23 @@ from pathlib import Path
 
 from egemma.chunks import ChunkedDocument
 from egemma.ingest.parse import UnreadableFileError
-from egemma.ingest.plan import IngestConfig, Plan, Reader, Store, hash_of, look, printable, render_skipped
+from egemma.ingest.plan import (
+    IngestConfig,
+    Plan,
+    Reader,
+    Store,
+    hash_of,
+    look,
+    printable,
+    render_skipped,
+)
 from egemma.ingest.walk import Skipped, resolve_roots
 from egemma_core.errors import ConfigError
 
 # Chunks that are committed together: what an interruption costs.
 GROUP_CHUNKS = 64
-PART_CHUNKS = 256      # of one new, long document; each next part is a quarter of what is there, if that is more
+# of one new, long document; each next part is a quarter of what is there, if that is more
+PART_CHUNKS = 256
 _REMOVED_TOGETHER = 500
 
 
@@ -23,41 +36,52 @@ _REMOVED_TOGETHER = 500
 class SyncProgress:
     """How far `sync` has come: what is done is committed, but for up to GROUP_CHUNKS chunks."""
 
-    path: str            # the file that is being read
+    path: str  # the file that is being read
     files_done: int
     files: int
-    bytes_done: int      # of the files
+    bytes_done: int  # of the files
     bytes: int
-    chunks_done: int     # stored by this call
+    chunks_done: int  # stored by this call
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
     """What `sync` did."""
 
-    new: int                          # documents
+    new: int  # documents
     changed: int
     unchanged: int
     removed: int
-    chunks: int                       # of new and changed documents
-    embedded: int                     # of these
+    chunks: int  # of new and changed documents
+    embedded: int  # of these
     reused: int
-    kept: tuple[str, ...]             # stored documents whose files are there, but were not read
+    kept: tuple[str, ...]  # stored documents whose files are there, but were not read
     skipped: tuple[Skipped, ...]
     notes: tuple[tuple[str, str], ...]  # (file, what was left out or changed)
 
     def to_lines(self) -> list[str]:
-        lines = [f"{self.new} new, {self.changed} changed, {self.unchanged} unchanged, {self.removed} removed, {len(self.skipped)} skipped",
-                 f"{self.embedded} chunks embedded, {self.reused} kept their vectors"]
+        lines = [
+            f"{self.new} new, {self.changed} changed, {self.unchanged} unchanged, {self.removed} "
+            f"removed, {len(self.skipped)} skipped",
+            f"{self.embedded} chunks embedded, {self.reused} kept their vectors",
+        ]
         lines += [f"{printable(path)}: {printable(note)}" for path, note in self.notes]
         return lines + render_skipped(self.skipped)
 
 
-def sync(index: Store, roots: Sequence[str | Path], config: IngestConfig | None = None, *, plan: Plan | None = None,
-         progress: Callable[[SyncProgress], None] | None = None, clock_ns: Callable[[], int] = time.time_ns) -> SyncReport:
+def sync(
+    index: Store,
+    roots: Sequence[str | Path],
+    config: IngestConfig | None = None,
+    *,
+    plan: Plan | None = None,
+    progress: Callable[[SyncProgress], None] | None = None,
+    clock_ns: Callable[[], int] = time.time_ns,
+) -> SyncReport:
     """Embed what is new or changed, remove what is gone, leave all else alone.
 
-    Only documents of files below `roots` are ever removed, and only when their file is gone or has no text any more.
+    Only documents of files below `roots` are ever removed, and only when their file is gone or has
+    no text any more.
 
     Args:
         roots: files and folders.
@@ -72,7 +96,10 @@ def sync(index: Store, roots: Sequence[str | Path], config: IngestConfig | None 
     if plan is None:
         plan = look(index, roots, config, clock_ns=clock_ns)
     elif plan.roots != resolve_roots(roots) or config not in (None, plan.config):
-        raise ConfigError(f"the plan is of {', '.join(plan.roots)}, or of another config. Plan again with what is to be done.")
+        raise ConfigError(
+            f"the plan is of {', '.join(plan.roots)}, or of another config. Plan again with what "
+            "is to be done."
+        )
     work = _Work(index, plan, progress)
     emptied: list[str] = []
     skipped, kept = list(plan.skipped), list(plan.kept)
@@ -89,7 +116,9 @@ def sync(index: Store, roots: Sequence[str | Path], config: IngestConfig | None 
                 elif file.id in stored:
                     kept.append(file.id)
                 stays = "; its earlier version stays" if file.id in kept else ""
-                skipped.append(Skipped(path=file.id, reason=error.reason, detail=error.detail + stays))
+                skipped.append(
+                    Skipped(path=file.id, reason=error.reason, detail=error.detail + stays)
+                )
                 work.pass_over(file.size)
                 continue
             work.notes += [(file.id, note) for note in notes]
@@ -97,15 +126,29 @@ def sync(index: Store, roots: Sequence[str | Path], config: IngestConfig | None 
             work.add(document, file.size, len(reader.missing(document)))
         work.commit()
     gone = list(dict.fromkeys([*plan.deleted, *emptied]))
-    removed = sum(index.remove(gone[start : start + _REMOVED_TOGETHER]) for start in range(0, len(gone), _REMOVED_TOGETHER))
-    return SyncReport(**counts, unchanged=plan.unchanged, removed=removed, chunks=work.chunks, embedded=work.embedded,
-                      reused=work.chunks - work.embedded, kept=tuple(kept), skipped=tuple(skipped), notes=tuple(work.notes))
+    removed = sum(
+        index.remove(gone[start : start + _REMOVED_TOGETHER])
+        for start in range(0, len(gone), _REMOVED_TOGETHER)
+    )
+    return SyncReport(
+        **counts,
+        unchanged=plan.unchanged,
+        removed=removed,
+        chunks=work.chunks,
+        embedded=work.embedded,
+        reused=work.chunks - work.embedded,
+        kept=tuple(kept),
+        skipped=tuple(skipped),
+        notes=tuple(work.notes),
+    )
 
 
 class _Work:
     """Documents on their way into the index, in small groups."""
 
-    def __init__(self, index: Store, plan: Plan, progress: Callable[[SyncProgress], None] | None) -> None:
+    def __init__(
+        self, index: Store, plan: Plan, progress: Callable[[SyncProgress], None] | None
+    ) -> None:
         self._index, self._progress = index, progress
         self._files, self._bytes = len(plan.files), sum(file.size for file in plan.files)
         self._group: list[ChunkedDocument] = []
@@ -145,19 +188,37 @@ class _Work:
     def tell(self, path: str) -> None:
         self._path = path
         if self._progress is not None:
-            self._progress(SyncProgress(path=path, files_done=self._files_done, files=self._files, bytes_done=self._bytes_done,
-                                        bytes=self._bytes, chunks_done=self._chunks_done))
+            self._progress(
+                SyncProgress(
+                    path=path,
+                    files_done=self._files_done,
+                    files=self._files,
+                    bytes_done=self._bytes_done,
+                    bytes=self._bytes,
+                    chunks_done=self._chunks_done,
+                )
+            )
 
     def _put_parts(self, document: ChunkedDocument) -> None:
-        """All but the end of a long document, from its beginning, as a document that is marked as partial.
+        """All but the end of a long document, from its beginning, as a document that is marked as
+        partial.
 
         Never less than reaches to the last chunk that is stored already: it would lose its vector.
         """
         stored = self._index.chunk_hashes([document.id]).get(document.id, ())
-        end = max((number for number, chunk in enumerate(document.chunks, start=1) if hash_of(chunk) in stored), default=0)
+        end = max(
+            (
+                number
+                for number, chunk in enumerate(document.chunks, start=1)
+                if hash_of(chunk) in stored
+            ),
+            default=0,
+        )
         while (end := end + max(PART_CHUNKS, end // 4)) < len(document.chunks):
             source = {**(document.source or {}), "partial": True}
-            report = self._index.put([replace(document, source=source, chunks=document.chunks[:end])])
+            report = self._index.put(
+                [replace(document, source=source, chunks=document.chunks[:end])]
+            )
             self.embedded += report.embedded
             self._chunks_done += report.embedded
             self.tell(document.id)

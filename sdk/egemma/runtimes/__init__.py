@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from egemma_core.bundle import Bundle
 from egemma_core.errors import BundleError, ConfigError
 
-# A float32 vector divided by its own length is within 1e-6 of 1; XNNPACK's reciprocal square root may be coarser on some processors.
+# A float32 vector divided by its own length is within 1e-6 of 1; XNNPACK's reciprocal square root
+# may be coarser on some processors.
 LARGEST_LENGTH_ERROR = 1e-3
 
 
@@ -63,30 +64,55 @@ def open_runtime(bundle: Bundle, *, threads: int, kleidiai: bool) -> Runtime:
         from egemma.runtimes.executorch import ExecuTorchRuntime
 
         if not kleidiai:
-            raise ConfigError("kleidiai=False is a switch of ONNX Runtime, this bundle is for ExecuTorch. Leave it out.")
-        runtime: Runtime = ExecuTorchRuntime(bundle.model_path, dim=manifest.dims[0], max_tokens=manifest.tokenizer["max_tokens"],
-                                             threads=threads)
+            raise ConfigError(
+                "kleidiai=False is a switch of ONNX Runtime, this bundle is for ExecuTorch. Leave "
+                "it out."
+            )
+        runtime: Runtime = ExecuTorchRuntime(
+            bundle.model_path,
+            dim=manifest.dims[0],
+            max_tokens=manifest.tokenizer["max_tokens"],
+            threads=threads,
+        )
     else:
         from egemma.runtimes.onnx import OnnxRuntime
 
-        runtime = OnnxRuntime(bundle.model_path, dim=manifest.dims[0], threads=threads, kleidiai=kleidiai)
+        runtime = OnnxRuntime(
+            bundle.model_path, dim=manifest.dims[0], threads=threads, kleidiai=kleidiai
+        )
     if manifest.batch == "dynamic" and runtime.batch == "one":
         runtime.close()
-        raise BundleError(f"{bundle.model_path} takes one text per run, the manifest says batch='dynamic'. Export again.")
+        raise BundleError(
+            f"{bundle.model_path} takes one text per run, the manifest says batch='dynamic'. "
+            "Export again."
+        )
     return runtime
 
 
-def check_vectors(vectors: NDArray[np.float32], *, texts: int, dim: int, model: object) -> NDArray[np.float32]:
-    """`vectors`, if they are (texts, dim) float32, finite and of length 1, as the bundle format promises.
+def check_vectors(
+    vectors: NDArray[np.float32], *, texts: int, dim: int, model: object
+) -> NDArray[np.float32]:
+    """`vectors`, if they are (texts, dim) float32, finite and of length 1, as the bundle format
+    promises.
 
     Raises:
-        BundleError: they are not; a model that gives NaN must not fill an index, and one that lost its last step gives other vectors.
+        BundleError: they are not; a model that gives NaN must not fill an index, and one that lost
+            its last step gives other vectors.
     """
     if vectors.dtype != np.float32 or vectors.shape != (texts, dim):
-        raise BundleError(f"{model} gave {vectors.shape} {vectors.dtype}, the manifest says {(texts, dim)} float32. Export again.")
+        raise BundleError(
+            f"{model} gave {vectors.shape} {vectors.dtype}, the manifest says {(texts, dim)} "
+            "float32. Export again."
+        )
     if not np.isfinite(vectors).all():
-        raise BundleError(f"{model} gave NaN or infinity. Copy the bundle again, or export it again and look at its verification.")
+        raise BundleError(
+            f"{model} gave NaN or infinity. Copy the bundle again, or export it again and look at "
+            "its verification."
+        )
     lengths = np.linalg.norm(vectors, axis=1)
     if not (np.abs(lengths - 1) <= LARGEST_LENGTH_ERROR).all():
-        raise BundleError(f"{model} gave a vector of length {lengths[np.abs(lengths - 1).argmax()]:.4g}, not 1: it lost its last step. Export again.")
+        raise BundleError(
+            f"{model} gave a vector of length {lengths[np.abs(lengths - 1).argmax()]:.4g}, not 1: "
+            "it lost its last step. Export again."
+        )
     return vectors

@@ -18,7 +18,9 @@ from egemma.runtimes import check_vectors
 from egemma_core.errors import BundleError, ConfigError, EgemmaError, RuntimeUnavailableError
 
 NATIVE = Path(__file__).resolve().parent.parent / "_native"
-_OTHERS = re.compile(r"/(libexecutorch|libquantized_ops_aot_lib|_portable_lib)[^/]*$|/executorch/extension/.*\.so$")
+_OTHERS = re.compile(
+    r"/(libexecutorch|libquantized_ops_aot_lib|_portable_lib)[^/]*$|/executorch/extension/.*\.so$"
+)
 
 
 @dataclass
@@ -26,7 +28,7 @@ class _Pool:
     """ExecuTorch's thread pool: one per process, whoever opens a model."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    threads: int = 0       # its size while models are open
+    threads: int = 0  # its size while models are open
     open_models: int = 0
     process: int | None = None  # that made it; its threads do not survive a fork
 
@@ -43,7 +45,8 @@ class ExecuTorchRuntime:
 
     Raises:
         BundleError: the file is damaged or has other inputs and outputs.
-        RuntimeUnavailableError: this egemma was built without ExecuTorch, or another copy of it is loaded.
+        RuntimeUnavailableError: this egemma was built without ExecuTorch, or another copy of it is
+            loaded.
         ConfigError: another open model computes with another number of threads.
     """
 
@@ -59,12 +62,20 @@ class ExecuTorchRuntime:
         _take_threads(self._egx, threads)
         try:
             found_tokens, found_dim = ctypes.c_int32(), ctypes.c_int32()
-            self._model = self._egx.egx_open(os.fsencode(path), ctypes.byref(found_tokens), ctypes.byref(found_dim))
+            self._model = self._egx.egx_open(
+                os.fsencode(path), ctypes.byref(found_tokens), ctypes.byref(found_dim)
+            )
             if not self._model:
-                raise BundleError(f"{path}: ExecuTorch {self.version} cannot load it: {self._error()}. Copy it again.")
+                raise BundleError(
+                    f"{path}: ExecuTorch {self.version} cannot load it: {self._error()}. Copy it "
+                    "again."
+                )
             if found_dim.value != dim or found_tokens.value < max_tokens:
-                raise BundleError(f"{path} reads {found_tokens.value} tokens and gives {found_dim.value} channels; the manifest says "
-                                  f"{max_tokens} and {dim}. Export again.")
+                raise BundleError(
+                    f"{path} reads {found_tokens.value} tokens and gives {found_dim.value} "
+                    "channels; the manifest says "
+                    f"{max_tokens} and {dim}. Export again."
+                )
         except BaseException:
             self.close()
             raise
@@ -73,9 +84,23 @@ class ExecuTorchRuntime:
         assert self._model is not None, "closed"
         assert ids.shape == mask.shape == (1, ids.size), "batch is 'one'"
         ids, mask = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
-        vectors = np.full((1, self._dim), np.nan, np.float32)  # what is not written does not pass for a vector
-        if self._egx.egx_run(self._model, ids.ctypes.data, mask.ctypes.data, ids.shape[1], vectors.ctypes.data, self._dim) != 0:
-            raise BundleError(f"{self._path}: ExecuTorch {self.version} failed on {ids.shape[1]} tokens: {self._error()}.")
+        # what is not written does not pass for a vector
+        vectors = np.full((1, self._dim), np.nan, np.float32)
+        if (
+            self._egx.egx_run(
+                self._model,
+                ids.ctypes.data,
+                mask.ctypes.data,
+                ids.shape[1],
+                vectors.ctypes.data,
+                self._dim,
+            )
+            != 0
+        ):
+            raise BundleError(
+                f"{self._path}: ExecuTorch {self.version} failed on {ids.shape[1]} tokens: "
+                f"{self._error()}."
+            )
         return check_vectors(vectors, texts=1, dim=self._dim, model=self._path)
 
     def close(self) -> None:
@@ -92,11 +117,17 @@ class ExecuTorchRuntime:
 def _take_threads(egx: ctypes.CDLL, threads: int) -> None:
     with _pool.lock:
         if _pool.process not in (None, os.getpid()):
-            raise EgemmaError("this process was forked from one that had an ExecuTorch model open; its threads did not come along. "
-                              "Open models after the fork only, or start workers with the 'spawn' method.")
+            raise EgemmaError(
+                "this process was forked from one that had an ExecuTorch model open; its threads "
+                "did not come along. "
+                "Open models after the fork only, or start workers with the 'spawn' method."
+            )
         if _pool.open_models and _pool.threads != threads:
-            raise ConfigError(f"threads={threads}: an open ExecuTorch model computes with {_pool.threads}, and the thread pool is one for "
-                              f"the whole process. Ask for {_pool.threads}, or close that model first.")
+            raise ConfigError(
+                f"threads={threads}: an open ExecuTorch model computes with {_pool.threads}, and "
+                "the thread pool is one for "
+                f"the whole process. Ask for {_pool.threads}, or close that model first."
+            )
         if not _pool.open_models and egx.egx_set_threads(threads) != 0:
             raise EgemmaError(f"threads={threads}: {egx.egx_error().decode('utf-8', 'replace')}")
         _pool.process, _pool.threads = os.getpid(), threads
@@ -114,20 +145,27 @@ def _library() -> ctypes.CDLL:
     path = NATIVE / ("libegx.dylib" if sys.platform == "darwin" else "libegx.so")
     if not path.is_file():
         raise RuntimeUnavailableError(
-            "this egemma was built without ExecuTorch and cannot run model.pte. Install a wheel that has it, build egemma again without "
-            "EGEMMA_BUILD_EXECUTORCH=0 on Linux or macOS, or export the model with --runtime onnxruntime."
+            "this egemma was built without ExecuTorch and cannot run model.pte. Install a wheel "
+            "that has it, build egemma again without "
+            "EGEMMA_BUILD_EXECUTORCH=0 on Linux or macOS, or export the model with --runtime "
+            "onnxruntime."
         )
     strangers = _other_executorch()
     if strangers:
         raise RuntimeUnavailableError(
-            f"another copy of ExecuTorch is loaded in this process ({strangers[0]}); both would share the libraries and the thread pool of "
+            f"another copy of ExecuTorch is loaded in this process ({strangers[0]}); both would "
+            "share the libraries and the thread pool of "
             "whichever came first. "
-            "Run the bundle in a process of its own, one that imports neither `executorch` nor an exporter."
+            "Run the bundle in a process of its own, one that imports neither `executorch` nor an "
+            "exporter."
         )
     try:
         return _declare(ctypes.CDLL(str(path)))
-    except (OSError, AttributeError) as error:  # AttributeError: an in-place build older than this file
-        raise RuntimeUnavailableError(f"{path} cannot be used: {error}. Build egemma again on this machine.") from error
+    # AttributeError: an in-place build older than this file
+    except (OSError, AttributeError) as error:
+        raise RuntimeUnavailableError(
+            f"{path} cannot be used: {error}. Build egemma again on this machine."
+        ) from error
 
 
 def _declare(egx: ctypes.CDLL) -> ctypes.CDLL:
@@ -135,7 +173,14 @@ def _declare(egx: ctypes.CDLL) -> ctypes.CDLL:
     egx.egx_set_threads.argtypes = [ctypes.c_uint32]
     egx.egx_open.restype = ctypes.c_void_p
     egx.egx_open.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
-    egx.egx_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32]
+    egx.egx_run.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+    ]
     egx.egx_close.argtypes = [ctypes.c_void_p]
     egx.egx_close.restype = None
     return egx
@@ -145,7 +190,9 @@ def _other_executorch() -> list[str]:
     """Libraries of the `executorch` Python package in this process."""
     maps = Path("/proc/self/maps")
     if maps.exists():
-        rows = (line.split(maxsplit=5) for line in maps.read_text(errors="surrogateescape").splitlines())
+        rows = (
+            line.split(maxsplit=5) for line in maps.read_text(errors="surrogateescape").splitlines()
+        )
         loaded = {row[5] for row in rows if len(row) == 6}
     else:  # macOS: what Python imported
         loaded = {str(getattr(module, "__file__", "")) for module in list(sys.modules.values())}

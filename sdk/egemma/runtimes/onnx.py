@@ -26,7 +26,8 @@ class OnnxRuntime:
     Args:
         dim: width that the manifest promises.
         threads: for the operators of the one run at a time.
-        kleidiai: False keeps Arm's KleidiAI kernels out: symmetric int4 then gives the same numbers as on x86, more slowly.
+        kleidiai: False keeps Arm's KleidiAI kernels out: symmetric int4 then gives the same numbers
+            as on x86, more slowly.
 
     Raises:
         BundleError: the file is damaged or has other inputs and outputs.
@@ -46,35 +47,62 @@ class OnnxRuntime:
         options.log_severity_level = 4  # what goes wrong is raised; nothing is printed
         # Idle threads sleep instead of spinning: between two searches a phone should do nothing.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # The arena halves the peak and saves a tenth of the time against malloc, but keeps what its largest run took: see `run`.
+        # The arena halves the peak and saves a tenth of the time against malloc, but keeps what its
+        # largest run took: see `run`.
         options.enable_cpu_mem_arena = True
-        # x86 without VNNI multiplies unsigned by signed bytes in a kernel that saturates: cosine 0.98 instead of 0.9999, silently.
+        # x86 without VNNI multiplies unsigned by signed bytes in a kernel that saturates: cosine
+        # 0.98 instead of 0.9999, silently.
         options.add_session_config_entry("session.x64quantprecision", "1")
         if not kleidiai:
             options.add_session_config_entry("mlas.disable_kleidiai", "1")
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"],
-                                                         enable_fallback=0)  # its fallback prints, and tries the same again
-            inputs, outputs = _nodes(self._session.get_inputs()), _nodes(self._session.get_outputs())
+            self._session = onnxruntime.InferenceSession(
+                str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                # its fallback prints, and tries the same
+                # again
+                enable_fallback=0,
+            )
+            inputs, outputs = (
+                _nodes(self._session.get_inputs()),
+                _nodes(self._session.get_outputs()),
+            )
         except Exception as error:  # its exceptions have no other parent
-            raise BundleError(f"{path}: ONNX Runtime {self.version} cannot load it: {_first_line(error)}. Copy it again.") from error
+            raise BundleError(
+                f"{path}: ONNX Runtime {self.version} cannot load it: {_first_line(error)}. Copy "
+                "it again."
+            ) from error
         wanted = dict.fromkeys(INPUTS, ("tensor(int64)", 2))
-        if {name: (kind, len(shape)) for name, (kind, shape) in inputs.items()} != wanted or outputs.get(OUTPUT, ("",))[0] != "tensor(float)":
-            raise BundleError(f"{path}: takes {inputs} and gives {outputs}; wanted are {INPUTS} int64 (B, T) and {OUTPUT} float32 (B, D). "
-                              "Export again.")
+        if {
+            name: (kind, len(shape)) for name, (kind, shape) in inputs.items()
+        } != wanted or outputs.get(OUTPUT, ("",))[0] != "tensor(float)":
+            raise BundleError(
+                f"{path}: takes {inputs} and gives {outputs}; wanted are {INPUTS} int64 (B, T) and "
+                f"{OUTPUT} float32 (B, D). "
+                "Export again."
+            )
         self.batch = "one" if isinstance(inputs[INPUTS[0]][1][0], int) else "dynamic"
         self._shrink = onnxruntime.RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._largest_run = 0  # tokens, padding included, since the arena was last shrunk
 
     def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        # Shrinking costs a tenth of a run: only the first much smaller run after a large one, such as a query after indexing, pays it.
+        # Shrinking costs a tenth of a run: only the first much smaller run after a large one, such
+        # as a query after indexing, pays it.
         shrink = ids.size * 4 <= self._largest_run
         self._largest_run = ids.size if shrink else max(ids.size, self._largest_run)
         try:
-            vectors = self._session.run([OUTPUT], dict(zip(INPUTS, (ids, mask), strict=True)), self._shrink if shrink else None)[0]
+            vectors = self._session.run(
+                [OUTPUT],
+                dict(zip(INPUTS, (ids, mask), strict=True)),
+                self._shrink if shrink else None,
+            )[0]
         except Exception as error:  # its exceptions have no other parent
-            raise BundleError(f"{self._path}: ONNX Runtime {self.version} failed on {ids.shape} tokens: {_first_line(error)}.") from error
+            raise BundleError(
+                f"{self._path}: ONNX Runtime {self.version} failed on {ids.shape} tokens: "
+                f"{_first_line(error)}."
+            ) from error
         return check_vectors(vectors, texts=len(ids), dim=self._dim, model=self._path)
 
     def close(self) -> None:
@@ -87,22 +115,31 @@ def _nodes(nodes: Iterable[Any]) -> dict[str, tuple[str, list[int | str | None]]
 
 
 def _import_onnxruntime() -> ModuleType:
-    """Import it with telemetry off: since 1.32 the import alone writes a device id and reports to Microsoft.
+    """Import it with telemetry off: since 1.32 the import alone writes a device id and reports to
+    Microsoft.
 
-    Where the application imported it before us with telemetry on, that was its choice; we stop further events and say so.
+    Where the application imported it before us with telemetry on, that was its choice; we stop
+    further events and say so.
     """
     if "onnxruntime" in sys.modules and os.environ.get(_TELEMETRY_SWITCH) != "1":
         import onnxruntime  # type: ignore[import-untyped]
 
         onnxruntime.disable_telemetry_events()
-        warnings.warn(f"onnxruntime was imported before egemma without {_TELEMETRY_SWITCH}=1 and may have reported its start; its "
-                      f"events are off from now on. Set {_TELEMETRY_SWITCH}=1 first.", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"onnxruntime was imported before egemma without {_TELEMETRY_SWITCH}=1 and may have "
+            "reported its start; its "
+            f"events are off from now on. Set {_TELEMETRY_SWITCH}=1 first.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return onnxruntime  # type: ignore[no-any-return]
     os.environ[_TELEMETRY_SWITCH] = "1"
     try:
         import onnxruntime
     except ImportError as error:
-        raise RuntimeUnavailableError(f"ONNX Runtime cannot be imported ({error}): pip install onnxruntime.") from error
+        raise RuntimeUnavailableError(
+            f"ONNX Runtime cannot be imported ({error}): pip install onnxruntime."
+        ) from error
     return onnxruntime  # type: ignore[no-any-return]
 
 

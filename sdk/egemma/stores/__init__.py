@@ -1,13 +1,15 @@
-"""The index on a server, for when the device is too small: the methods of `egemma.Index`, the same filters, the same check of the model.
+"""The index on a server, for when the device is too small: the methods of `egemma.Index`, the same
+filters, the same check of the model.
 
     from egemma.stores import PostgresIndex
 
     with PostgresIndex.open("postgresql://localhost/notes", embedder) as index:
-        index.add(["Hold the green button for ten seconds."], ids=["reset"], metadata=[{"lang": "en"}])
-        hits = index.search("how do I reset it", where={"lang": "en"})
+        index.add(["Hold the green button for ten seconds."], ids=["reset"], metadata=[{"lang":
+        "en"}]) hits = index.search("how do I reset it", where={"lang": "en"})
 
-A document is one text with one vector: what is longer than the model reads is cut with `egemma.chunks.split_text` first. Files,
-ingestion, migration and backup stay with the local index or with the server's own tools.
+A document is one text with one vector: what is longer than the model reads is cut with
+`egemma.chunks.split_text` first. Files, ingestion, migration and backup stay with the local index
+or with the server's own tools.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Filters in PostgreSQL's SQL, over a column of jsonb; they mean what `egemma.where.matches` says."""
+"""Filters in PostgreSQL's SQL, over a column of jsonb; they mean what `egemma.where.matches`
+says.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,11 @@ _ORDER = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 
 
 def to_postgres(condition: Condition) -> tuple[str, list[Any]]:
-    """The condition as an SQL expression over the column `filter` that is true or false, never NULL, and its parameters in order.
+    """The condition as an SQL expression over the column `filter` that is true or false, never
+    NULL, and its parameters in order.
 
-    `filter` is a document's metadata as jsonb, its numbers as `egemma.where.comparable` has them, written out in full.
+    `filter` is a document's metadata as jsonb, its numbers as `egemma.where.comparable` has them,
+    written out in full.
     """
     parameters: list[Any] = []
     return _sql(condition, parameters), parameters
@@ -35,13 +39,21 @@ def _test(condition: Compare, parameters: list[Any]) -> str:
     op, value = condition.op, condition.value
 
     def field() -> str:
-        """The field as jsonb, NULL where it is missing; `->` with a text finds nothing in an array. Call it where its SQL stands."""
+        """The field as jsonb, NULL where it is missing; `->` with a text finds nothing in an array.
+
+        Call it where its SQL stands.
+        """
         parameters.extend(condition.field)
         return f"(filter{' -> %s::text' * len(condition.field)})"
 
     def typed(kind: str, test: Callable[[str], str]) -> str:
-        """True where the field has this type and passes the test; CASE, because a cast of another type would be an error."""
-        return f"coalesce(CASE WHEN jsonb_typeof({field()}) = '{kind}' THEN {test(field())} END, false)"
+        """True where the field has this type and passes the test; CASE, because a cast of another
+        type would be an error.
+        """
+        return (
+            f"coalesce(CASE WHEN jsonb_typeof({field()}) = '{kind}' THEN {test(field())} END, "
+            "false)"
+        )
 
     if op == "$exists":
         return f"({field()} IS {'NOT ' if value else ''}NULL)"
@@ -69,7 +81,9 @@ def _test(condition: Compare, parameters: list[Any]) -> str:
 
 
 def _json(value: Scalar) -> str:
-    """A value as `filter` has it: doubles that are whole numbers with all their digits, because jsonb compares decimal numbers."""
+    """A value as `filter` has it: doubles that are whole numbers with all their digits, because
+    jsonb compares decimal numbers.
+    """
     if isinstance(value, (int, float)) and is_number(value):
         number = comparable(value)
         return str(int(number)) if number == int(number) else repr(number)
@@ -78,7 +92,11 @@ def _json(value: Scalar) -> str:
 
 def filterable(metadata: str | None) -> str:
     """What the column `filter` holds of a document's metadata."""
-    return "{}" if metadata is None else json.dumps(_written_out(json.loads(metadata)), ensure_ascii=False)
+    return (
+        "{}"
+        if metadata is None
+        else json.dumps(_written_out(json.loads(metadata)), ensure_ascii=False)
+    )
 
 
 def _written_out(value: Any) -> Any:

@@ -1,9 +1,11 @@
-"""Filters in Qdrant's terms, without its paths and types: each document carries what it may be asked for as words of our own.
+"""Filters in Qdrant's terms, without its paths and types: each document carries what it may be
+asked for as words of our own.
 
-Qdrant's own conditions are not those of `egemma.where`: a match on a field is also true where an array holds the value, 1.0 is not 1,
-and a name with a quote has no path. So `terms_of` writes every (field, value) as one keyword, which a point either has or has not, and
-numbers under a hash of their field, for ranges. What these cannot say (the order of texts, parts of texts, numbers beyond 2^53) is
-widened here and decided by `egemma.where.matches` on the points that come back.
+Qdrant's own conditions are not those of `egemma.where`: a match on a field is also true where an
+array holds the value, 1.0 is not 1, and a name with a quote has no path. So `terms_of` writes every
+(field, value) as one keyword, which a point either has or has not, and numbers under a hash of
+their field, for ranges. What these cannot say (the order of texts, parts of texts, numbers beyond
+2^53) is widened here and decided by `egemma.where.matches` on the points that come back.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from typing import Any, cast
 
 from egemma.where import All, Compare, Condition, Not, Scalar, comparable, is_number
 
-TERMS, NUMBERS = "terms", "numbers"   # keys of a point's payload
-_EXACT_NUMBER = 2**53                 # Qdrant compares numbers as doubles; below this no two whole numbers are one double
+TERMS, NUMBERS = "terms", "numbers"  # keys of a point's payload
+# Qdrant compares numbers as doubles; below this no two whole numbers are one double
+_EXACT_NUMBER = 2**53
 _BOUNDS = {"$gt": "gt", "$gte": "gte", "$lt": "lt", "$lte": "lte"}
 
 
 def terms_of(metadata: Mapping[str, Any] | None) -> tuple[list[str], dict[str, float]]:
-    """What a point carries to be filtered by: its keywords, and its numbers by the hash of their field."""
+    """What a point carries to be filtered by: its keywords, and its numbers by the hash of their
+    field.
+    """
     terms: set[str] = set()
     numbers: dict[str, float] = {}
     _walk(metadata or {}, (), terms, numbers)
@@ -29,7 +34,9 @@ def terms_of(metadata: Mapping[str, Any] | None) -> tuple[list[str], dict[str, f
 
 
 def to_qdrant(condition: Condition) -> tuple[Any, bool]:
-    """A `models.Filter` that is true wherever the condition is, None for everywhere; and whether it is true nowhere else."""
+    """A `models.Filter` that is true wherever the condition is, None for everywhere; and whether it
+    is true nowhere else.
+    """
     from qdrant_client import models
 
     if isinstance(condition, Compare):
@@ -57,24 +64,39 @@ def _comparison(condition: Compare) -> tuple[Any, bool]:
         there = _has(_term("is", field))
         return (there if value else models.Filter(must_not=[there])), True
     if op in ("$eq", "$in"):
-        wanted = sorted({_term("eq", field, one) for one in (value if isinstance(value, tuple) else (value,))})
+        wanted = sorted(
+            {_term("eq", field, one) for one in (value if isinstance(value, tuple) else (value,))}
+        )
         return (_has(*wanted), True) if wanted else _never()
     if op == "$contains":
         member = _has(_term("in", field, cast(Scalar, value)))
-        return (models.Filter(should=[member, _has(_term("text", field))]), False) if isinstance(value, str) else (member, True)
+        return (
+            (models.Filter(should=[member, _has(_term("text", field))]), False)
+            if isinstance(value, str)
+            else (member, True)
+        )
     if isinstance(value, str):
         return _has(_term("text", field)), False
     bound = comparable(cast(float, value))
     exact = abs(bound) < _EXACT_NUMBER
-    # Rounding keeps the order but may make equals: then the bound itself must come along, to be looked at.
+    # Rounding keeps the order but may make equals: then the bound itself must come along, to be
+    # looked at.
     name = _BOUNDS[op] if exact else _BOUNDS[op][:2] + "e"
-    return models.Filter(must=[models.FieldCondition(key=f"{NUMBERS}.{_key(field)}", range=models.Range(**{name: float(bound)}))]), exact
+    return models.Filter(
+        must=[
+            models.FieldCondition(
+                key=f"{NUMBERS}.{_key(field)}", range=models.Range(**{name: float(bound)})
+            )
+        ]
+    ), exact
 
 
 def _has(*terms: str) -> Any:
     from qdrant_client import models
 
-    return models.Filter(must=[models.FieldCondition(key=TERMS, match=models.MatchAny(any=list(terms)))])
+    return models.Filter(
+        must=[models.FieldCondition(key=TERMS, match=models.MatchAny(any=list(terms)))]
+    )
 
 
 def _never() -> tuple[Any, bool]:
@@ -82,14 +104,18 @@ def _never() -> tuple[Any, bool]:
     return _has("never"), True
 
 
-def _walk(found: Mapping[str, Any], field: tuple[str, ...], terms: set[str], numbers: dict[str, float]) -> None:
+def _walk(
+    found: Mapping[str, Any], field: tuple[str, ...], terms: set[str], numbers: dict[str, float]
+) -> None:
     for key, value in found.items():
         here = (*field, key)
         terms.add(_term("is", here))
         if isinstance(value, Mapping):
             _walk(value, here, terms, numbers)
         elif isinstance(value, list):
-            terms.update(_term("in", here, one) for one in value if not isinstance(one, (list, Mapping)))
+            terms.update(
+                _term("in", here, one) for one in value if not isinstance(one, (list, Mapping))
+            )
         else:
             terms.add(_term("eq", here, value))
             if isinstance(value, str):
