@@ -37,16 +37,16 @@ from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import tokenizer_of
-from egemma_core.train.batches import BatchConfig, Batches
-from egemma_core.train.contrast import Contrast, ContrastConfig
-from egemma_core.train.decoder import HeadConfig, random_encoder, read_decoder
-from egemma_core.train.denoise import DenoisingObjective, LanguageModelObjective
-from egemma_core.train.evaluate import DevSets, t_interval
-from egemma_core.train.loop import LoopConfig, Objective, Progress, run
-from egemma_core.train.rates import dirichlet_rates
-from egemma_core.train.soup import soup
-from egemma_core.train.texts import TextConfig, read_texts
-from egemma_core.train.vocabulary import train_vocabulary
+from egemma_train.data.batches import BatchConfig, Batches
+from egemma_train.data.texts import TextConfig, read_texts
+from egemma_train.evaluate import DevSets, t_interval
+from egemma_train.loop import LoopConfig, Objective, Progress, run
+from egemma_train.mixtures.rates import dirichlet_rates
+from egemma_train.mixtures.soup import soup
+from egemma_train.objectives.contrast import Contrast, ContrastConfig
+from egemma_train.objectives.denoise import DenoisingObjective, LanguageModelObjective
+from egemma_train.start.decoder import HeadConfig, random_encoder, read_decoder
+from egemma_train.start.vocabulary import train_vocabulary
 
 RESULTS = small.ROOT / "benchmarks/results/ablations.json"
 WIDTH, LAYERS, FFN, HEAD_DIM, DIMS = 128, 2, 256, 32, (128, 64)

@@ -34,14 +34,14 @@ if __package__ in (None, ""):  # run as a script
 
 from benchmarks.small import BUILTIN, DEV
 from egemma_core.checkpoint import Checkpoint, open_checkpoint
+from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
-from egemma_core.train.dev_files import Retrieval, read_retrieval
-from egemma_core.train.encode import encode_rows
-from egemma_core.train.evaluate import best_hits, judge
 from egemma_core.vectors import shorten
 from egemma_quant.schemes import INT4
 from egemma_quant.weights import quantize_encoder, with_weights
+from egemma_train.data.dev_files import Retrieval, read_retrieval
+from egemma_train.evaluate import best_hits, judge
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "builtin_quality.json"

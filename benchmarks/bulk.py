@@ -120,8 +120,8 @@ def write_texts(data: Path, path: Path, count: int) -> None:
 
 
 def worker(name: str, source: Path, bundle: str) -> int:
-    from egemma.bulk import embed_parquet
-    from egemma.bulk.on_ray import ray_running
+    from egemma_server.bulk import embed_parquet
+    from egemma_server.bulk.on_ray import ray_running
 
     engine, workers, threads = CONTENDERS[name]
 

@@ -36,12 +36,12 @@ from benchmarks import small
 from benchmarks.latency import commit, machine
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.load import load_encoder
-from egemma_core.train.batches import BatchConfig, Batches
-from egemma_core.train.contrast import Contrast, ContrastConfig, Through
-from egemma_core.train.evaluate import DevSets, t_interval
-from egemma_core.train.loop import LoopConfig, Progress, run
 from egemma_quant.qat import rounded
 from egemma_quant.schemes import SCHEMES, Scheme
+from egemma_train.data.batches import BatchConfig, Batches
+from egemma_train.evaluate import DevSets, t_interval
+from egemma_train.loop import LoopConfig, Progress, run
+from egemma_train.objectives.contrast import Contrast, ContrastConfig, Through
 
 RESULTS = small.ROOT / "benchmarks/results/qat_recovery.json"
 BATCHES = BatchConfig(

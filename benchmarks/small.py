@@ -18,9 +18,9 @@ from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.nn.encoder import Encoder
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer
-from egemma_core.train.evaluate import DevConfig
-from egemma_core.train.rows import Dataset, DatasetConfig, read_dataset
-from egemma_core.train.vocabulary import initialize, token_vectors
+from egemma_train.data.rows import Dataset, DatasetConfig, read_dataset
+from egemma_train.evaluate import DevConfig
+from egemma_train.start.vocabulary import initialize, token_vectors
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "../shared/data"

@@ -31,12 +31,12 @@ from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import tokenizer_of
-from egemma_core.train.batches import BatchConfig, Batches, BatchesAhead
-from egemma_core.train.contrast import Contrast, ContrastConfig
-from egemma_core.train.evaluate import DevSets
-from egemma_core.train.loop import LoopConfig, Progress, run
-from egemma_core.train.rows import Dataset, DatasetConfig, hold_out, read_dataset
-from egemma_core.train.vocabulary import initialize, train_vocabulary
+from egemma_train.data.batches import BatchConfig, Batches, BatchesAhead
+from egemma_train.data.rows import Dataset, DatasetConfig, hold_out, read_dataset
+from egemma_train.evaluate import DevSets
+from egemma_train.loop import LoopConfig, Progress, run
+from egemma_train.objectives.contrast import Contrast, ContrastConfig
+from egemma_train.start.vocabulary import initialize, train_vocabulary
 
 SEED = 20261123
 DATASETS = (

@@ -35,10 +35,10 @@ if __package__ in (None, ""):  # run as a script
 
 from benchmarks.latency import commit, machine
 from benchmarks.train_throughput import peak_gb
-from egemma_core.train.loop import LoopConfig
-from egemma_core.train.recipe import Recipe, read_recipe
-from egemma_core.train.runner import Runner
-from egemma_quant.train import through_of
+from egemma_train.console import through_of
+from egemma_train.loop import LoopConfig
+from egemma_train.recipe import Recipe, read_recipe
+from egemma_train.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/train_cost.json"
@@ -47,7 +47,7 @@ PAIRS = "pairs/squad-sentences.train.jsonl.gz"
 
 def recipe(args: argparse.Namespace) -> Recipe:
     """The preset, with our model, our pairs and few steps."""
-    with resources.as_file(resources.files("egemma_core.train") / "presets/adapt.toml") as preset:
+    with resources.as_file(resources.files("egemma_train") / "presets/adapt.toml") as preset:
         found = read_recipe(preset, args.data)
     loop = LoopConfig(steps=args.steps, learning_rate=1e-5, log_every=1, save_every=args.steps)
     return replace(

@@ -33,11 +33,11 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks import small
 from benchmarks.latency import commit, machine
 from egemma_core.config import FULL, SLIDING, EncoderConfig
-from egemma_core.train.batches import Batch
-from egemma_core.train.contrast import Contrast, ContrastConfig
-from egemma_core.train.decoder import random_encoder
-from egemma_core.train.loop import LoopConfig, make_optimizer
-from egemma_core.train.ranks import join
+from egemma_train.data.batches import Batch
+from egemma_train.loop import LoopConfig, make_optimizer
+from egemma_train.objectives.contrast import Contrast, ContrastConfig
+from egemma_train.ranks import join
+from egemma_train.start.decoder import random_encoder
 
 RESULTS = Path(__file__).parent / "results/train_speed.json"
 EMBEDDING_GEMMA = EncoderConfig(

@@ -43,10 +43,10 @@ from benchmarks.latency import commit, machine
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint
-from egemma_core.train.batches import BatchConfig, Batches, BatchesAhead
-from egemma_core.train.contrast import Contrast, ContrastConfig
-from egemma_core.train.loop import LoopConfig, run
-from egemma_core.train.rows import DatasetConfig, read_dataset
+from egemma_train.data.batches import BatchConfig, Batches, BatchesAhead
+from egemma_train.data.rows import DatasetConfig, read_dataset
+from egemma_train.loop import LoopConfig, run
+from egemma_train.objectives.contrast import Contrast, ContrastConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models/egemma-small"

@@ -13,16 +13,20 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     "egemma_core": ROOT / "core",
     "egemma_quant": ROOT / "quant",
+    "egemma_train": ROOT / "quant",
     "egemma_export": ROOT / "export",
     "egemma": ROOT / "sdk",
+    "egemma_server": ROOT / "server",
 }
 # Data flows down this list; imports only look up it. Export also opens its finished bundle, through
 # the command line.
 MAY_IMPORT = {
     "egemma_core": {"egemma_core"},
     "egemma_quant": {"egemma_core", "egemma_quant"},
+    "egemma_train": {"egemma_core", "egemma_quant", "egemma_train"},
     "egemma_export": {"egemma_core", "egemma_quant", "egemma_export"},
     "egemma": {"egemma_core", "egemma"},
+    "egemma_server": {"egemma_core", "egemma", "egemma_server"},
 }
 # beside the standard library; the last only for a hub id
 TORCH_FREE = {"numpy", "sentencepiece", "huggingface_hub"}
@@ -88,9 +92,7 @@ def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
         assert not {name.split(".")[0] for name in names} - allowed - OPTIONAL, (
             f"{path.relative_to(ROOT)} imports {names}"
         )
-        upstairs = {
-            name for name in names if name.startswith(("egemma_core.nn", "egemma_core.train"))
-        }
+        upstairs = {name for name in names if name.startswith("egemma_core.nn")}
         assert not upstairs, f"{path.relative_to(ROOT)} imports {upstairs}"
 
 

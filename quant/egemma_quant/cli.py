@@ -16,7 +16,7 @@ from egemma_core.errors import ConfigError, EgemmaError, InputError
 
 if TYPE_CHECKING:  # at run time they would import torch for --help
     from egemma_core.checkpoint import Checkpoint
-    from egemma_core.train.encode import Ids
+    from egemma_core.nn.encode import Ids
     from egemma_quant.schemes import Scheme
 
 # What `report` embeds without --texts: short and long, several languages, code, numbers.
@@ -111,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(args: argparse.Namespace) -> str:
     from egemma_core.checkpoint import open_checkpoint
     from egemma_core.nn.load import load_encoder
-    from egemma_core.train.evaluate import DevSets
-    from egemma_core.train.recipe import read_recipe
     from egemma_quant.published import hint
     from egemma_quant.report import measure
+    from egemma_train.evaluate import DevSets
+    from egemma_train.recipe import read_recipe
 
     if args.data is not None and args.dev is None:
         raise ConfigError(

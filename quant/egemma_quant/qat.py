@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from egemma_core.errors import ConfigError
+from egemma_core.nn.compiled import is_compiled
 from egemma_core.nn.encoder import Encoder
-from egemma_core.train.compiled import is_compiled
 from egemma_quant.schemes import Scheme, round_
 from egemma_quant.weights import role_of
 

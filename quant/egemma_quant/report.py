@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from egemma_core.errors import InputError
+from egemma_core.nn.encode import Ids, encode_rows
 from egemma_core.nn.encoder import Encoder
-from egemma_core.train.encode import Ids, encode_rows
 from egemma_quant.qat import rounded
 from egemma_quant.schemes import Format, Scheme, quantize
 from egemma_quant.weights import role_of

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ConfigError
-from egemma_core.train.decoder import random_encoder
-from egemma_core.train.encode import by_length, encode_rows, pad
+from egemma_core.nn.encode import by_length, encode_rows, pad
+from egemma_train.start.decoder import random_encoder
 
 CONFIG = EncoderConfig(
     vocab_size=60,

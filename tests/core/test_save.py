@@ -15,12 +15,12 @@ import torch
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.config import FULL, POOLINGS, SLIDING, EncoderConfig
 from egemma_core.errors import CheckpointError, ConfigError
+from egemma_core.nn.encode import encode_rows, pad
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint
 from egemma_core.prompts import Prompts
-from egemma_core.train.decoder import random_encoder
-from egemma_core.train.encode import encode_rows, pad
+from egemma_train.start.decoder import random_encoder
 from tests.tiny import BOS, EOS, PAD, VOCAB
 
 PROMPTS = Prompts(

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _embed_parquet(args: argparse.Namespace) -> int:
-    from egemma.bulk import embed_parquet
+    from egemma_server.bulk import embed_parquet
 
     with Progress("rows", None) as progress:
         report = embed_parquet(

@@ -1,0 +1,57 @@
+"""Layers through torch.compile: the same arithmetic in fewer passes over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from egemma_core.errors import ConfigError, RuntimeUnavailableError
+from egemma_train.ranks import is_shard
+
+# of one function: with and without gradients, one row or several, each precision and width of a
+# recipe's stages
+MOST_GRAPHS = 64
+
+
+def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Compile what each layer computes: once for all layers alike and for batches of any shape, as
+    they are first met (about 10 s a time).
+
+    Sums are made in another order than without; which one depends on the first batch. So a run that
+    was killed goes on to the same weights only up to rounding.
+
+    Raises:
+        RuntimeUnavailableError: there is no compiler.
+        ConfigError: the layers are shards.
+    """
+    import torch._dynamo  # two seconds of imports that few need
+
+    layers = list(layers)
+    if any(is_shard(weight) for layer in layers for weight in layer.parameters()):
+        raise ConfigError(
+            "compile=true with --shard was never tried together: leave one of them out."
+        )
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise RuntimeUnavailableError(
+                "compile=true needs a C++ compiler on a CPU. Install g++ (Debian: apt-get install "
+                "g++), or leave it out."
+            ) from error
+    elif find_spec("triton") is None:
+        raise RuntimeUnavailableError(
+            "compile=true needs Triton on a GPU. Install it with `pip install triton`, or leave "
+            "compile out."
+        )
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    # where torch would go on uncompiled, and say so in a log only
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in layers:
+        layer.compile(dynamic=True)

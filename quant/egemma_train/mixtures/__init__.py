@@ -1,0 +1,1 @@
+"""Mixtures of datasets, and averages of models."""

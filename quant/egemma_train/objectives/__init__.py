@@ -1,0 +1,1 @@
+"""What a stage trains for: contrast, denoising, and the losses."""

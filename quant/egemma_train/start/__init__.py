@@ -1,0 +1,1 @@
+"""Where a run begins: a decoder's weights, a new vocabulary."""

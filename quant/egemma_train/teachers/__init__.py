@@ -1,0 +1,1 @@
+"""Vectors to match, and hard negatives to find."""
