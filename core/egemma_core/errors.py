@@ -1,38 +1,91 @@
-"""Every error that egemma raises on purpose: one class per thing a caller could do differently."""
+"""Every error that egemma raises on purpose: one class per thing a caller could do differently.
+
+    EgemmaError
+    ├── InputError (ValueError)             a text, id, array or row that cannot be used
+    │   └── NotFoundError (KeyError)        an id or a name that nothing is stored under
+    ├── ConfigError (ValueError)            a setting that cannot work
+    ├── PromptError (ValueError)            a task or title that the model has no prompt for
+    ├── DimensionError (ValueError)         a vector width that the model was not trained for
+    ├── ShapeError (ValueError)             arrays that belong together disagree in shape
+    ├── TokenLimitError (ValueError)        a text is longer than the model reads
+    ├── CheckpointError                     a checkpoint folder is incomplete or computes otherwise
+    ├── ExportError                         a checkpoint could not be exported or verified
+    ├── BundleError                         a bundle folder is missing, damaged or not understood
+    ├── RuntimeUnavailableError             the runtime that the bundle needs cannot run here
+    ├── MissingDependencyError (ImportError)   a library of an extra is not installed
+    ├── IndexFileError                      an index file is missing, damaged or not understood
+    │   └── IndexMismatchError              an index holds vectors of another model
+    ├── StoreError                          a store on a server is out of reach or not usable
+    └── OutputError                         results cannot be written where they were asked for
+
+The class in brackets is a second parent, for code that catches what Python itself would raise.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+Self = TypeVar("Self", bound="EgemmaError")
 
 
 class EgemmaError(Exception):
-    """Parent of all; its text says what was found, what would be right, and the next step."""
+    """The parent of every error that egemma raises on purpose.
 
-
-class CheckpointError(EgemmaError):
-    """The checkpoint folder is incomplete, or describes a model that this code would compute
-    wrongly.
+    Args:
+        found: what was found and what would have been right, in plain sentences.
+        hint: the next step, where it is known; the text of the error ends with it.
+        position: which of the texts or rows of the call it is about, from 0; None for none.
     """
 
+    def __init__(self, found: str, *, hint: str = "", position: int | None = None) -> None:
+        super().__init__(f"{found} {hint}" if hint else found)
+        self.found = found
+        self.hint = hint
+        self.position = position
 
-class ConfigError(EgemmaError):
-    """A setting that cannot work."""
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError, a second parent, would show quotes
+
+    def at(self: Self, place: str) -> Self:
+        """Return this error, of the same class, with `place` in front: a file, a line, a row."""
+        copy = type(self)(f"{place}: {self.found}", hint=self.hint, position=self.position)
+        return copy.with_traceback(self.__traceback__)
 
 
-class PromptError(EgemmaError):
-    """A task or title that the model has no prompt for."""
+class InputError(EgemmaError, ValueError):
+    """A text, id, array or row cannot be embedded, stored or searched for as it is."""
 
 
-class TokenLimitError(EgemmaError):
-    """A text is longer than the model reads, and the caller asked not to cut it."""
+class NotFoundError(InputError, KeyError):
+    """Nothing is stored under the id or name that was asked for."""
 
 
-class ShapeError(EgemmaError):
+class ConfigError(EgemmaError, ValueError):
+    """A setting cannot work."""
+
+
+class PromptError(EgemmaError, ValueError):
+    """The model has no prompt for the task or title that was asked for."""
+
+
+class DimensionError(EgemmaError, ValueError):
+    """The model was not trained for the vector width that was asked for."""
+
+
+class ShapeError(EgemmaError, ValueError):
     """Two arrays that belong together disagree in shape."""
 
 
-class InputError(EgemmaError):
-    """A text or array that cannot be embedded or stored as it is."""
+class TokenLimitError(EgemmaError, ValueError):
+    """A text is longer than the model reads, and the caller asked not to cut it."""
 
 
-class DimensionError(EgemmaError):
-    """A vector width that the model was not trained for."""
+class CheckpointError(EgemmaError):
+    """The checkpoint folder is incomplete, or describes a model that this code computes wrongly."""
+
+
+class ExportError(EgemmaError):
+    """A checkpoint could not be exported, or the written file failed its verification."""
 
 
 class BundleError(EgemmaError):
@@ -40,11 +93,11 @@ class BundleError(EgemmaError):
 
 
 class RuntimeUnavailableError(EgemmaError):
-    """The runtime that the bundle needs is not installed here."""
+    """The runtime that the bundle needs cannot run here."""
 
 
-class ExportError(EgemmaError):
-    """A checkpoint could not be exported, or the written file failed its verification."""
+class MissingDependencyError(EgemmaError, ImportError):
+    """A library that only an extra brings is not installed, or is too old."""
 
 
 class IndexFileError(EgemmaError):
@@ -53,3 +106,11 @@ class IndexFileError(EgemmaError):
 
 class IndexMismatchError(IndexFileError):
     """An index holds vectors of another model."""
+
+
+class StoreError(EgemmaError):
+    """A store on a server cannot be reached, or is in a state that cannot be used."""
+
+
+class OutputError(EgemmaError):
+    """Results cannot be written where they were asked for."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from egemma_core.errors import InputError
-from egemma_train.data.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
+from egemma_core.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
 from egemma_train.data.rows import Dataset
 
 

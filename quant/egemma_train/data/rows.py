@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from egemma_core.errors import ConfigError, InputError
-from egemma_train.data.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
+from egemma_core.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
 
 SIMILARITY_TASK = "sentence similarity"
 # of a similarity row: below the first, two sentences differ in more than details

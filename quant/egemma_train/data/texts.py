@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from egemma_core.config import EncoderConfig
 from egemma_core.errors import ConfigError, InputError
+from egemma_core.json_lines import BadRowError, checked_text, lines_of, parse_row
 from egemma_core.nn.encode import Ids
 from egemma_core.tokens import Tokenizer
-from egemma_train.data.json_lines import BadRowError, checked_text, lines_of, parse_row
 
 SHORTEST_WINDOW = 6  # tokens
 # characters; a longer text has four tokens, in every vocabulary whose pieces are shorter than 86

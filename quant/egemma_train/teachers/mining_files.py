@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from egemma_core.errors import ConfigError, InputError
-from egemma_train.data.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
+from egemma_core.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
 from egemma_train.data.rows import DatasetConfig, read_dataset
 from egemma_train.teachers.mining import Document, MiningConfig, MiningReport, mine
 from egemma_train.teachers.teacher import open_teacher
