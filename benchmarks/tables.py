@@ -1,4 +1,4 @@
-"""Writes the README's numbers from benchmarks/results/*.json, so that no number is typed twice.
+"""Writes the pages' numbers from benchmarks/results/*.json, so that no number is typed twice.
 
 python benchmarks/tables.py
 """
@@ -26,11 +26,35 @@ PEERS = {
 }
 
 
+def readme() -> str:
+    """Three rows for the README: ours on phones, ours on boards, and what people run today."""
+    latency = result("latency")
+    lines = [
+        f"The full size (24 layers, 262,144 rows, random weights), one text, {latency['threads']} "
+        f"threads of {latency['machine']}; median milliseconds, commit {latency['commit']}.",
+        "",
+        "| | 16 tokens | 256 tokens | load | peak memory | file |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    rows = {row["name"]: row for row in latency["rows"]}
+    for name in ("android-int4", "onnx-int4", "torch float32"):
+        row = rows[name]
+        size = f"{row['file_mb']:.0f} MB" if row["file_mb"] else ""
+        lines.append(
+            f"| {PEERS.get(name, f'`{name}`')} | {row['ms']['16']['median']:.0f} | "
+            f"{row['ms']['256']['median']:.0f} | {row['load_s']:.1f} s | {row['peak_mb']} MB | "
+            f"{size} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def numbers() -> str:
-    """The README's part between the markers."""
+    """The generated part of docs/numbers.md."""
     latency, cost, footprint = (result(name) for name in ("latency", "export_cost", "footprint"))
     exports = {row["target"]: row for row in cost["rows"]}
     lines = [
+        "## The model",
+        "",
         f"The full size (24 layers, 262,144 rows, random weights), one text, {latency['threads']} "
         f"threads of {latency['machine']}; milliseconds, median of "
         f"{latency['runs']} interleaved runs (95th percentile), commit {latency['commit']}. Ratios "
@@ -52,6 +76,8 @@ def numbers() -> str:
         )
     lines += [
         "",
+        "## Export",
+        "",
         f"What an export of that size costs, verification included (commit {cost['commit']}); the "
         "cosine is the finished file's worst, over ten texts and four "
         "widths, to float arithmetic on the same rounded weights:",
@@ -66,6 +92,8 @@ def numbers() -> str:
     ]
     lines += [
         "",
+        "## The package",
+        "",
         f"The base install in a clean environment (commit {footprint['commit']}): `import egemma` "
         f"{footprint['import_s'] * 1e3:.0f} ms, first vector of the built-in "
         f"model {footprint['first_vector_s']:.2f} s after process start, "
@@ -79,9 +107,11 @@ def numbers() -> str:
 def search_lines(search: dict[str, Any]) -> list[str]:
     """Search in short; docs/search-benchmark.md has all of it."""
     lines = [
+        "## Search",
+        "",
         f"Local search for the 10 nearest of 768-wide vectors of real texts, {search['threads']} "
         f"threads (commit {search['commit']}): median milliseconds and recall@10 "
-        "against exact float32. [All of it](docs/search-benchmark.md), with what each costs in "
+        "against exact float32. [All of it](search-benchmark.md), with what each costs in "
         "memory and disk.",
         "",
         "| | 100,000 vectors | recall | 1,000,000 vectors | recall |",
@@ -117,7 +147,9 @@ def training_lines() -> list[str]:
         {"int4": "int4, a scale per block of 32", "mixed": "mixed, a scale per row"},
     )
     lines = [
-        "Training, [all of it](docs/training-measured.md): a step takes as many pairs a second as "
+        "## Training",
+        "",
+        "[All of it](training-measured.md). A step takes as many pairs a second as "
         "sentence-transformers' trainer times "
         + " and ".join(f"{found['ratio']:.2f} ({precision})" for precision, found in speed.items())
         + ", same model, rows, batches and losses. What a small model trained here loses of its "
@@ -283,7 +315,8 @@ def result(name: str) -> dict[str, Any]:
     return body
 
 
-def with_numbers(page: str, of: Callable[[], str] = numbers) -> str:
+def with_numbers(page: str, of: Callable[[], str]) -> str:
+    """Put what `of` gives between the markers of `page`."""
     before, _, rest = page.partition(BEGIN)
     _, marker, after = rest.partition(END)
     assert marker, "the page has no markers for numbers"
@@ -298,7 +331,8 @@ def main() -> int:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "README.md": numbers,
+    "README.md": readme,
+    "docs/numbers.md": numbers,
     "docs/search-benchmark.md": search_page,
     "docs/training-measured.md": training_page,
 }
