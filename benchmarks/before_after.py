@@ -67,7 +67,8 @@ with tempfile.TemporaryDirectory() as folder:
         timed("add one document", lambda: index.add([next(entries)]), SINGLES)
         timed("search by words", lambda: index.search("tomatoes 17", mode="text"), 100)
         timed("search hybrid", lambda: index.search("tomatoes 17", mode="hybrid"), 100)
-    identity = ModelIdentity(fingerprint="0" * 64, name="random", dims=(768, 512, 256, 128), parts={})
+    dims = (768, 512, 256, 128)
+    identity = ModelIdentity(fingerprint="0" * 64, name="random", dims=dims, parts={})
     numbers = np.random.default_rng(0)
     with Index.open(Path(folder, "vectors.db"), identity, threads=2) as index:
         def add():
