@@ -47,10 +47,14 @@ _SIGNATURES = {
     b"ID3": "sound",
 }
 _HEAD_BYTES = 8192
-# A pipe must not be waited for, a terminal not be taken over. Not every system has all of these.
-_OPEN_FLAGS = os.O_RDONLY
-for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY"):
-    _OPEN_FLAGS |= getattr(os, _name, 0)
+# A pipe must not be waited for, a terminal not be taken over; no system has all of these flags.
+_OPEN_FLAGS = (
+    os.O_RDONLY
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+    | getattr(os, "O_NOCTTY", 0)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
