@@ -86,7 +86,8 @@ OPTIONAL = {
 def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
     import sys
 
-    allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime", "egemma", "egemma_core"}
+    libraries = {"numpy", "onnxruntime", "pathspec"}
+    allowed = set(sys.stdlib_module_names) | libraries | {"egemma", "egemma_core"}
     for path in modules("egemma"):
         names = imported(path)
         assert not {name.split(".")[0] for name in names} - allowed - OPTIONAL, (

@@ -5,96 +5,46 @@ interruption costs little.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
-import os
-import random
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egemma.index import Index
-from egemma.ingest import IngestConfig, ParseLimits, Plan, SyncProgress, plan_folder, render, sync
-from egemma.ingest import plan as plan_module
-from egemma.ingest.plan import look, printable
-from egemma.ingest.walk import exclusions
-from egemma_core.errors import ConfigError, InputError, RuntimeUnavailableError
+from egemma.ingest import IngestConfig, Plan, SyncProgress, plan_folder, render, sync
+from egemma_core.errors import InputError
 from tests.sdk.fakes import WordEmbedder, model_of
+from tests.sdk.ingest_folders import (
+    assert_no_file_is_read,
+    later,
+    make_folder,
+    names,
+    open_index,
+    paragraph,
+    run,
+    sources_of,
+    write,
+)
 
-posix = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
-HOUR = 3600 * 10**9
 # the package shows the function of this name
 sync_module = importlib.import_module("egemma.ingest.sync")
 
 
-def later() -> int:
-    """A clock that stands an hour after the files were written: their times can be trusted."""
-    return time.time_ns() + HOUR
-
-
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[Index]:
-    with Index.open(tmp_path / "notes.db", cast(Any, WordEmbedder(max_tokens=100))) as index:
+    with open_index(tmp_path) as index:
         yield index
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "docs"
-    (root / "deep" / "er").mkdir(parents=True)
-    write(root / "guide.md", "# Guide\n\nWater the tomatoes.\n\n## Tools\n\nA spade and a rake.\n")
-    write(root / "code.py", "def add(a, b):\n    return a + b\n")
-    write(root / "deep" / "notes.txt", "The pump loses its oil.")
-    write(root / "deep" / "er" / "more.txt", "Nobody answered the telephone.")
-    return root
-
-
-def write(path: Path, text: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
-def paragraph(seed: int) -> str:
-    chance = random.Random(seed)
-    return " ".join(f"word{chance.randrange(500)}" for _ in range(20)).capitalize() + "."
-
-
-def run(
-    index: Index, root: Path | list[Path], config: IngestConfig | None = None, **settings: Any
-) -> Any:
-    """`sync`, and how many chunks the model read for it."""
-    settings.setdefault("clock_ns", later)
-    before = len(model_of(index).embedded)
-    report = sync(index, root if isinstance(root, list) else [root], config, **settings)
-    assert report.embedded == len(model_of(index).embedded) - before
-    return report
-
-
-def names(index: Index, root: Path) -> list[str]:
-    return sorted(Path(id_).relative_to(root.resolve()).as_posix() for id_ in index.ids())
-
-
-def assert_no_file_is_read(
-    monkeypatch: pytest.MonkeyPatch, root: Path, index: Index, *, but: int = 0
-) -> None:
-    real, read = plan_module.read_bytes, []
-
-    def counted(path: str, *rest: Any, **more: Any) -> Any:
-        read.append(path)
-        return real(path, *rest, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(plan_module, "read_bytes", counted)
-        look(index, [root], clock_ns=later)
-    assert len(read) == but, read
+    return make_folder(tmp_path)
 
 
 def test_a_folder_becomes_documents_that_are_found(index: Index, folder: Path) -> None:
@@ -155,9 +105,9 @@ def test_the_plan_says_exactly_what_will_be_embedded(index: Index, folder: Path)
     write(folder / "new.txt", "\n\n".join(paragraph(seed) for seed in range(900, 930)))
     (folder / "1.txt").unlink()
     write(folder / "bad.txt", b"caf\xe9")
-    stored = dict(index.sources())
+    stored = dict(sources_of(index))
     plan = plan_folder(index, [folder], clock_ns=later)
-    assert index.sources() == stored  # it only looked
+    assert sources_of(index) == stored  # it only looked
     assert [Path(file.id).name for file in plan.new] == ["new.txt"]
     assert [Path(file.id).name for file in plan.changed] == ["0.txt"]
     assert [Path(id_).name for id_ in plan.deleted] == ["1.txt"]
@@ -256,421 +206,6 @@ def test_roots_that_cannot_be_read_are_refused(index: Index, roots: Any) -> None
         sync(index, roots)
 
 
-# What changed
-
-
-def same_size_edit(path: Path) -> None:
-    """Other words of the same length, with the old time of change put back, as a tool that keeps
-    times would.
-    """
-    facts = path.stat()
-    path.write_bytes(path.read_bytes()[::-1])
-    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-
-
-def test_an_edit_of_the_same_size_and_time_is_found(index: Index, folder: Path) -> None:
-    run(index, folder)
-    same_size_edit(folder / "deep" / "notes.txt")
-    assert run(index, folder).changed == 1  # the inode's own time of change tells
-
-
-def test_an_edit_in_the_tick_of_the_last_look_is_found(
-    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = folder / "deep" / "notes.txt"
-    now = path.stat().st_mtime_ns
-    run(index, folder, clock_ns=lambda: now)  # looked at within the second in which it was written
-    assert_no_file_is_read(monkeypatch, folder, index, but=4)
-    # as long as before; a coarse clock gives it the same times
-    path.write_text("The pump keeps all oil!")
-    with monkeypatch.context() as patch:
-        freeze_times(patch, index)
-        assert run(index, folder).changed == 1
-    assert run(index, folder).changed == 0
-    assert_no_file_is_read(monkeypatch, folder, index, but=3)
-
-
-def freeze_times(patch: pytest.MonkeyPatch, index: Index) -> None:
-    """A file system whose clock stands still: every file has the times that the index remembers."""
-    real, sources = plan_module.walk, index.sources()
-
-    def walk(*args: Any, **settings: Any) -> Any:
-        for item in real(*args, **settings):
-            source = sources.get(item.path)
-            yield (
-                item
-                if source is None
-                else replace(item, mtime_ns=source["mtime_ns"], ctime_ns=source["ctime_ns"])
-            )  # type: ignore[type-var]
-
-    patch.setattr(plan_module, "walk", walk)
-
-
-def test_a_clock_that_was_ahead_hides_no_edit(
-    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(index, folder, clock_ns=lambda: time.time_ns() + 24 * 365 * HOUR)
-    # what was seen in the future is not believed now
-    assert_no_file_is_read(monkeypatch, folder, index, but=4)
-    (folder / "deep" / "notes.txt").write_text("The pump keeps all oil!")
-    with monkeypatch.context() as patch:
-        freeze_times(patch, index)
-        assert run(index, folder).changed == 1
-
-
-def test_a_file_from_the_future_is_read_each_time(
-    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    future = time.time_ns() + 24 * HOUR
-    os.utime(folder / "guide.md", ns=(future, future))
-    run(index, folder)
-    assert_no_file_is_read(monkeypatch, folder, index, but=1)
-    assert run(index, folder).unchanged == 4
-
-
-def test_a_touched_file_is_unchanged(index: Index, folder: Path) -> None:
-    run(index, folder)
-    os.utime(folder / "guide.md")
-    copy = (folder / "code.py").read_bytes()
-    (folder / "code.py").unlink()
-    (folder / "code.py").write_bytes(copy)
-    report = run(index, folder)
-    assert (report.changed, report.unchanged) == (0, 4)
-
-
-def test_other_settings_cut_all_files_anew(index: Index, folder: Path) -> None:
-    write(folder / "long.txt", " ".join(paragraph(seed) for seed in range(40)))
-    run(index, folder)
-    report = run(index, folder, IngestConfig(chunk_tokens=80))
-    assert report.changed == 5
-    assert 0 < report.reused < report.chunks  # short files keep their only chunk
-    assert run(index, folder, IngestConfig(chunk_tokens=80)).changed == 0
-
-
-def test_a_file_that_cannot_be_read_any_more_keeps_its_earlier_version(
-    index: Index, folder: Path
-) -> None:
-    run(index, folder)
-    write(folder / "guide.md", b"caf\xe9")
-    report = run(index, folder)
-    assert [(Path(path).name, len(index)) for path in report.kept] == [("guide.md", 4)]
-    assert report.skipped[0].reason == "charset"
-    assert "its earlier version stays" in report.skipped[0].detail
-    assert [Path(path).name for path in plan_folder(index, [folder], clock_ns=later).kept] == [
-        "guide.md"
-    ]
-
-
-def test_a_file_that_was_emptied_leaves(index: Index, folder: Path) -> None:
-    run(index, folder)
-    write(folder / "guide.md", "\n")
-    assert [Path(id_).name for id_ in plan_folder(index, [folder], clock_ns=later).deleted] == [
-        "guide.md"
-    ]
-    assert run(index, folder).removed == 1
-    assert len(index) == 3
-
-
-def test_an_excluded_file_that_is_stored_stays_and_is_told(index: Index, folder: Path) -> None:
-    run(index, folder)
-    config = IngestConfig(exclude=("*.py",))
-    assert [Path(path).name for path in look(index, [folder], config).kept] == ["code.py"]
-    assert (run(index, folder, config).removed, len(index)) == (0, 4)
-    assert "stay although they are not read any more: 1 (" in "\n".join(
-        render(look(index, [folder], config))
-    )
-
-
-def test_a_file_that_vanishes_after_the_look_is_told(index: Index, folder: Path) -> None:
-    plan = plan_folder(index, [folder], clock_ns=later)
-    (folder / "code.py").unlink()
-    report = sync(index, [folder], plan=plan, clock_ns=later)
-    assert [(Path(item.path).name, item.reason) for item in report.skipped] == [
-        ("code.py", "unreadable")
-    ]
-    assert (report.new, len(index)) == (3, 3)
-
-
-def test_a_plan_of_something_else_is_refused(index: Index, folder: Path) -> None:
-    plan = plan_folder(index, [folder], clock_ns=later)
-    with pytest.raises(ConfigError, match="Plan again"):
-        sync(index, [folder / "deep"], plan=plan)
-    with pytest.raises(ConfigError, match="Plan again"):
-        sync(index, [folder], IngestConfig(hidden=True), plan=plan)
-    assert len(index) == 0
-
-
-# What is not read
-
-
-@posix
-def test_everything_that_is_not_read_is_named_with_its_reason(
-    index: Index, folder: Path, tmp_path: Path
-) -> None:
-    outside = tmp_path / "secret"
-    write(outside / "key.txt", "Not below the root.")
-    write(folder / ".git" / "config", "hidden")
-    write(folder / ".env", "hidden")
-    write(folder / "node_modules" / "x.js", "excluded")
-    write(folder / "photo.png", b"\x89PNG\r\n\x1a\n")
-    (folder / "loop").symlink_to(folder)
-    (folder / "out").symlink_to(outside)
-    (folder / "out.txt").symlink_to(outside / "key.txt")
-    (folder / "dangling").symlink_to(folder / "nowhere")
-    (folder / "self").symlink_to(folder / "self")
-    os.mkfifo(folder / "pipe")
-    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("a name that is no Unicode")
-    # without opening it
-    assert ("pipe", "not a file") in [
-        (Path(item.path).name, item.reason) for item in look(index, [folder]).skipped
-    ]
-    report = run(index, folder)
-    assert report.new == 4
-    reasons = sorted((Path(item.path).name, item.reason) for item in report.skipped)
-    assert reasons == [
-        (".env", "hidden"),
-        (".git", "hidden"),
-        ("caf\ufffd.txt", "name"),
-        ("dangling", "link"),
-        ("loop", "link"),
-        ("node_modules", "excluded"),
-        ("out", "link"),
-        ("out.txt", "link"),
-        ("photo.png", "binary"),
-        ("pipe", "not a file"),
-        ("self", "link"),
-    ]
-    text = "\n".join(report.to_lines())
-    assert "4 new, 0 changed, 0 unchanged, 0 removed, 11 skipped" in text
-    assert "photo.png: it is a PNG image, not text" in text
-    assert "skipped, hidden: 2 (" in text
-    assert run(index, folder, IngestConfig(hidden=True)).new == 2
-
-
-@posix
-def test_a_link_that_takes_a_files_place_after_the_look_is_not_followed(
-    index: Index, folder: Path, tmp_path: Path
-) -> None:
-    plan = plan_folder(index, [folder], clock_ns=later)
-    write(tmp_path / "secret.txt", "Not below the root.")
-    (folder / "code.py").unlink()
-    (folder / "code.py").symlink_to(tmp_path / "secret.txt")
-    report = sync(index, [folder], plan=plan, clock_ns=later)
-    assert [item.reason for item in report.skipped] == ["unreadable"]
-    assert not [hit for hit in index.search("root", k=5) if "root" in hit.text]
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything"
-)
-def test_a_folder_that_may_not_be_read_loses_nothing(index: Index, folder: Path) -> None:
-    run(index, folder)
-    (folder / "deep").chmod(0)
-    try:
-        report = run(index, folder)
-    finally:
-        (folder / "deep").chmod(0o755)
-    assert ([item.reason for item in report.skipped], report.removed, len(report.kept)) == (
-        ["unreadable"],
-        0,
-        2,
-    )
-
-
-def test_a_folder_that_cannot_be_listed_loses_nothing(
-    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(index, folder)
-    deep, scandir, lstat = str(folder.resolve() / "deep"), os.scandir, os.lstat
-
-    def refused(real: Any) -> Any:
-        def call(path: Any, *rest: Any, **more: Any) -> Any:
-            if str(path).startswith(deep) and (real is scandir or str(path) != deep):
-                raise PermissionError(13, "Permission denied")
-            return real(path, *rest, **more)
-
-        return call
-
-    monkeypatch.setattr("egemma.ingest.walk.os.scandir", refused(scandir))
-    monkeypatch.setattr("egemma.ingest.plan.os.lstat", refused(lstat))
-    report = sync(index, [folder], clock_ns=later)
-    assert ([item.reason for item in report.skipped], report.removed, len(report.kept)) == (
-        ["unreadable"],
-        0,
-        2,
-    )
-
-
-def test_the_index_does_not_read_itself(folder: Path) -> None:
-    with Index.open(folder / "index.db", cast(Any, WordEmbedder(max_tokens=100))) as index:
-        write(folder / "index.db.graph", "derived")
-        write(folder / "index.dbx", "not of the index")
-        report = run(index, folder)
-        assert report.new == 5
-        assert {Path(item.path).name for item in report.skipped if item.reason == "index"} >= {
-            "index.db",
-            "index.db-wal",
-            "index.db.graph",
-        }
-
-
-def test_a_missing_library_stops_before_the_work(
-    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(folder / "a.pdf", b"%PDF-1.7")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeUnavailableError, match=r"egemma\[ingest\]"):
-        look(index, [folder])
-    with pytest.raises(RuntimeUnavailableError, match=r"egemma\[ingest\]"):
-        run(index, folder)
-    assert len(index) == 0
-    assert run(index, folder, IngestConfig(exclude=("*.pdf",))).new == 4
-
-
-def test_pdf_and_html_are_read_by_one_process(
-    index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("selectolax")
-    started = []
-    popen = subprocess.Popen
-    monkeypatch.setattr(
-        "egemma.ingest.sandbox.subprocess.Popen",
-        lambda *args, **more: started.append(1) or popen(*args, **more),
-    )
-    for number in range(5):
-        write(
-            folder / f"{number}.html", f"<title>Page {number}</title><h1>Head</h1><p>Body {number}"
-        )
-    assert run(index, folder).new == 9
-    assert len(started) == 1
-    assert index.get([(folder / "3.html").resolve().as_posix()])[0].title == "Page 3"
-
-
-def test_names_cannot_move_the_cursor(index: Index, folder: Path) -> None:
-    write(folder / "a\x1b[2J\n\u202eb.bin", b"\0")
-    text = render(plan_folder(index, [folder], clock_ns=later))
-    assert all(character.isprintable() for line in text for character in line)
-    assert printable("a\x1b\u202eä 日") == "a\\x1b\\u202eä 日"
-
-
-def test_a_limit_that_a_file_exceeds_is_told(index: Index, folder: Path) -> None:
-    report = run(index, folder, IngestConfig(limits=ParseLimits(file_bytes=30)))
-    assert {(Path(item.path).name, item.reason) for item in report.skipped} == {
-        ("guide.md", "too large"),
-        ("code.py", "too large"),
-    }
-
-
-PATTERNS = [
-    "*.txt",
-    "/a.txt",
-    "build/",
-    "/build/",
-    "a/*/c",
-    "a/**/c",
-    "**/c",
-    "a/**",
-    "!keep.txt",
-    "?.md",
-    "[ab].txt",
-    "[!ab].txt",
-    "a*c*e",
-    "\\*.txt",
-    "/a/b",
-    "a/b/",
-    "doc*/",
-    "*.t[wx]t",
-    "[a-c]/",
-    "**",
-    "x y",
-    "b",
-    "*.TXT",
-    "a?b",
-]
-PATHS = [
-    "a.txt",
-    "b.txt",
-    "c.txt",
-    "keep.txt",
-    "a/b/c",
-    "a/c",
-    "a/x/y/c",
-    "c",
-    "build/x",
-    "build.txt",
-    "src/build/x",
-    "a.md",
-    "ab.md",
-    "abcde",
-    "a/b.txt",
-    "*.txt",
-    "docs/a.txt",
-    "x y",
-    "a/b/keep.txt",
-    "b/keep.txt",
-    "a.twt",
-    "axb/c.txt",
-    "A.TXT",
-]
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(patterns=st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=4))
-def test_patterns_leave_out_what_git_ignores(
-    tmp_path_factory: pytest.TempPathFactory, patterns: list[str]
-) -> None:
-    root = tmp_path_factory.mktemp("repository")
-    clean = {"PATH": os.environ["PATH"], "HOME": str(root), "GIT_CONFIG_NOSYSTEM": "1"}
-    subprocess.run(["git", "init", "-q", "."], cwd=root, check=True, env=clean)
-    (root / ".git" / "info" / "exclude").write_text("\n".join(patterns) + "\n")
-    done = subprocess.run(
-        ["git", "check-ignore", "--no-index", "-z", "--stdin"],
-        cwd=root,
-        input="\0".join(PATHS).encode(),
-        capture_output=True,
-        check=False,
-        env=clean,
-    )
-    excluded = exclusions(patterns)
-
-    def ours(path: str) -> bool:
-        parts = path.split("/")
-        return any(
-            excluded("/".join(parts[:count]), count < len(parts))
-            for count in range(1, len(parts) + 1)
-        )
-
-    assert {path for path in PATHS if ours(path)} == set(
-        filter(None, done.stdout.decode().split("\0"))
-    ), patterns
-
-
-@pytest.mark.parametrize("pattern", ["", "/", "!", "[abc", "[b-a]"])
-def test_patterns_that_mean_nothing_are_refused(pattern: str) -> None:
-    with pytest.raises(ConfigError, match="exclude pattern"):
-        IngestConfig(exclude=(pattern,))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"chunk_tokens": 10}, {"chunk_tokens": True}, {"overlap_tokens": -1}, {"exclude": "*.py"}],
-)
-def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        IngestConfig(**settings)
-
-
-def test_a_chunk_longer_than_the_model_reads_is_refused(index: Index, folder: Path) -> None:
-    with pytest.raises(ConfigError, match="this model reads 100"):
-        run(index, folder, IngestConfig(chunk_tokens=101))
-
-
-# Stopping and going on
-
-
 class Stop:
     """Ctrl-C in the middle of the n-th call of the model."""
 
@@ -723,13 +258,13 @@ def test_a_long_document_is_committed_in_parts_and_continued(
         sync(index, [path], clock_ns=later)
     done = len(model.embedded)
     assert done >= 32
-    assert index.sources()[id_]["partial"] is True
+    assert sources_of(index)[id_]["partial"] is True
     assert path.read_text().startswith(index.get([id_])[0].text)
     report = run(index, path)
     # nothing is embedded twice
     assert (report.changed, report.embedded) == (1, report.chunks - done)
     assert len(model.embedded) == len(set(model.embedded))
-    assert "partial" not in index.sources()[id_]
+    assert "partial" not in sources_of(index)[id_]
     assert index.get([id_])[0].text == path.read_text().rstrip()
     assert run(index, path).unchanged == 1
 
@@ -769,7 +304,7 @@ def test_progress_rises_to_the_end_and_counts_what_is_committed(index: Index, fo
 
 def test_sources_are_json_that_every_language_reads(index: Index, folder: Path) -> None:
     run(index, folder)
-    source = index.sources()[(folder / "guide.md").resolve().as_posix()]
+    source = sources_of(index)[(folder / "guide.md").resolve().as_posix()]
     assert json.loads(json.dumps(source)) == source
     assert set(source) == {
         "kind",

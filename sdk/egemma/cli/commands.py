@@ -161,7 +161,7 @@ def _add(args: argparse.Namespace) -> int:
 def _sync(args: argparse.Namespace, index: Index, paths: list[str]) -> int:
     """Files and folders: what is new or changed is embedded, what is gone is removed."""
     from egemma.ingest import IngestConfig, plan_folder, render, sync
-    from egemma.ingest.plan import DEFAULT_EXCLUDE
+    from egemma.ingest.config import DEFAULT_EXCLUDE
 
     config = IngestConfig(
         exclude=(*DEFAULT_EXCLUDE, *args.exclude),

@@ -8,87 +8,26 @@ docs/decisions/0007-ingestion.md.
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-from egemma.chunks import Chunk, ChunkedDocument, split_text
-from egemma.ingest.parse import (
-    FileBytes,
-    ParseLimits,
-    UnreadableFileError,
-    kind_of,
-    parse,
-    read_bytes,
-)
-from egemma.ingest.sandbox import Sandbox, check_libraries
-from egemma.ingest.walk import Found, Skipped, exclusions, resolve_roots, walk
-from egemma_core.errors import ConfigError, InputError, PromptError, TokenLimitError
+from egemma.chunks import Chunk
+from egemma.ingest.config import IngestConfig
+from egemma.ingest.errors import UnreadableFileError
+from egemma.ingest.estimate import SpeedSample
+from egemma.ingest.files import kind_of
+from egemma.ingest.reader import Reader, recipe_of
+from egemma.ingest.sandbox import check_libraries
+from egemma.ingest.source import is_unchanged
+from egemma.ingest.store import Store, index_files, missing_chunks, stored_sources
+from egemma.ingest.walk import Skipped, resolve_roots, walk
+from egemma_core.errors import InputError
 
 if TYPE_CHECKING:
     from egemma.embedder import Embedder
-    from egemma.index import PutReport
-
-DEFAULT_EXCLUDE = ("node_modules/", "__pycache__/")
-CHUNK_TOKENS = 400
-OVERLAP_TOKENS = 40
-RECIPE_VERSION = 1  # rises when the same file would give other chunks
-_LEAST_CHUNK_TOKENS = 64
-# A file system may keep times no finer than this (FAT: 2 s): what changed so shortly before it was
-# read may change again unseen.
-_RACY_NS = 2_000_000_000
-_SAMPLE_CHUNKS = 48
-_SAMPLE_S = 1.0
-
-
-class Store(Protocol):
-    """What ingestion asks of an index.
-
-    `chunk_hashes`: of those of the ids that are stored, the hashes of their chunks.
-    """
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def embedder(self) -> Embedder: ...
-    def put(self, documents: Sequence[ChunkedDocument]) -> PutReport: ...
-    def remove(self, ids: Sequence[str]) -> int: ...
-    def sources(self) -> Mapping[str, Mapping[str, Any]]: ...
-    def chunk_hashes(self, ids: Sequence[str]) -> Mapping[str, Collection[bytes]]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class IngestConfig:
-    """How files become documents."""
-
-    exclude: tuple[str, ...] = DEFAULT_EXCLUDE  # as in .gitignore, below each root
-    hidden: bool = False  # read files and folders that begin with a dot
-    # longest chunk, prompt and title included; None: 400, or what the model reads
-    chunk_tokens: int | None = None
-    overlap_tokens: int = OVERLAP_TOKENS  # of the chunk before, repeated
-    limits: ParseLimits = field(default_factory=ParseLimits)
-    allow_empty: bool = False  # a folder without any file takes its documents out of the index
-
-    def __post_init__(self) -> None:
-        exclusions(self.exclude)
-        if self.chunk_tokens is not None and (
-            isinstance(self.chunk_tokens, bool)
-            or not isinstance(self.chunk_tokens, int)
-            or self.chunk_tokens < _LEAST_CHUNK_TOKENS
-        ):
-            raise ConfigError(
-                f"chunk_tokens={self.chunk_tokens!r}: a whole number of at least "
-                f"{_LEAST_CHUNK_TOKENS}, or None."
-            )
-        if (
-            isinstance(self.overlap_tokens, bool)
-            or not isinstance(self.overlap_tokens, int)
-            or self.overlap_tokens < 0
-        ):
-            raise ConfigError(f"overlap_tokens={self.overlap_tokens!r}: a whole number of tokens.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +58,22 @@ class Plan:
 
     @property
     def files(self) -> tuple[PlannedFile, ...]:
+        """All files that will be read, by path."""
         return tuple(sorted((*self.new, *self.changed), key=lambda file: file.id))
 
     @property
     def chunks(self) -> int:
-        """Of all files that will be read."""
+        """How many chunks all files that will be read have."""
         return sum(file.chunks or 0 for file in self.files)
 
     @property
     def embed_chunks(self) -> int:
+        """How many of these chunks will be embedded."""
         return sum(file.embed_chunks or 0 for file in self.files)
 
     @property
     def embed_tokens(self) -> int:
+        """How many tokens the model will read."""
         return sum(file.embed_tokens or 0 for file in self.files)
 
 
@@ -143,8 +85,10 @@ def plan_folder(
     progress: Callable[[str, int, int], None] | None = None,
     clock_ns: Callable[[], int] = time.time_ns,
 ) -> Plan:
-    """Read and cut everything that is new or changed, count what would be embedded, and embed a
-    sample to say how long that takes.
+    """Say what `sync` would do, and how long it would take.
+
+    Reads and cuts everything that is new or changed, counts what would be embedded, and embeds a
+    sample of it. The index stays as it is.
 
     Args:
         roots: files and folders.
@@ -153,16 +97,16 @@ def plan_folder(
 
     Raises:
         InputError: a root cannot be read, or is empty where the index has documents of it.
-        RuntimeUnavailableError: a file needs a library that is not installed.
+        MissingDependencyError: a file needs a library that is not installed.
         ConfigError: the settings do not fit the model.
     """
-    plan = look(index, roots, config, clock_ns=clock_ns)
+    plan = list_changes(index, roots, config, clock_ns=clock_ns)
     started = time.perf_counter()
-    sample = _Sample()
+    sample = SpeedSample()
     counted: dict[str, PlannedFile] = {}
     skipped, deleted, kept = list(plan.skipped), list(plan.deleted), list(plan.kept)
     changed_ids = {file.id for file in plan.changed}
-    with Reader(index, plan.config) as reader:
+    with Reader(index.embedder, plan.config) as reader:
         for done, file in enumerate(plan.files):
             if progress is not None:
                 progress(file.id, done, len(plan.files))
@@ -173,8 +117,8 @@ def plan_folder(
                 if file.id in changed_ids:
                     (deleted if error.reason == "no text" else kept).append(file.id)
                 continue
-            missing = reader.missing(document)
-            tokens = [reader.count(chunk) for chunk in missing]
+            missing = missing_chunks(index, document)
+            tokens = [_count_tokens(index.embedder, chunk) for chunk in missing]
             sample.add(missing, tokens)
             counted[file.id] = replace(
                 file,
@@ -182,311 +126,105 @@ def plan_folder(
                 embed_chunks=len(missing),
                 embed_tokens=sum(tokens),
             )
-    new, changed = (
-        tuple(counted[file.id] for file in files if file.id in counted)
-        for files in (plan.new, plan.changed)
-    )
     read_s = time.perf_counter() - started
-    tokens_per_s = sample.measure(index.embedder)
     plan = replace(
         plan,
-        new=new,
-        changed=changed,
+        new=tuple(counted[file.id] for file in plan.new if file.id in counted),
+        changed=tuple(counted[file.id] for file in plan.changed if file.id in counted),
         skipped=tuple(skipped),
         deleted=tuple(sorted(deleted)),
         kept=tuple(sorted(kept)),
         read_s=read_s,
     )
-    return replace(plan, embed_s=plan.embed_tokens / tokens_per_s if tokens_per_s else 0.0)
+    speed = sample.tokens_per_s(index.embedder)
+    return replace(plan, embed_s=plan.embed_tokens / speed if speed else 0.0)
 
 
-def look(
+def list_changes(
     index: Store,
     roots: Sequence[str | Path],
     config: IngestConfig | None = None,
     *,
     clock_ns: Callable[[], int] = time.time_ns,
 ) -> Plan:
-    """As `plan_folder`, without reading what is new: files are listed, and read only where their
-    times do not tell whether they changed.
+    """Return the plan that can be made without reading what is new; otherwise as `plan_folder`.
+
+    Files are listed, and read only where their times do not show whether they changed.
     """
+    from egemma.ingest.exclude import exclusions  # with pathspec, which takes time to load
+
     config = config or IngestConfig()
     resolved = resolve_roots(roots)
     recipe = recipe_of(index.embedder, config)
-    stored = {
-        id_: source
-        for id_, source in index.sources().items()
-        if source.get("kind") == "file" and any(_is_below(id_, root) for root in resolved)
-    }
-    new: list[PlannedFile] = []
-    changed: list[PlannedFile] = []
+    stored = _stored_below(index, resolved)
+    excluded = exclusions(config.exclude)
+    files: dict[str, list[PlannedFile]] = {"new": [], "changed": [], "unchanged": []}
     skipped: list[Skipped] = []
     seen: set[str] = set()
-    unchanged = 0
     for root in resolved:
-        before = len(seen)
-        for item in walk(
-            root,
-            exclude=exclusions(config.exclude),
-            hidden=config.hidden,
-            own=_own_files(index.path),
-        ):
+        for item in walk(root, exclude=excluded, hidden=config.hidden, is_index=index_files(index)):
             if item.path in seen:
                 continue
             seen.add(item.path)
             if isinstance(item, Skipped):
                 skipped.append(item)
                 continue
-            file = PlannedFile(id=item.path, size=item.size)
-            if item.path not in stored:
-                new.append(file)
-                continue
-            try:
-                same = _is_unchanged(item, stored[item.path], recipe, config.limits, clock_ns)
-            except UnreadableFileError as error:
-                skipped.append(
-                    Skipped(
-                        path=item.path,
-                        reason=error.reason,
-                        detail=f"{error.detail}; its earlier version stays",
-                    )
-                )
-                continue
-            unchanged += same
-            if not same:
-                changed.append(file)
-        below = sum(_is_below(id_, root) for id_ in stored)
-        if (
-            len(seen) == before
-            and below
-            and os.path.isdir(root)
-            and not config.allow_empty
-            and not any(_is_below(path, root) for path in seen)
-        ):
-            raise InputError(
-                f"{root} is empty, but the index has {below} documents of it. If it should be "
-                "mounted, mount it; if they are to go, "
-                "pass allow_empty=True. Nothing was changed."
-            )
-    for kind in sorted({kind_of(file.id) for file in (*new, *changed)}):
+            state: Literal["new", "changed", "unchanged"] = "new"
+            if source := stored.get(item.path):
+                try:
+                    same = is_unchanged(item, source, recipe, config.limits, clock_ns)
+                except UnreadableFileError as error:
+                    skipped.append(_skipped_but_stored(error))
+                    continue
+                state = "unchanged" if same else "changed"
+            files[state].append(PlannedFile(id=item.path, size=item.size))
+        if not config.allow_empty:
+            _check_not_empty(root, seen, stored)
+    for kind in sorted({kind_of(file.id) for file in (*files["new"], *files["changed"])}):
         check_libraries(kind)
-    gone = sorted(id_ for id_ in stored.keys() - seen if _is_gone(id_))
-    kept = sorted(id_ for id_ in stored.keys() - seen if not _is_gone(id_)) + sorted(
-        item.path for item in skipped if item.path in stored
-    )
+    unseen = sorted(stored.keys() - seen)
+    gone = {id_ for id_ in unseen if _is_gone(id_)}
+    still_there = [id_ for id_ in unseen if id_ not in gone]
     return Plan(
         roots=resolved,
         config=config,
-        new=tuple(new),
-        changed=tuple(changed),
-        unchanged=unchanged,
-        deleted=tuple(gone),
-        kept=tuple(kept),
+        new=tuple(files["new"]),
+        changed=tuple(files["changed"]),
+        unchanged=len(files["unchanged"]),
+        deleted=tuple(sorted(gone)),
+        kept=(*still_there, *sorted(item.path for item in skipped if item.path in stored)),
         skipped=tuple(skipped),
         embed_s=None,
         read_s=None,
     )
 
 
-def recipe_of(embedder: Embedder, config: IngestConfig) -> dict[str, Any]:
-    """What besides the file decides its chunks; a document of another recipe is cut anew.
+def _stored_below(index: Store, roots: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Return the sources of those documents whose files are below the roots: id -> source."""
+    return {
+        id_: source
+        for id_, source in stored_sources(index).items()
+        if source.get("kind") == "file" and any(_is_below(id_, root) for root in roots)
+    }
+
+
+def _skipped_but_stored(error: UnreadableFileError) -> Skipped:
+    detail = f"{error.detail}; its earlier version stays"
+    return Skipped(path=error.path, reason=error.reason, detail=detail)
+
+
+def _check_not_empty(root: str, seen: Collection[str], stored: Collection[str]) -> None:
+    """Refuse an empty folder of which documents are stored: its disk may not be mounted.
 
     Raises:
-        ConfigError: the model does not read chunks of that length.
+        InputError: it is one.
     """
-    tokens = (
-        min(CHUNK_TOKENS, embedder.max_tokens)
-        if config.chunk_tokens is None
-        else config.chunk_tokens
-    )
-    if tokens > embedder.max_tokens:
-        raise ConfigError(f"chunk_tokens={tokens}: this model reads {embedder.max_tokens}.")
-    try:
-        embedder.document_prompt("a title")
-        titles = True
-    except PromptError:  # a checkpoint whose document prompt has no place for one
-        titles = False
-    return {
-        "version": RECIPE_VERSION,
-        "chunk_tokens": tokens,
-        "overlap_tokens": config.overlap_tokens,
-        "titles": titles,
-    }
-
-
-class Reader:
-    """Files as documents, one process for all PDF and HTML among them."""
-
-    def __init__(
-        self, index: Store, config: IngestConfig, *, clock_ns: Callable[[], int] = time.time_ns
-    ) -> None:
-        self._index, self._config, self._clock_ns = index, config, clock_ns
-        self._embedder = index.embedder
-        self._recipe = recipe_of(self._embedder, config)
-        self._sandbox = Sandbox()
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sandbox.close()
-
-    def read(self, id_: str) -> tuple[ChunkedDocument, tuple[str, ...]]:
-        """A file as chunks, and what people should know of it.
-
-        Raises:
-            UnreadableFileError: its text cannot be had.
-        """
-        limits = self._config.limits
-        content = read_bytes(id_, limits, follow=False, clock_ns=self._clock_ns)
-        parsed = parse(id_, content.data, limits=limits, sandbox=self._sandbox)
-        name = id_.rpartition("/")[2]
-        title = parsed.title or name
-        try:
-            chunks = split_text(
-                parsed.text,
-                title=title if self._recipe["titles"] else None,
-                count_tokens=self._embedder.count_tokens,
-                max_tokens=self._recipe["chunk_tokens"],
-                overlap_tokens=self._recipe["overlap_tokens"],
-                headings=parsed.headings if self._recipe["titles"] else (),
-                prompt=self._embedder.document_prompt,
-            )
-        except TokenLimitError as error:
-            raise UnreadableFileError(id_, "too large", str(error).rstrip(".")) from error
-        if any(not chunk.text.strip() for chunk in chunks):
-            raise UnreadableFileError(
-                id_, "no text", "a whole chunk of it is blank. Raise chunk_tokens"
-            )
-        document = ChunkedDocument(
-            id=id_,
-            title=title,
-            metadata={"path": id_, "name": name, "kind": parsed.kind},
-            source=_source(content, self._recipe),
-            chunks=tuple(chunks),
+    below = sum(_is_below(id_, root) for id_ in stored)
+    if below and os.path.isdir(root) and not any(_is_below(path, root) for path in seen):
+        raise InputError(
+            f"{root} is empty, but the index has {below} documents of it. Nothing was changed.",
+            hint="If it should be mounted, mount it; if they are to go, pass allow_empty=True.",
         )
-        return document, parsed.notes
-
-    def missing(self, document: ChunkedDocument) -> list[Chunk]:
-        """Chunks that the index has no vector of, each once."""
-        stored = self._index.chunk_hashes([document.id]).get(document.id, ())
-        return list(
-            {
-                hash_: chunk for chunk in document.chunks if (hash_ := hash_of(chunk)) not in stored
-            }.values()
-        )
-
-    def count(self, chunk: Chunk) -> int:
-        """Tokens that the model reads for it."""
-        return self._embedder.count_tokens(self._embedder.document_prompt(chunk.title) + chunk.text)
-
-
-def hash_of(chunk: Chunk) -> bytes:
-    """As the index stores it."""
-    from egemma.index.damage import chunk_hash
-
-    return chunk_hash(chunk.title, chunk.text)
-
-
-def render(plan: Plan) -> list[str]:
-    """A plan as lines of text."""
-    lines = [
-        f"{len(plan.new)} new, {len(plan.changed)} changed, {plan.unchanged} unchanged, "
-        f"{len(plan.deleted)} deleted, "
-        f"{len(plan.skipped)} skipped, in {', '.join(map(printable, plan.roots))}"
-    ]
-    if plan.embed_s is not None:
-        lines.append(
-            f"to embed: {plan.embed_chunks} chunks, {plan.embed_tokens} tokens, "
-            f"{duration(plan.embed_s + (plan.read_s or 0))}; "
-            f"{plan.chunks - plan.embed_chunks} chunks keep their vectors"
-        )
-    for name, ids in (
-        ("to remove, their files are gone", plan.deleted),
-        ("stay although they are not read any more", plan.kept),
-    ):
-        if ids:
-            lines.append(f"{name}: {_some(ids)}")
-    return lines + render_skipped(plan.skipped)
-
-
-def render_skipped(skipped: Sequence[Skipped]) -> list[str]:
-    """By reason; expected ones in one line each, the others with what is wrong with them."""
-    by_reason: dict[str, list[Skipped]] = {}
-    for item in skipped:
-        by_reason.setdefault(item.reason, []).append(item)
-    lines = []
-    for reason, items in sorted(by_reason.items()):
-        if reason in ("hidden", "excluded", "index", "link"):
-            lines.append(f"skipped, {reason}: {_some([item.path for item in items])}")
-        else:
-            lines += [
-                f"skipped, {reason}: {printable(item.path)}: {printable(item.detail)}"
-                for item in items[:10]
-            ]
-            if len(items) > 10:
-                lines.append(f"skipped, {reason}: {len(items) - 10} more")
-    return lines
-
-
-def duration(seconds: float) -> str:
-    if seconds < 1:
-        return "less than a second"
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
-
-
-def printable(text: str) -> str:
-    """A file name may hold what moves the cursor."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
-
-
-def _some(paths: Sequence[str]) -> str:
-    shown = ", ".join(printable(path) for path in paths[:3])
-    return f"{len(paths)} ({shown}{', ...' if len(paths) > 3 else ''})"
-
-
-def _source(content: FileBytes, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "kind": "file",
-        "size": content.size,
-        "mtime_ns": content.mtime_ns,
-        "ctime_ns": content.ctime_ns,
-        "inode": str(content.inode),
-        "sha256": content.sha256,
-        "looked_ns": content.looked_ns,
-        "recipe": dict(recipe),
-    }
-
-
-def _is_unchanged(
-    file: Found,
-    source: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    limits: ParseLimits,
-    clock_ns: Callable[[], int],
-) -> bool:
-    """By size and times where these can be trusted, else by the bytes.
-
-    They cannot where the file changed shortly before it was read, as it may have changed again
-    within the same tick; or where the clock stood later then than it does now.
-    """
-    if source.get("recipe") != recipe or source.get("partial") or source.get("size") != file.size:
-        return False
-    looked_ns = source.get("looked_ns", 0)
-    last_ns = max(file.mtime_ns, file.ctime_ns)
-    same_times = (source.get("mtime_ns"), source.get("ctime_ns"), source.get("inode")) == (
-        file.mtime_ns,
-        file.ctime_ns,
-        str(file.inode),
-    )
-    if same_times and last_ns + _RACY_NS < looked_ns <= clock_ns():
-        return True
-    return read_bytes(file.path, limits, follow=False).sha256 == source.get("sha256")
 
 
 def _is_below(path: str, root: str) -> bool:
@@ -494,7 +232,7 @@ def _is_below(path: str, root: str) -> bool:
 
 
 def _is_gone(path: str) -> bool:
-    """Really gone, not only out of reach."""
+    """Whether a file does not exist, rather than being out of reach."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -504,45 +242,6 @@ def _is_gone(path: str) -> bool:
     return False
 
 
-def _own_files(index_path: Path) -> Callable[[str], bool]:
-    """The index file and what stands beside it: -wal, -shm, derived files."""
-    own = Path(index_path).resolve().as_posix()
-    return lambda path: path == own or path.startswith((f"{own}-", f"{own}."))
-
-
-class _Sample:
-    """A few of the chunks to be embedded, each as likely as any other, and how fast the model reads
-    them.
-    """
-
-    def __init__(self) -> None:
-        self._random = random.Random(0)
-        self._seen = 0
-        self._chunks: list[tuple[Chunk, int]] = []
-
-    def add(self, chunks: Sequence[Chunk], tokens: Sequence[int]) -> None:
-        for pair in zip(chunks, tokens, strict=True):
-            self._seen += 1
-            if len(self._chunks) < _SAMPLE_CHUNKS:
-                self._chunks.append(pair)
-            elif (place := self._random.randrange(self._seen)) < _SAMPLE_CHUNKS:
-                self._chunks[place] = pair
-
-    def measure(self, embedder: Embedder) -> float | None:
-        """Tokens per second, from about a second of work; None where there is nothing to embed."""
-        if not self._chunks:
-            return None
-        # the first run is slower than all others
-        embedder.embed_documents([self._chunks[0][0].text], titles=[self._chunks[0][0].title])
-        tokens, spent, batch = 0, 0.0, 8
-        for start in range(0, len(self._chunks), batch):
-            part = self._chunks[start : start + batch]
-            started = time.perf_counter()
-            embedder.embed_documents(
-                [chunk.text for chunk, _ in part], titles=[chunk.title for chunk, _ in part]
-            )
-            spent += time.perf_counter() - started
-            tokens += sum(count for _, count in part)
-            if spent > _SAMPLE_S:
-                break
-        return tokens / max(spent, 1e-9)
+def _count_tokens(embedder: Embedder, chunk: Chunk) -> int:
+    """Count the tokens that the model reads for a chunk."""
+    return embedder.count_tokens(embedder.document_prompt(chunk.title) + chunk.text)

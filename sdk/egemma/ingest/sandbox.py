@@ -1,5 +1,6 @@
-"""The process that reads PDF and HTML: started once, limited in memory and time, replaced after a
-file that broke it.
+"""The parent's side of the process that reads PDF and HTML.
+
+The process is started once, limited in memory and time, and replaced after a file that broke it.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from egemma_core.errors import RuntimeUnavailableError
+from egemma_core.errors import MissingDependencyError
 
 LIBRARIES = {"pdf": "pypdf", "html": "selectolax"}
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from egemma.ingest.extract "
-    "import main; main()"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from egemma.ingest.worker import main; main()"
 )
 
 
 def check_libraries(kind: str) -> None:
-    """
+    """Check that what reads files of this kind is installed.
+
     Raises:
-        RuntimeUnavailableError: what reads files of this kind is not installed.
+        MissingDependencyError: it is not.
     """
     library = LIBRARIES.get(kind)
     if library is not None and importlib.util.find_spec(library) is None:
-        raise RuntimeUnavailableError(
-            f"reading {kind.upper()} needs {library}. Install it with `pip install "
-            "'egemma[ingest]'`, "
-            f"or leave these files out with exclude=['*.{kind}']."
+        raise MissingDependencyError(
+            f"reading {kind.upper()} needs {library}, which is not installed.",
+            hint="Install it with `pip install 'egemma[ingest]'`, or leave these files out with "
+            f"exclude=['*.{kind}'].",
         )
 
 
@@ -51,8 +53,13 @@ class Sandbox:
     def extract(
         self, kind: str, data: bytes, *, memory_bytes: int, time_s: float, **limits: int
     ) -> dict[str, Any]:
-        """The answer of `extract.main`: text, title, headings and notes, or reason and detail of a
-        failure.
+        """Return the answer of `worker.main` for one file, or say how the process ended.
+
+        Returns:
+            The fields of `Extracted`; or those of a failure: reason, problem and perhaps hint.
+
+        Raises:
+            MissingDependencyError: the library for this kind is not installed.
         """
         check_libraries(kind)
         process = self._running()
@@ -91,9 +98,12 @@ class Sandbox:
             if overdue.is_set() or answer.get("reason") in ("memory", "damaged"):
                 self.close()
             return answer
-        return self._autopsy(process, overdue.is_set(), memory_bytes, time_s)
+        code = process.wait()
+        self.close()
+        return _failure(code, overdue.is_set(), memory_bytes, time_s)
 
     def close(self) -> None:
+        """End the process; the next file starts a new one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -129,17 +139,15 @@ class Sandbox:
             )
         return self._process
 
-    def _autopsy(
-        self, process: subprocess.Popen[bytes], overdue: bool, memory_bytes: int, time_s: float
-    ) -> dict[str, Any]:
-        """It died without an answer."""
-        code = process.wait()
-        self.close()
-        if overdue or (os.name == "posix" and code == -signal.SIGXCPU):
-            return {"reason": "too slow", "detail": f"reading it takes more than {time_s:g} s"}
-        if os.name == "posix" and code in (-signal.SIGKILL, -signal.SIGABRT):
-            return {
-                "reason": "memory",
-                "detail": f"reading it takes more than {memory_bytes // 2**20} MB of memory",
-            }
-        return {"reason": "damaged", "detail": f"the parser ended with code {code}"}
+
+def _failure(code: int, overdue: bool, memory_bytes: int, time_s: float) -> dict[str, Any]:
+    """Say why a process ended without an answer, from its exit code."""
+    if overdue or (os.name == "posix" and code == -signal.SIGXCPU):
+        return {"reason": "too slow", "problem": f"reading it takes more than {time_s:g} s"}
+    if os.name == "posix" and code in (-signal.SIGKILL, -signal.SIGABRT):
+        megabytes = memory_bytes // 2**20
+        return {
+            "reason": "memory",
+            "problem": f"reading it takes more than {megabytes} MB of memory",
+        }
+    return {"reason": "damaged", "problem": f"the parser ended with code {code}"}

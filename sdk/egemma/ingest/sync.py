@@ -11,22 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from egemma.chunks import ChunkedDocument
-from egemma.ingest.parse import UnreadableFileError
-from egemma.ingest.plan import (
-    IngestConfig,
-    Plan,
-    Reader,
-    Store,
-    hash_of,
-    look,
-    printable,
-    render_skipped,
-)
+from egemma.ingest.config import IngestConfig
+from egemma.ingest.errors import UnreadableFileError
+from egemma.ingest.plan import Plan, list_changes
+from egemma.ingest.printing import printable, render_skipped
+from egemma.ingest.reader import Reader
+from egemma.ingest.store import Store, missing_chunks, stored_chunks
 from egemma.ingest.walk import Skipped, resolve_roots
 from egemma_core.errors import ConfigError
 
-# Chunks that are committed together: what an interruption costs.
-GROUP_CHUNKS = 64
+GROUP_CHUNKS = 64  # committed together: what an interruption costs
 # of one new, long document; each next part is a quarter of what is there, if that is more
 PART_CHUNKS = 256
 _REMOVED_TOGETHER = 500
@@ -60,9 +54,10 @@ class SyncReport:
     notes: tuple[tuple[str, str], ...]  # (file, what was left out or changed)
 
     def to_lines(self) -> list[str]:
+        """Return the report as lines of text."""
         lines = [
-            f"{self.new} new, {self.changed} changed, {self.unchanged} unchanged, {self.removed} "
-            f"removed, {len(self.skipped)} skipped",
+            f"{self.new} new, {self.changed} changed, {self.unchanged} unchanged, "
+            f"{self.removed} removed, {len(self.skipped)} skipped",
             f"{self.embedded} chunks embedded, {self.reused} kept their vectors",
         ]
         lines += [f"{printable(path)}: {printable(note)}" for path, note in self.notes]
@@ -85,66 +80,73 @@ def sync(
 
     Args:
         roots: files and folders.
-        plan: of the same roots, from `plan_folder`; None looks for itself.
+        plan: of the same roots, from `plan_folder`; None lists the changes anew.
         progress: called before each file and after each commit.
         clock_ns: the time of day.
 
     Raises:
-        InputError, ConfigError, RuntimeUnavailableError: as `plan_folder`.
+        InputError, ConfigError, MissingDependencyError: as `plan_folder`.
         IndexFileError: the index cannot be written. What was committed before stays.
     """
     if plan is None:
-        plan = look(index, roots, config, clock_ns=clock_ns)
+        plan = list_changes(index, roots, config, clock_ns=clock_ns)
     elif plan.roots != resolve_roots(roots) or config not in (None, plan.config):
         raise ConfigError(
-            f"the plan is of {', '.join(plan.roots)}, or of another config. Plan again with what "
-            "is to be done."
+            f"the plan is of {', '.join(plan.roots)}, or of another config.",
+            hint="Plan again with what is to be done.",
         )
-    work = _Work(index, plan, progress)
+    writer = _Writer(index, plan, progress)
     emptied: list[str] = []
     skipped, kept = list(plan.skipped), list(plan.kept)
     stored = {file.id for file in plan.changed}
-    counts = {"new": 0, "changed": 0}
-    with Reader(index, plan.config, clock_ns=clock_ns) as reader:
+    new = changed = 0
+    notes: list[tuple[str, str]] = []
+    with Reader(index.embedder, plan.config, clock_ns=clock_ns) as reader:
         for file in plan.files:
-            work.tell(file.id)
+            writer.report(file.id)
             try:
-                document, notes = reader.read(file.id)
+                document, remarks = reader.read(file.id)
             except UnreadableFileError as error:
-                if error.reason == "no text" and file.id in stored:
+                detail = error.detail
+                if file.id in stored and error.reason == "no text":
                     emptied.append(file.id)
                 elif file.id in stored:
                     kept.append(file.id)
-                stays = "; its earlier version stays" if file.id in kept else ""
-                skipped.append(
-                    Skipped(path=file.id, reason=error.reason, detail=error.detail + stays)
-                )
-                work.pass_over(file.size)
+                    detail += "; its earlier version stays"
+                skipped.append(Skipped(path=file.id, reason=error.reason, detail=detail))
+                writer.skip(file.size)
                 continue
-            work.notes += [(file.id, note) for note in notes]
-            counts["changed" if file.id in stored else "new"] += 1
-            work.add(document, file.size, len(reader.missing(document)))
-        work.commit()
+            notes += [(file.id, remark) for remark in remarks]
+            changed += file.id in stored
+            new += file.id not in stored
+            writer.add(document, file.size)
+        writer.commit()
     gone = list(dict.fromkeys([*plan.deleted, *emptied]))
     removed = sum(
         index.remove(gone[start : start + _REMOVED_TOGETHER])
         for start in range(0, len(gone), _REMOVED_TOGETHER)
     )
     return SyncReport(
-        **counts,
+        new=new,
+        changed=changed,
         unchanged=plan.unchanged,
         removed=removed,
-        chunks=work.chunks,
-        embedded=work.embedded,
-        reused=work.chunks - work.embedded,
+        chunks=writer.chunks,
+        embedded=writer.embedded,
+        reused=writer.chunks - writer.embedded,
         kept=tuple(kept),
         skipped=tuple(skipped),
-        notes=tuple(work.notes),
+        notes=tuple(notes),
     )
 
 
-class _Work:
-    """Documents on their way into the index, in small groups."""
+class _Writer:
+    """Puts documents into the index in small groups, and reports how far it has come.
+
+    Attributes:
+        chunks: of the documents that were put in.
+        embedded: chunks that the model had to read.
+    """
 
     def __init__(
         self, index: Store, plan: Plan, progress: Callable[[SyncProgress], None] | None
@@ -152,40 +154,42 @@ class _Work:
         self._index, self._progress = index, progress
         self._files, self._bytes = len(plan.files), sum(file.size for file in plan.files)
         self._group: list[ChunkedDocument] = []
-        self._waiting_chunks = self._waiting_bytes = 0
-        self._files_done = self._bytes_done = self._chunks_done = 0
+        self._group_missing = self._group_bytes = 0
+        self._files_done = self._bytes_done = 0
         self._path = ""
         self.chunks = self.embedded = 0
-        self.notes: list[tuple[str, str]] = []
 
-    def add(self, document: ChunkedDocument, size: int, missing: int) -> None:
+    def add(self, document: ChunkedDocument, size: int) -> None:
         """Store a document, now or with the next ones."""
+        missing = len(missing_chunks(self._index, document))
         if missing > PART_CHUNKS:
             self.commit()
             self._put_parts(document)
         self._group.append(document)
-        self._waiting_bytes += size
-        self._waiting_chunks += missing
-        if self._waiting_chunks >= GROUP_CHUNKS or len(self._group) >= GROUP_CHUNKS:
+        self._group_bytes += size
+        self._group_missing += missing
+        if self._group_missing >= GROUP_CHUNKS or len(self._group) >= GROUP_CHUNKS:
             self.commit()
 
     def commit(self) -> None:
+        """Store the documents that wait."""
         if not self._group:
             return
         report = self._index.put(self._group)
         self.embedded += report.embedded
         self.chunks += report.chunks
-        self._chunks_done += report.embedded
         self._files_done += len(self._group)
-        self._bytes_done += self._waiting_bytes
-        self._group, self._waiting_bytes, self._waiting_chunks = [], 0, 0
-        self.tell(self._path)
+        self._bytes_done += self._group_bytes
+        self._group, self._group_bytes, self._group_missing = [], 0, 0
+        self.report(self._path)
 
-    def pass_over(self, size: int) -> None:
+    def skip(self, size: int) -> None:
+        """Count a file that cannot be read as done."""
         self._files_done += 1
         self._bytes_done += size
 
-    def tell(self, path: str) -> None:
+    def report(self, path: str) -> None:
+        """Call the progress function with the file that is being read."""
         self._path = path
         if self._progress is not None:
             self._progress(
@@ -195,30 +199,21 @@ class _Work:
                     files=self._files,
                     bytes_done=self._bytes_done,
                     bytes=self._bytes,
-                    chunks_done=self._chunks_done,
+                    chunks_done=self.embedded,
                 )
             )
 
     def _put_parts(self, document: ChunkedDocument) -> None:
-        """All but the end of a long document, from its beginning, as a document that is marked as
-        partial.
+        """Store all but the end of a long document, from its beginning, marked as partial.
 
         Never less than reaches to the last chunk that is stored already: it would lose its vector.
         """
-        stored = self._index.chunk_hashes([document.id]).get(document.id, ())
+        stored = stored_chunks(self._index, document)
         end = max(
-            (
-                number
-                for number, chunk in enumerate(document.chunks, start=1)
-                if hash_of(chunk) in stored
-            ),
-            default=0,
+            (place for place, is_stored in enumerate(stored, start=1) if is_stored), default=0
         )
         while (end := end + max(PART_CHUNKS, end // 4)) < len(document.chunks):
             source = {**(document.source or {}), "partial": True}
-            report = self._index.put(
-                [replace(document, source=source, chunks=document.chunks[:end])]
-            )
-            self.embedded += report.embedded
-            self._chunks_done += report.embedded
-            self.tell(document.id)
+            part = replace(document, source=source, chunks=document.chunks[:end])
+            self.embedded += self._index.put([part]).embedded
+            self.report(document.id)
