@@ -1,4 +1,4 @@
-"""docs/index-format.md is enough: a reader written from that page alone, without a line of egemma,
+"""contract/index-format.md is enough: a reader written from that page alone, without a line of egemma,
 finds what `Index` finds.
 """
 
@@ -23,7 +23,7 @@ from egemma.index.file import TABLES
 from egemma_core.errors import InputError
 from egemma_core.vectors import normalize
 
-PAGE = (Path(__file__).parents[2] / "docs" / "index-format.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "contract" / "index-format.md").read_text(encoding="utf-8")
 
 
 class Stranger:
