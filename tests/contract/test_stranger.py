@@ -183,6 +183,11 @@ def test_words() -> None:
     )
     for row, case in enumerate(content["texts"]):
         database.execute("INSERT INTO words (rowid, title, text) VALUES (?, '', ?)", (row, case["text"]))  # fmt: skip
+    database.execute("CREATE VIRTUAL TABLE seen USING fts5vocab('words', 'instance')")
+    tokens: list[list[str]] = [[] for _ in content["texts"]]
+    for row, token in database.execute("SELECT doc, term FROM seen ORDER BY doc, offset"):
+        tokens[row].append(token)
+    assert tokens == [case["tokens"] for case in content["texts"]]
     for case in content["queries"]:
         if case.get("match"):
             rows = database.execute(
