@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from contract.library import EgemmaError, Index
+from contract.library import EgemmaError, Index, search_vector
 from contract.make_index import INDEX
 from contract.notation import base64_of, unit_rows
 from contract.words_model import DIMS, WordsModel
@@ -151,7 +151,7 @@ def _run(index: Index, vectors: dict[str, Any], case: dict[str, Any]) -> dict[st
         if "text" in case:
             hits = index.search(case["text"], mode=case["mode"], **asked)
         else:
-            hits = index.search_vector(vectors[case["vector"]][: case.get("width")], **asked)
+            hits = search_vector(index, vectors[case["vector"]][: case.get("width")], **asked)
     except EgemmaError as error:
         return case | {"error": type(error).__name__}
     rows: list[list[Any]] = [[hit.id, hit.position, hit.score] for hit in hits]

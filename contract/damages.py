@@ -18,6 +18,7 @@ from contract.library import (
     describe_files,
     facts_crc32,
     read_bundle,
+    search_vector,
 )
 from contract.make_bundle import BUNDLES
 from contract.make_index import INDEX
@@ -344,7 +345,7 @@ def bundle_answers(folder: Path) -> dict[str, str]:
 def _operations(index: Index, model: WordsModel) -> dict[str, Callable[[], Any]]:
     vector = model.vector(QUERY)
     return {
-        "vector": lambda: _pairs(index.search_vector(vector, exact=True)),
+        "vector": lambda: _pairs(search_vector(index, vector, exact=True)),
         "text": lambda: _pairs(index.search(QUERY, mode="text")),
         "filter": lambda: index.ids({"lang": "en"}),
         "get": lambda: index.get(["note 0"]),

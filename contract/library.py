@@ -5,7 +5,9 @@ The cases say what this code does today; where a name moves, this is the place t
 
 from __future__ import annotations
 
-from egemma import Embedder, Embeddings, Index, ModelIdentity
+from typing import Any
+
+from egemma import Embedder, Embeddings, Hits, Index, ModelIdentity
 from egemma.chunks import Chunk, ChunkedDocument, Heading, split_text
 from egemma.index.codes import Layout, decode, encode, squares
 from egemma.index.damage import (
@@ -54,8 +56,14 @@ __all__ = [
     "matches",
     "parse",
     "read_bundle",
+    "search_vector",
     "shorten",
     "split_text",
     "squares",
     "vector_crc32",
 ]
+
+
+def search_vector(index: Index, vector: Any, **asked: Any) -> Hits:
+    """The hits of a query's vector."""
+    return index.search_vector(vector, **asked)

@@ -91,7 +91,7 @@ def _cases(name: str, check: bool) -> Iterator[str]:
     if found is not None:
         yield found
         if not check:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _index(check: bool) -> Iterator[str]:

@@ -10,7 +10,6 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -187,7 +186,3 @@ def _varint(value: int) -> bytes:
         out.append(value & 127 | 128)
         value >>= 7
     return bytes([*out, value])
-
-
-def sizes(folder: Path) -> dict[str, Any]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

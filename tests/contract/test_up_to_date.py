@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from contract import make
-from contract.notation import CASES, FOLDER, ROOT
+from contract.notation import BUILTIN, CASES, FOLDER, ROOT
 from egemma.runtimes.executorch import NATIVE
 
 BUNDLES = ("bundle", "bundle-executorch")
@@ -44,6 +44,29 @@ def test_a_committed_bundle_passes_its_own_verification(name: str) -> None:
     done = _python("-m", "egemma", "verify", str(FOLDER / name), "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["passed"] is True
+
+
+def test_cases_of_another_vocabulary_can_be_written(tmp_path: Path) -> None:
+    path, out = BUILTIN / "tokenizer.model", tmp_path / "tokens.json"
+    assert make.main(["--tokenizer", str(path), "--out", str(out), "--max-tokens", "512"]) == 0
+    committed, made = (json.loads(file.read_text("utf-8")) for file in (CASES / "tokens.json", out))
+    assert made["cases"] == committed["cases"]
+    assert make.main(["--tokenizer", str(path)]) == 2
+
+
+def test_a_changed_case_is_told_and_only_written_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.json"
+    sound = (CASES / "prompts.json").read_text("utf-8")
+    path.write_text(sound.replace("clustering", "gathering", 1), "utf-8")
+    monkeypatch.setattr(make, "CASES", tmp_path)
+    assert make.main(["--check", "--only", "prompts"]) == 1
+    assert "gathering" in capsys.readouterr().out
+    assert path.read_text("utf-8") != sound
+    assert make.main(["--only", "prompts"]) == 0
+    assert path.read_text("utf-8") == sound
+    assert make.main(["--check", "--only", "prompts"]) == 0
 
 
 def test_the_readme_names_every_file_of_cases_and_every_page() -> None:
