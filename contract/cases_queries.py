@@ -96,7 +96,7 @@ def _cases(names: list[str]) -> list[dict[str, Any]]:
     ]
     made += [{"vector": "la lluvia", "where": where, "shortlist": 8, "k": 3} for where in _FILTERS]
     made += [
-        {"vector": "direction 0", "k": 500},
+        {"vector": "direction 0", "k": 150},
         {"vector": "direction 1", "k": 1},
         {"vector": "direction 0", "where": {}, "k": 3},
     ]

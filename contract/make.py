@@ -34,13 +34,14 @@ from contract.cases_numbers import codes, vectors
 from contract.cases_queries import queries
 from contract.cases_tokens import prompts, tokens
 from contract.cases_words import words
+from contract.cases_writes import writes
 from contract.damages import damaged
 from contract.make_bundle import BUNDLES, differences, make_bundle
 from contract.make_index import INDEX, make_index, tables_of
 from contract.notation import CASES, to_json
 
 # In this order: the last two read what the first three wrote.
-PARTS = ("index", "bundle", "bundle-executorch", "tokens", "prompts", "vectors", "codes", "chunks", "filters", "words", "queries", "damaged")  # fmt: skip
+PARTS = ("index", "bundle", "bundle-executorch", "tokens", "prompts", "vectors", "codes", "chunks", "filters", "words", "writes", "queries", "damaged")  # fmt: skip
 _CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "tokens": tokens,
     "prompts": prompts,
@@ -49,6 +50,7 @@ _CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "chunks": chunks,
     "filters": filters,
     "words": words,
+    "writes": writes,
     "queries": queries,
     "damaged": damaged,
 }

@@ -19,12 +19,14 @@ import pytest
 
 from contract import damages
 from contract.cases_tokens import tokens as make_tokens
-from tests.contract import stranger_bundle, stranger_filters, stranger_index
+from contract.library import check_index
+from tests.contract import stranger_bundle, stranger_filters, stranger_index, stranger_writer
 from tests.contract.stranger import CONTRACT, Refused, array, cases, text_of
 from tests.contract.stranger_text import Prompts, Tokenizer, chunks, match_expression
 
 TOKENS = cases("tokens")
 QUERIES = cases("queries")
+WRITES = cases("writes")
 DAMAGED = cases("damaged")
 
 
@@ -229,6 +231,30 @@ def test_documents_of_the_index(index: stranger_index.Index) -> None:
         assert found == (refusal(case) or case), case["id"]
     for case in QUERIES["ids"]:
         assert index.ids(case["where"]) == case["ids"], case["where"]
+
+
+@pytest.mark.parametrize("run", WRITES["runs"], ids=lambda run: str(run["identity"]["dims"]))
+def test_writes(run: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "index.db"
+    writer = stranger_writer.Writer(path, run["identity"], floats=run["floats"])
+    writer.db.execute("CREATE VIRTUAL TABLE temp.seen USING fts5vocab(main, words, instance)")
+    for step in run["steps"]:
+        writer.write(step)
+        for name, wanted in step["tables"].items():
+            if name == "facts":
+                assert dict(writer.db.execute("SELECT name, value FROM facts")) == wanted
+                continue
+            columns = ", ".join(WRITES["columns"].get(name, ("doc", "col", "offset", "term")))
+            table = "seen" if name == "words" else name
+            rows = writer.db.execute(f"SELECT {columns} FROM {table} ORDER BY 1, 2, 3").fetchall()
+            found = [[one.hex() if isinstance(one, bytes) else one for one in row] for row in rows]
+            assert found == wanted, (step, name)
+    writer.db.close()
+    reader = stranger_index.Index(path, run["identity"]["fingerprint"])
+    reader.check()
+    reader.db.close()
+    # what the stranger wrote, the library opens, and finds sound
+    assert check_index(path) == []
 
 
 @pytest.mark.parametrize("case", DAMAGED["index"], ids=lambda case: case["name"])
