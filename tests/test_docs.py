@@ -29,7 +29,11 @@ def test_the_snippets_of_a_page_run_one_after_the_other(
     "page",
     sorted(
         path.relative_to(ROOT).as_posix()
-        for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+        for path in [
+            ROOT / "README.md",
+            *(ROOT / "docs").rglob("*.md"),
+            *(ROOT / "contract").rglob("*.md"),
+        ]
     ),
 )
 def test_links_between_pages_lead_somewhere(page: str) -> None:

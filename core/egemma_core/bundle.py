@@ -1,5 +1,6 @@
-"""The bundle: the folder that export writes and every SDK reads. docs/bundle-format.md describes it
-for strangers.
+"""The bundle: the folder that export writes and every SDK reads.
+
+contract/bundle-format.md describes it for other languages.
 
 manifest.json    what the model is, what may be asked of it, the size and SHA-256 of every other
                  file

@@ -1,8 +1,8 @@
 """The index file: how it is opened, made, brought up to date and understood, and what its errors
 mean.
 
-docs/index-format.md describes the file for other languages; the tables below are the same thing in
-SQL.
+contract/index-format.md describes the file for other languages; the tables below are the same thing
+in SQL.
 """
 
 from __future__ import annotations
