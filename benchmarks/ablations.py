@@ -30,7 +30,6 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import small
 from benchmarks.latency import commit, machine
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.encoder import Encoder
@@ -47,6 +46,7 @@ from egemma_train.objectives.contrast import Contrast, ContrastConfig
 from egemma_train.objectives.denoise import DenoisingObjective, LanguageModelObjective
 from egemma_train.start.decoder import HeadConfig, random_encoder, read_decoder
 from egemma_train.start.vocabulary import train_vocabulary
+from models import small
 
 RESULTS = small.ROOT / "benchmarks/results/ablations.json"
 WIDTH, LAYERS, FFN, HEAD_DIM, DIMS = 128, 2, 256, 32, (128, 64)

@@ -237,7 +237,7 @@ def open_contender(name: str, path: Path, model: Path, threads: int) -> Callable
         import torch
 
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        from benchmarks.make_checkpoint import load_reference
+        from models.make_checkpoint import load_reference
 
         torch.set_num_threads(threads)
         reference = load_reference(model)

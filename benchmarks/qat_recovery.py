@@ -32,7 +32,6 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import small
 from benchmarks.latency import commit, machine
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.load import load_encoder
@@ -42,6 +41,7 @@ from egemma_train.data.batches import BatchConfig, Batches
 from egemma_train.evaluate import DevSets, t_interval
 from egemma_train.loop import LoopConfig, Progress, run
 from egemma_train.objectives.contrast import Contrast, ContrastConfig, Through
+from models import small
 
 RESULTS = small.ROOT / "benchmarks/results/qat_recovery.json"
 BATCHES = BatchConfig(

@@ -35,10 +35,10 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.train_builtin import CONFIG, SEED, batch_config, make_model
 from egemma_core.config import FULL, SLIDING
 from egemma_core.errors import EgemmaError
 from egemma_train.loop import LoopConfig
+from models.train_builtin import CONFIG, SEED, batch_config, make_model
 
 WIDE = replace(
     CONFIG,

@@ -30,7 +30,6 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import small
 from benchmarks.latency import commit, machine
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_train.data.batches import Batch
@@ -38,6 +37,7 @@ from egemma_train.loop import LoopConfig, make_optimizer
 from egemma_train.objectives.contrast import Contrast, ContrastConfig
 from egemma_train.ranks import join
 from egemma_train.start.decoder import random_encoder
+from models import small
 
 RESULTS = Path(__file__).parent / "results/train_speed.json"
 EMBEDDING_GEMMA = EncoderConfig(

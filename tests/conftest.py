@@ -51,7 +51,7 @@ def tiny_spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def full_size_checkpoint(tmp_path_factory: pytest.TempPathFactory, gemma_tokenizer: Path) -> Path:
     """24 layers, 262,144 rows, random; made once and kept in the cache folder (1.2 GB)."""
-    from benchmarks.make_checkpoint import write_checkpoint
+    from models.make_checkpoint import write_checkpoint
 
     cache = (
         Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

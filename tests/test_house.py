@@ -56,6 +56,31 @@ def test_imports_only_look_back(room: str) -> None:
         )
 
 
+# What is not shipped: tests and benchmarks stand side by side on the library and on `models`, which
+# makes the models that both need.
+WORKSHOPS = {
+    "tests": set(ROOMS) | {"models", "tests"},
+    "benchmarks": set(ROOMS) | {"models", "benchmarks"},
+    "models": set(ROOMS) | {"models"},
+}
+
+
+@pytest.mark.parametrize("workshop", WORKSHOPS)
+def test_tests_and_benchmarks_import_each_other_nowhere(workshop: str) -> None:
+    for path in sorted((ROOT / workshop).rglob("*.py")):
+        ours = {name.split(".")[0] for name in imported(path)} & (set(ROOMS) | set(WORKSHOPS))
+        assert ours <= WORKSHOPS[workshop], (
+            f"{path.relative_to(ROOT)} imports {ours - WORKSHOPS[workshop]}"
+        )
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_library_imports_nothing_that_is_not_shipped(room: str) -> None:
+    for path in modules(room):
+        ours = {name.split(".")[0] for name in imported(path)} & set(WORKSHOPS)
+        assert not ours, f"{path.relative_to(ROOT)} imports {ours}"
+
+
 def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
     import sys
 
