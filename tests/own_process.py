@@ -27,8 +27,9 @@ REPORTS = "EGEMMA_TEST_REPORTS"  # in the second process: the file descriptor th
 def opens_pte(item: pytest.Item) -> bool:
     """Return whether a test takes the bundle that egemma runs on ExecuTorch."""
     parameters = getattr(item, "callspec", None)
-    values = [] if parameters is None else list(parameters.params.values())
-    return "pte_bundle" in [*getattr(item, "fixturenames", ()), *values]
+    values = () if parameters is None else parameters.params.values()
+    named = [value for value in values if isinstance(value, str)]  # of a fixture, to be fetched
+    return "pte_bundle" in [*getattr(item, "fixturenames", ()), *named]
 
 
 @pytest.hookimpl(wrapper=True)
