@@ -3,7 +3,7 @@ losses, on this machine's CPU?
 
     python benchmarks/train_throughput.py --data ../shared/data
 
-    python models.make_checkpoint.py full FULL --tokenizer ../shared/data/tokenizer/gemma3.model
+    python models/make_checkpoint.py full FULL --tokenizer ../shared/data/tokenizer/gemma3.model
         # the same at full size, with gradient caching on both sides
     python benchmarks/train_throughput.py --model FULL --recompute --batch-size 32 --chunk-tokens
     1024 --mini-batch 8 --steps 3 --spare 1 --rounds 1 --out benchmarks/results/train_full_size.json

@@ -244,16 +244,3 @@ def test_the_numbers_of_the_pages_are_those_of_the_results() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("page", ["README.md"])
-def test_the_snippets_of_the_readme_run(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    snippets = [part.split("```")[0] for part in (ROOT / page).read_text().split("```python\n")[1:]]
-    assert snippets
-    for snippet in snippets:
-        exec(compile(snippet, page, "exec"), {})
-        promised = [line.split("  # ", 1)[1] for line in snippet.splitlines() if "print(" in line]
-        assert capsys.readouterr().out.splitlines() == promised

@@ -46,7 +46,7 @@ WORKSHOPS_MAY_IMPORT = {
     "tests": {"models", "contract", "tests"},
     "benchmarks": {"models", "benchmarks"},
     "models": {"models"},
-    "contract": {"models", "contract", "tests"},
+    "contract": {"contract"},
 }
 # The circles that imports at call time close, each with its reason.
 LATE_CIRCLES = {
