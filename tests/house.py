@@ -37,6 +37,7 @@ PATH = (
     "core/egemma_core/*.py",
     "sdk/egemma/embedder.py",
     "sdk/egemma/embeddings.py",
+    "sdk/egemma/texts.py",
     "sdk/egemma/runtimes/*.py",
     "sdk/egemma/chunks.py",
     "sdk/egemma/units.py",
@@ -45,7 +46,7 @@ PATH = (
     "sdk/egemma/index/*.py",
 )
 # Upkeep, migration, exchange and tuning: read when needed.
-NOT_ON_THE_PATH = ("upkeep", "migration", "jsonl", "tune")
+NOT_ON_THE_PATH = ("upkeep", "migration", "jsonl", "tune", "tuned")
 _STRING_STARTS = {getattr(tokenize, name, None) for name in ("FSTRING_START", "TSTRING_START")}
 _STRING_ENDS = {getattr(tokenize, name, None) for name in ("FSTRING_END", "TSTRING_END")}
 

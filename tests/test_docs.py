@@ -31,7 +31,7 @@ NOT_RUN = {
     r"less ": "it shows a file to a person",
     r"python benchmarks/": "it measures for minutes to hours, on data that is not in the repository",
     r"python models/": "it trains or writes 1.2 GB; tests/test_builtin.py and test-full run both scripts",
-    r"egemma-train toy": "it takes minutes on a busy machine; tests/train/test_training.py runs it",
+    r"egemma-train toy": "it takes minutes on a busy machine; tests/train/test_recipe.py runs it",
     r"egemma-train (check|run) mine.toml": "it needs the reader's pairs; tests/train run recipes",
     r"egemma-train run .*--shard|torchrun": "it needs several processes; tests/train/test_ranks.py",
     r"egemma-export .*build/search-vectors": "it exports what a benchmark trained",

@@ -4,7 +4,6 @@ what every room promises to strangers.
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 from pathlib import Path
@@ -148,48 +147,53 @@ def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
         assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
 
 
-# What an extra of the SDK brings may be imported where it is used, never by loading a module.
+# What an extra brings may be imported where it is used, never by loading a module.
 OPTIONAL = {
-    "numkong",
-    "usearch",
-    "pypdf",
-    "selectolax",
-    "pyarrow",
-    "ray",
-    "psycopg",
-    "qdrant_client",
-    "resource",
+    "egemma": {"numkong", "pypdf", "selectolax", "resource"},  # the last: not on Windows
+    "egemma_server": {"numkong", "pyarrow", "ray", "psycopg", "qdrant_client", "resource"},
+}
+# What opens sockets, or speaks over them.
+NETWORK = {
+    *("socket", "ssl", "socketserver", "asyncio", "http", "urllib.request", "xmlrpc", "ftplib"),
+    *("smtplib", "imaplib", "poplib", "webbrowser", "multiprocessing.managers"),
+    *("requests", "httpx", "aiohttp", "psycopg", "qdrant_client", "ray", "huggingface_hub"),
 }
 
 
 def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
-    allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime", "egemma", "egemma_core"}
+    allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime", "pathspec"}
+    allowed |= {"egemma", "egemma_core"} | OPTIONAL["egemma"]
     for path in modules("egemma"):
         names = imported(path)
-        assert not {name.split(".")[0] for name in names} - allowed - OPTIONAL, (
-            f"{path.relative_to(ROOT)} imports {names}"
-        )
+        outside = {name.split(".")[0] for name in names} - allowed
+        assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
         upstairs = {name for name in names if name.startswith("egemma_core.nn")}
         assert not upstairs, f"{path.relative_to(ROOT)} imports {upstairs}"
 
 
-def test_what_an_extra_brings_is_loaded_only_where_it_is_used() -> None:
-    for path in modules("egemma"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for_types = [
-            node
-            for node in tree.body
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        ]
-        at_load = [node for node in tree.body if node not in for_types]
-        for node in at_load:
-            names = (
-                {alias.name for alias in node.names}
-                if isinstance(node, ast.Import)
-                else {node.module}
-                if isinstance(node, ast.ImportFrom)
-                else set()
-            )
-            assert not {str(name).split(".")[0] for name in names} & OPTIONAL, (
-                f"{path.relative_to(ROOT)} loads {names} with the module"
-            )
+def test_the_server_reads_only_the_sdk_and_never_torch() -> None:
+    allowed = set(sys.stdlib_module_names) | {"numpy", "egemma", "egemma_core", "egemma_server"}
+    allowed |= OPTIONAL["egemma_server"]
+    for path in modules("egemma_server"):
+        outside = {name.split(".")[0] for name in imported(path)} - allowed
+        assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
+
+
+def test_nothing_on_a_device_opens_a_socket() -> None:
+    # the one door: a hub id, which somebody asked for
+    hub = ROOT / "core" / "egemma_core" / "checkpoint.py"
+    ground = (ROOT / "core" / "egemma_core").glob("*.py")
+    for path in [*modules("egemma"), *ground]:
+        found = {name for name in imported(path) if _within(name, NETWORK)}
+        assert path == hub or not found, f"{path.relative_to(ROOT)} imports {found}"
+
+
+def _within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize("room", OPTIONAL)
+def test_what_an_extra_brings_is_loaded_only_where_it_is_used(room: str) -> None:
+    for path in modules(room):
+        found = {name.split(".")[0] for name in imported(path, at_load=True)} & OPTIONAL[room]
+        assert not found, f"{path.relative_to(ROOT)} loads {found} with the module"
