@@ -1,10 +1,11 @@
 """Do the report's ablations (initialisation, pooling, soup) show their signs at a thousandth of its
 size?
 
-    python benchmarks/ablations.py --data ../shared/data --seed 0     # everything of one seed;
-        stopped, the same command goes on
-    python benchmarks/ablations.py --report                           # all finished seeds into
-        benchmarks/results/ablations.json
+    python benchmarks/ablations.py --data ../shared/data --seed 0   # everything of one seed
+    python benchmarks/ablations.py --report                         # all finished seeds
+
+A run that was stopped goes on with the same command. The report is written to
+benchmarks/results/ablations.json.
 
 Per seed: a decoder-only model learns the next token of our training texts from nothing; it is
 adapted by UL2 as an encoder-decoder; and, as a control of the same number of steps, it goes on as a

@@ -1,10 +1,11 @@
 """How much of a float model's score does int4 keep, with quantization-aware finetuning and with
 plain rounding?
 
-    python benchmarks/qat_recovery.py --data ../shared/data --seed 0      # one seed; stopped, the
-        same command goes on
-    python benchmarks/qat_recovery.py --report                            # all finished seeds into
-        benchmarks/results/qat_recovery.json
+    python benchmarks/qat_recovery.py --data ../shared/data --seed 0   # one seed
+    python benchmarks/qat_recovery.py --report                         # all finished seeds
+
+A run that was stopped goes on with the same command. The report is written to
+benchmarks/results/qat_recovery.json.
 
 A small model is trained in float; from there, with the same batches and rates, it is finetuned in
 float (the control), and quantization-aware for each scheme. Scored are the control, the control

@@ -1,6 +1,7 @@
-"""Writes the README's numbers from benchmarks/results/*.json, so that no number is typed twice.
+"""Write the numbers of the pages from benchmarks/results/*.json, so that none is typed twice.
 
 python benchmarks/tables.py
+python benchmarks/tables.py --check   # write nothing, and say which page is not current
 """
 
 from __future__ import annotations

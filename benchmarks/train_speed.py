@@ -1,9 +1,8 @@
 """How many tokens a second does a contrastive step take in at full size, and what share of the
 device's arithmetic is that?
 
-    python benchmarks/train_speed.py --size full --peak-tflops 989      # an H100's dense bfloat16
-        peak
-    python benchmarks/train_speed.py --size small --steps 6             # any machine
+    python benchmarks/train_speed.py --size full --peak-tflops 989   # an H100, bfloat16, dense
+    python benchmarks/train_speed.py --size small --steps 6          # any machine
 
 Random weights and random tokens: speed does not depend on them. A step is forward, backward,
 gradient clipping and AdamW, without reading and tokenizing. Model FLOPs are counted as 6 for each

@@ -20,7 +20,7 @@ def clock_jumps(
     seed: int,
     work: Path,
     *,
-    kinds: Sequence[str] = ("add", "put", "remove", "compact", "reopen", "build_graph"),
+    kinds: Sequence[str] = ("add", "put", "remove", "compact", "reopen"),
 ) -> dict[str, Any]:
     """The clocks jump years to and fro, and files get the times of other centuries, while an index
     is used and a folder is kept in sync.

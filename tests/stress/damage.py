@@ -31,29 +31,21 @@ def damage_rounds(
     for floats in (False, True):
         (folder / str(floats)).mkdir()
         subject = make_subject(folder / str(floats), floats=floats)
-        for suffix in ("", ".graph"):
-            for how in ("bit flipped", "cut off", "page torn"):
-                name = (
-                    f"{'index' if suffix == '' else 'graph'}{' with floats' if floats else ''}, "
-                    f"{how}"
-                )
-                results[name] = in_child(
-                    lambda suffix=suffix, how=how, subject=subject: damage_some(
-                        subject, suffix, how, count, seed
-                    )
-                )
-                log(f"{name}: {results[name]}")
+        for how in ("bit flipped", "cut off", "page torn"):
+            name = f"index{' with floats' if floats else ''}, {how}"
+            results[name] = in_child(
+                lambda how=how, subject=subject: damage_some(subject, how, count, seed)
+            )
+            log(f"{name}: {results[name]}")
     return results
 
 
-def damage_some(subject: Path, suffix: str, how: str, count: int, seed: int) -> dict[str, Any]:
+def damage_some(subject: Path, how: str, count: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(dir=subject.parent) as folder:
         path = Path(folder) / subject.name
-        target = Path(f"{path}{suffix}")
-        sound = {end: Path(f"{subject}{end}").read_bytes() for end in ("", ".graph")}
-        for end, content in sound.items():
-            Path(f"{path}{end}").write_bytes(content)
+        sound = subject.read_bytes()
+        path.write_bytes(sound)
         wanted = everything(path, "words-1")
         assert not any(isinstance(answer, Exception) for answer in wanted.values()), wanted
         counts: Counter[str] = Counter()
@@ -62,10 +54,7 @@ def damage_some(subject: Path, suffix: str, how: str, count: int, seed: int) -> 
         for _ in range(count):
             for leftover in Path(folder).iterdir():
                 leftover.unlink()
-            for end, content in sound.items():
-                Path(f"{path}{end}").write_bytes(content)
-            damaged = spoil(rng, sound[suffix], how)
-            target.write_bytes(damaged)
+            path.write_bytes(spoil(rng, sound, how))
             found = everything(path, "words-1")
             errors = [answer for answer in found.values() if isinstance(answer, Exception)]
             bad = (
@@ -91,7 +80,7 @@ def damage_some(subject: Path, suffix: str, how: str, count: int, seed: int) -> 
 
 
 def make_subject(folder: Path, *, floats: bool, seed: int = 0) -> Path:
-    """An index with a graph, some documents replaced and removed."""
+    """An index, some documents replaced and removed."""
     rng = random.Random(seed)
     path = folder / "subject.egx"
     with Index.open(path, MODELS["words-1"], keep_floats=floats) as index:
@@ -106,7 +95,6 @@ def make_subject(folder: Path, *, floats: bool, seed: int = 0) -> Path:
                 for number, text in enumerate(texts.values())
             ],
         )
-        index.build_graph()
     return path
 
 
@@ -125,10 +113,6 @@ def everything(path: Path, model: str) -> dict[str, Any]:
             for query in ("w1 w2", "w3", "w20 w21 w22"):
                 ask(f"vector {query}", lambda query=query: index.search(query, 7).hits)
                 ask(f"exact {query}", lambda query=query: index.search(query, 7, exact=True).hits)
-                ask(
-                    f"graph {query}",
-                    lambda query=query: index.search(query, 7, approximate=True).hits,
-                )
                 ask(f"text {query}", lambda query=query: index.search(query, 7, mode="text").hits)
                 ask(
                     f"hybrid {query}",

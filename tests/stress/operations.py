@@ -8,7 +8,6 @@ import pickle
 import random
 import zlib
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,24 +24,19 @@ MODELS: dict[str, Any] = {
 }
 VOCABULARY = [f"w{number}" for number in range(30)]
 IDS = [f"d{number}" for number in range(60)]
-KINDS = tuple(
-    kind
-    for kind in (
-        "add",
-        "put",
-        "add_vectors",
-        "remove",
-        "compact",
-        "migrate",
-        "build_graph",
-        "tune",
-        "backup",
-        "export",
-        "import",
-        "abandon",
-        "reopen",
-    )
-    if kind != "build_graph" or find_spec("usearch") is not None
+KINDS = (
+    "add",
+    "put",
+    "add_vectors",
+    "remove",
+    "compact",
+    "migrate",
+    "tune",
+    "backup",
+    "export",
+    "import",
+    "abandon",
+    "reopen",
 )
 
 
@@ -158,9 +152,6 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
         if under_way is not None and not under_way.startswith(what):
             abandon(index.path)
         index.migrate(MODELS[what], batch=8)
-    elif kind == "build_graph":
-        if index.facts().chunks:
-            index.build_graph()
     elif kind == "tune":
         if index.facts().chunks > 20:
             index.tune(recall=0.9, k=3, sample=20, seed=seed)
