@@ -120,7 +120,10 @@ def size_of(paths: list[Path]) -> Size:
 
 def module_name(path: Path) -> str:
     """Return the dotted name under which a file of the library or of a workshop is imported."""
-    base = next((folder for room, folder in ROOMS.items() if (folder / room) in path.parents), ROOT)
+    base = next(
+        (folder for room, folder in ROOMS.items() if (folder / room) in path.parents),
+        ROOT if ROOT in path.parents else path.parent,
+    )
     parts = path.relative_to(base).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -168,12 +171,12 @@ def arrows() -> dict[str, set[str]]:
     }
 
 
-def circles(*, at_load: bool = True) -> list[list[str]]:
-    """Return the circles of modules of the library that import each other.
+def circles(files: list[Path] | None = None, *, at_load: bool = True) -> list[list[str]]:
+    """Return the circles of modules that import each other, of the library unless files are given.
 
     The package that a module lies in counts only where it is imported by name.
     """
-    by_name = {module_name(path): path for path in library()}
+    by_name = {module_name(path): path for path in (library() if files is None else files)}
     edges: dict[str, set[str]] = {}
     for name, path in by_name.items():
         found = imported(path, at_load=at_load) & by_name.keys()

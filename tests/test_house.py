@@ -116,6 +116,23 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert {tuple(circle) for circle in circles(at_load=False)} <= LATE_CIRCLES
 
 
+def test_circles_are_seen_at_load_and_at_call(tmp_path: Path) -> None:
+    lines = {
+        "one": "import two",
+        "two": "from three import name",
+        "three": "def late():\n    import one",
+        "four": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import four_too",
+        "four_too": "class Body:\n    import four",
+    }
+    for name, text in lines.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    files = list(tmp_path.iterdir())
+    assert circles(files) == []
+    assert circles(files, at_load=False) == [["four", "four_too"], ["one", "three", "two"]]
+    (tmp_path / "three.py").write_text("try:\n    import one\nexcept ImportError:\n    pass")
+    assert circles(files) == [["one", "three", "two"]]
+
+
 def test_the_library_is_written_as_loosely_as_it_reads() -> None:
     assert size_of(library()).tokens_a_line <= MOST_TOKENS_A_LINE
 
