@@ -20,10 +20,8 @@ demo: $(VENV)/.export
 	  echo; echo "? $$query"; $(BIN)/egemma search $(DEMO)/notes.db "$$query" -k 2 --model $(BUNDLE) || exit 1; \
 	done < benchmarks/demo_queries.txt
 
-# Two processes: the exporter's ExecuTorch and the SDK's own cannot share one.
 test: lint
-	$(BIN)/python -m pytest tests/sdk tests/server
-	$(BIN)/python -m pytest --ignore=tests/sdk --ignore=tests/server
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -32,7 +30,7 @@ lint: $(VENV)/.dev
 
 # The 24-layer, 262,144-row model, random: about 4 GB of memory and 2 GB of cache.
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore=tests/sdk --ignore=tests/server -m full_size
+	$(BIN)/python -m pytest -m full_size
 
 $(VENV)/.dev: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

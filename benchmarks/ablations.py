@@ -1,10 +1,11 @@
 """Do the report's ablations (initialisation, pooling, soup) show their signs at a thousandth of its
 size?
 
-    python benchmarks/ablations.py --data ../shared/data --seed 0     # everything of one seed;
-        stopped, the same command goes on
-    python benchmarks/ablations.py --report                           # all finished seeds into
-        benchmarks/results/ablations.json
+    python benchmarks/ablations.py --data ../shared/data --seed 0   # everything of one seed
+    python benchmarks/ablations.py --report                         # all finished seeds
+
+A run that was stopped goes on with the same command. The report is written to
+benchmarks/results/ablations.json.
 
 Per seed: a decoder-only model learns the next token of our training texts from nothing; it is
 adapted by UL2 as an encoder-decoder; and, as a control of the same number of steps, it goes on as a
@@ -30,7 +31,6 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import small
 from benchmarks.latency import commit, machine
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.encoder import Encoder
@@ -47,6 +47,7 @@ from egemma_train.objectives.contrast import Contrast, ContrastConfig
 from egemma_train.objectives.denoise import DenoisingObjective, LanguageModelObjective
 from egemma_train.start.decoder import HeadConfig, random_encoder, read_decoder
 from egemma_train.start.vocabulary import train_vocabulary
+from models import small
 
 RESULTS = small.ROOT / "benchmarks/results/ablations.json"
 WIDTH, LAYERS, FFN, HEAD_DIM, DIMS = 128, 2, 256, 32, (128, 64)

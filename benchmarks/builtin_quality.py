@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.small import BUILTIN, DEV
 from egemma_core.checkpoint import Checkpoint, open_checkpoint
 from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.encoder import Encoder
@@ -42,6 +41,7 @@ from egemma_quant.schemes import INT4
 from egemma_quant.weights import quantize_encoder, with_weights
 from egemma_train.data.dev_files import Retrieval, read_retrieval
 from egemma_train.evaluate import best_hits, judge
+from models.small import BUILTIN, DEV
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "builtin_quality.json"

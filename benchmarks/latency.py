@@ -4,8 +4,8 @@ Every contender runs in a process of its own (so load time and peak memory are i
 take turns, one text each, so that a machine whose speed drifts slows all of them alike. Quote
 ratios. Not answered: throughput of batches, other CPUs, energy, tokenization (about 0.1 ms).
 
-    python benchmarks/latency.py --model CHECKPOINT --work DIR [--tokens 16,64,256,512] [--runs 20]
-    [--threads 2]
+    python benchmarks/latency.py --model CHECKPOINT --work DIR \\
+        [--tokens 16,64,256,512] [--runs 20] [--threads 2]
 
 Bundles that are not yet in DIR are exported first. Writes benchmarks/results/latency.json and
 prints a Markdown table.
@@ -237,7 +237,7 @@ def open_contender(name: str, path: Path, model: Path, threads: int) -> Callable
         import torch
 
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-        from benchmarks.make_checkpoint import load_reference
+        from models.make_checkpoint import load_reference
 
         torch.set_num_threads(threads)
         reference = load_reference(model)

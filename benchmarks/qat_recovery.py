@@ -1,10 +1,11 @@
 """How much of a float model's score does int4 keep, with quantization-aware finetuning and with
 plain rounding?
 
-    python benchmarks/qat_recovery.py --data ../shared/data --seed 0      # one seed; stopped, the
-        same command goes on
-    python benchmarks/qat_recovery.py --report                            # all finished seeds into
-        benchmarks/results/qat_recovery.json
+    python benchmarks/qat_recovery.py --data ../shared/data --seed 0   # one seed
+    python benchmarks/qat_recovery.py --report                         # all finished seeds
+
+A run that was stopped goes on with the same command. The report is written to
+benchmarks/results/qat_recovery.json.
 
 A small model is trained in float; from there, with the same batches and rates, it is finetuned in
 float (the control), and quantization-aware for each scheme. Scored are the control, the control
@@ -32,7 +33,6 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import small
 from benchmarks.latency import commit, machine
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.load import load_encoder
@@ -42,6 +42,7 @@ from egemma_train.data.batches import BatchConfig, Batches
 from egemma_train.evaluate import DevSets, t_interval
 from egemma_train.loop import LoopConfig, Progress, run
 from egemma_train.objectives.contrast import Contrast, ContrastConfig, Through
+from models import small
 
 RESULTS = small.ROOT / "benchmarks/results/qat_recovery.json"
 BATCHES = BatchConfig(

@@ -1,10 +1,8 @@
 """Real vectors for the search benchmark: a 768-wide model trained on real texts, and its vectors of
 a million of them.
 
-    python benchmarks/search_vectors.py train --data ../shared/data     # about 25 minutes on 2
-        cores
-    python benchmarks/search_vectors.py embed --data ../shared/data     # about 40 minutes for
-        1,000,000 texts
+    python benchmarks/search_vectors.py train --data ../shared/data   # 25 minutes, 2 cores
+    python benchmarks/search_vectors.py embed --data ../shared/data   # 40, a million texts
 
 EmbeddingGemma's own weights are gated, so the model is a small sibling with its output widths (768,
 512, 256, 128), trained by the same contrastive and Matryoshka losses on the same pairs as the
@@ -35,10 +33,10 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.train_builtin import CONFIG, SEED, batch_config, make_model
 from egemma_core.config import FULL, SLIDING
 from egemma_core.errors import EgemmaError
 from egemma_train.loop import LoopConfig
+from models.train_builtin import CONFIG, SEED, batch_config, make_model
 
 WIDE = replace(
     CONFIG,

@@ -1,10 +1,12 @@
-"""Writes the pages' numbers from benchmarks/results/*.json, so that no number is typed twice.
+"""Write the numbers of the pages from benchmarks/results/*.json, so that none is typed twice.
 
 python benchmarks/tables.py
+python benchmarks/tables.py --check   # write nothing, and say which page is not current
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from benchmarks.search import label, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- numbers: benchmarks/tables.py -->\n", "<!-- end of numbers -->\n"
+SCRIPT = "python benchmarks/tables.py"
 LENGTHS = ("16", "64", "256", "512")
 PEERS = {
     "torch float32": "*sentence-transformers, torch float32*",
@@ -324,10 +327,25 @@ def with_numbers(page: str, of: Callable[[], str]) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; 1 where a page is not current",
+    )
+    check = parser.parse_args().check
+    outdated = []
     for name, of in PAGES.items():
         page = ROOT / name
-        page.write_text(with_numbers(page.read_text(encoding="utf-8"), of), encoding="utf-8")
-    return 0
+        text = page.read_text(encoding="utf-8")
+        current = with_numbers(text, of)
+        if current != text:
+            outdated.append(name)
+            if not check:
+                page.write_text(current, encoding="utf-8")
+    if check and outdated:
+        print(f"{', '.join(outdated)}: other numbers than benchmarks/results. Run {SCRIPT}.")
+    return int(check and bool(outdated))
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -1,6 +1,6 @@
 """What does adapting the full size to pairs of one's own cost on this machine?
 
-    python benchmarks/make_checkpoint.py full FULL --tokenizer ../shared/data/tokenizer/gemma3.model
+    python models/make_checkpoint.py full FULL --tokenizer ../shared/data/tokenizer/gemma3.model
     python benchmarks/train_cost.py --model FULL --data ../shared/data
 
 The stages of the preset `adapt`, a few steps of each, on English questions and paragraphs; each

@@ -1,9 +1,8 @@
 """How many tokens a second does a contrastive step take in at full size, and what share of the
 device's arithmetic is that?
 
-    python benchmarks/train_speed.py --size full --peak-tflops 989      # an H100's dense bfloat16
-        peak
-    python benchmarks/train_speed.py --size small --steps 6             # any machine
+    python benchmarks/train_speed.py --size full --peak-tflops 989   # an H100, bfloat16, dense
+    python benchmarks/train_speed.py --size small --steps 6          # any machine
 
 Random weights and random tokens: speed does not depend on them. A step is forward, backward,
 gradient clipping and AdamW, without reading and tokenizing. Model FLOPs are counted as 6 for each
@@ -30,7 +29,6 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import small
 from benchmarks.latency import commit, machine
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_train.data.batches import Batch
@@ -38,6 +36,7 @@ from egemma_train.loop import LoopConfig, make_optimizer
 from egemma_train.objectives.contrast import Contrast, ContrastConfig
 from egemma_train.ranks import join
 from egemma_train.start.decoder import random_encoder
+from models import small
 
 RESULTS = Path(__file__).parent / "results/train_speed.json"
 EMBEDDING_GEMMA = EncoderConfig(

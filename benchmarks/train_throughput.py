@@ -3,10 +3,12 @@ losses, on this machine's CPU?
 
     python benchmarks/train_throughput.py --data ../shared/data
 
-    python benchmarks/make_checkpoint.py full FULL --tokenizer ../shared/data/tokenizer/gemma3.model
-        # the same at full size, with gradient caching on both sides
-    python benchmarks/train_throughput.py --model FULL --recompute --batch-size 32 --chunk-tokens
-    1024 --mini-batch 8 --steps 3 --spare 1 --rounds 1 --out benchmarks/results/train_full_size.json
+The same at full size, with gradient caching on both sides:
+
+    python models/make_checkpoint.py full FULL --tokenizer ../shared/data/tokenizer/gemma3.model
+    python benchmarks/train_throughput.py --model FULL --recompute --batch-size 32 \\
+        --chunk-tokens 1024 --mini-batch 8 --steps 3 --spare 1 --rounds 1 \\
+        --out benchmarks/results/train_full_size.json
 
 Both start from models/egemma-small, or the given model, see the same rows in the same batches, and
 minimise InfoNCE with hard negatives (hardness 5) and the spread-out term over the model's widths,

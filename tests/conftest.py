@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.own_process import pytest_configure, pytest_runtestloop  # noqa: F401
+
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so all processes that
 # they start, which tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -17,16 +19,6 @@ SHARED_DATA = Path(
     os.environ.get("EGEMMA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
 )
 GEMMA_TOKENIZER = SHARED_DATA / "tokenizer" / "gemma3.model"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rooms = {item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
-    if rooms & {"sdk", "server"} and "export" in rooms:
-        raise pytest.UsageError(
-            "the exporter's ExecuTorch and the SDK's own cannot share a process "
-            "(docs/decisions/0004): run `make test`, "
-            "or `pytest tests/sdk tests/server` and all the rest"
-        )
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +43,7 @@ def tiny_spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def full_size_checkpoint(tmp_path_factory: pytest.TempPathFactory, gemma_tokenizer: Path) -> Path:
     """24 layers, 262,144 rows, random; made once and kept in the cache folder (1.2 GB)."""
-    from benchmarks.make_checkpoint import write_checkpoint
+    from models.make_checkpoint import write_checkpoint
 
     cache = (
         Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

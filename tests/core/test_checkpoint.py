@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.make_checkpoint import PROMPTS, write_checkpoint
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.config import FULL, SLIDING
 from egemma_core.errors import CheckpointError
 from egemma_core.nn.load import load_encoder
+from models.make_checkpoint import PROMPTS, write_checkpoint
 
 pytest.importorskip(
     "sentence_transformers", reason="it writes the folders; pip install 'egemma[dev]'"

@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.make_checkpoint import load_reference, write_checkpoint
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn import encoder as encoder_module
 from egemma_core.nn import pooling
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
+from models.make_checkpoint import load_reference, write_checkpoint
 from tests.core.test_parity import TOLERANCE
 
 pytest.importorskip(

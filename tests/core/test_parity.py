@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.make_checkpoint import load_reference, load_reference_model, write_checkpoint
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.encoder import Encoder, RMSNorm, rotary_tables, rotate
 from egemma_core.nn.load import load_encoder
+from models.make_checkpoint import load_reference, load_reference_model, write_checkpoint
 
 pytest.importorskip(
     "sentence_transformers", reason="the parity reference; pip install 'egemma[dev]'"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.make_checkpoint import PROMPTS
 from egemma_core.errors import CheckpointError, PromptError
 from egemma_core.prompts import Prompts, read_prompts
+from models.make_checkpoint import PROMPTS
 
 prompts = Prompts(by_name=PROMPTS)
 

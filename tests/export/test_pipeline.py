@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.make_checkpoint import load_reference, write_checkpoint
 from egemma_core.bundle import read_bundle
 from egemma_core.config import FULL
 from egemma_core.errors import BundleError, CheckpointError, ConfigError, ExportError
@@ -28,6 +27,7 @@ from egemma_export.cli import main
 from egemma_export.mistakes import MISTAKES, mistaken_vectors
 from egemma_export.pipeline import ExportConfig, export
 from egemma_export.targets import TARGETS
+from models.make_checkpoint import load_reference, write_checkpoint
 
 pytest.importorskip(
     "sentence_transformers", reason="it writes the checkpoints; pip install 'egemma[dev]'"

@@ -1,4 +1,4 @@
-"""A few of the faults of benchmarks/durability.py: kills, damaged files, full and read-only disks,
+"""A few of the faults of tests/stress: kills, damaged files, full and read-only disks,
 clocks that jump.
 """
 
@@ -20,14 +20,15 @@ SEED = 20261123
 def test_kills_at_random_moments_of_every_operation_lose_nothing_told_and_leave_nothing_half(
     tmp_path: Path,
 ) -> None:
-    from benchmarks.durability import KINDS, kill_rounds
+    from tests.stress.kills import kill_rounds
+    from tests.stress.operations import KINDS
 
     report = kill_rounds(
         40,
         SEED,
         tmp_path,
         rounds_per_file=20,
-        kinds=[kind for kind in KINDS if kind not in ("build_graph", "tune")],
+        kinds=[kind for kind in KINDS if kind != "tune"],
         log=lambda line: None,
     )
     assert report.problems == []
@@ -40,7 +41,7 @@ def test_kills_at_random_moments_of_every_operation_lose_nothing_told_and_leave_
 def test_two_processes_that_write_and_are_killed_disturb_neither_each_other_nor_a_reader(
     tmp_path: Path,
 ) -> None:
-    from benchmarks.durability import writer_rounds
+    from tests.stress.kills import writer_rounds
 
     report = writer_rounds(16, SEED, tmp_path, log=lambda line: None)
     assert report.problems == []
@@ -50,8 +51,7 @@ def test_two_processes_that_write_and_are_killed_disturb_neither_each_other_nor_
 def test_files_that_are_damaged_anywhere_give_the_same_answers_or_a_clear_error(
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("usearch")
-    from benchmarks.durability import damage_rounds
+    from tests.stress.damage import damage_rounds
 
     for name, result in damage_rounds(12, SEED, tmp_path, log=lambda line: None).items():
         assert result.keys() <= {"trials", "a clear error", "all answers as before"}, (name, result)
@@ -61,7 +61,7 @@ def test_files_that_are_damaged_anywhere_give_the_same_answers_or_a_clear_error(
 def test_a_damaged_log_loses_whole_commits_at_most_and_a_damaged_shm_nothing(
     tmp_path: Path,
 ) -> None:
-    from benchmarks.durability import log_rounds
+    from tests.stress.damage import log_rounds
 
     result = log_rounds(45, SEED, tmp_path)
     assert result["problems"] == []
@@ -70,20 +70,19 @@ def test_a_damaged_log_loses_whole_commits_at_most_and_a_damaged_shm_nothing(
 
 
 def test_a_full_disk_refuses_what_does_not_fit_and_keeps_the_rest(tmp_path: Path) -> None:
-    from benchmarks.durability import full_disk
+    from tests.stress.disks import full_disk
 
     check(full_disk(tmp_path, SEED, steps=40))
 
 
 def test_read_only_media_are_searched_and_never_written(tmp_path: Path) -> None:
-    pytest.importorskip("usearch")
-    from benchmarks.durability import read_only_media
+    from tests.stress.disks import read_only_media
 
     check(read_only_media(tmp_path))
 
 
 def test_clocks_that_jump_change_nothing(tmp_path: Path) -> None:
-    from benchmarks.durability import clock_jumps
+    from tests.stress.clocks import clock_jumps
 
     check(clock_jumps(15, SEED, tmp_path, kinds=["add", "put", "remove", "compact", "reopen"]))
 
@@ -100,8 +99,9 @@ def test_the_harness_sees_a_write_that_was_told_and_is_not_there(tmp_path: Path)
     """
     import random
 
-    from benchmarks.durability import MODELS, State, one_chunk, verify
     from egemma.index import Index
+    from tests.stress.expected import verify
+    from tests.stress.operations import MODELS, State, one_chunk
 
     state = State(
         "words-1",

@@ -21,7 +21,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.make_checkpoint import write_checkpoint
 from egemma_core.errors import CheckpointError, ConfigError, InputError
 from egemma_train.teachers.teacher import (
     Embedded,
@@ -33,6 +32,7 @@ from egemma_train.teachers.teacher import (
     open_teacher,
 )
 from egemma_train.teachers.teacher_cache import CachedTeacher
+from models.make_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [

@@ -1,7 +1,7 @@
 """Make the built-in model, models/egemma-small: vocabulary, token vectors, contrastive training,
 checkpoint folder.
 
-    python benchmarks/train_builtin.py --data ../shared/data --out models/egemma-small
+    python models/train_builtin.py --data ../shared/data --out models/egemma-small
 
 Run the same command again after it was stopped: what is already in --work is not made again, and
 the run goes on from its last state. Seeds are fixed; bfloat16 sums depend on the number of threads,
@@ -22,7 +22,6 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import small
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.config import EncoderConfig
 from egemma_core.errors import ConfigError, EgemmaError
@@ -37,6 +36,7 @@ from egemma_train.evaluate import DevSets
 from egemma_train.loop import LoopConfig, Progress, run
 from egemma_train.objectives.contrast import Contrast, ContrastConfig
 from egemma_train.start.vocabulary import initialize, train_vocabulary
+from models import small
 
 SEED = 20261123
 DATASETS = (

@@ -5,7 +5,7 @@ EmbeddingGemma's own weights are gated; its shape is not. What these libraries s
 and what they compute from it, ours must compute. The full size (24 layers, 262,144 rows, 1.2 GB) is
 too large to commit.
 
-    python benchmarks/make_checkpoint.py full OUT --tokenizer gemma3.model
+    python models/make_checkpoint.py full OUT --tokenizer gemma3.model
 """
 
 from __future__ import annotations
