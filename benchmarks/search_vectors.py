@@ -38,7 +38,7 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks.train_builtin import CONFIG, SEED, batch_config, make_model
 from egemma_core.config import FULL, SLIDING
 from egemma_core.errors import EgemmaError
-from egemma_train.loop import LoopConfig
+from egemma_train.loop_config import LoopConfig
 
 WIDE = replace(
     CONFIG,
