@@ -330,14 +330,17 @@ def test_both_sides_of_a_symmetric_set_are_as_long_as_queries(batches):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"batch_size": 1}, "batch_size=1: a whole number, at least 2"),
+        ({"batch_size": 1}, "batch_size=1 must be a whole number of at least 2"),
         ({"batch_size": 8.0}, "batch_size=8.0"),
         ({"batch_size": True}, "batch_size=True"),
         ({"seed": -1}, "seed=-1"),
         ({"max_query_tokens": 2}, "max_query_tokens=2"),
         ({"sampling": "uneven"}, "sampling='uneven'"),
         ({"hard_negatives": 1}, "hard_negatives=1"),
-        ({"default_task_share": 1.5}, "default_task_share=1.5: a share"),
+        (
+            {"default_task_share": 1.5},
+            "default_task_share=1.5 must be a number of at least 0 and of at most 1",
+        ),
         ({"lower_case_share": float("nan")}, "lower_case_share=nan"),
     ],
 )

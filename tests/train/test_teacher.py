@@ -245,7 +245,7 @@ def test_a_model_that_gives_no_number_is_an_error(folder: Path, tmp_path: Path) 
     with pytest.raises(
         InputError, match=r"4 of 4 vectors are zero, NaN or infinite, such as that of 'Water"
     ):
-        SentenceTransformerTeacher(broken).embed("query", TEXTS).vectors
+        SentenceTransformerTeacher(broken).embed("query", TEXTS)
 
 
 def test_without_sentence_transformers_the_error_says_what_to_install(
@@ -293,7 +293,7 @@ def test_a_file_of_vectors_gives_them_back_by_role_and_text_at_length_one(tmp_pa
     with pytest.raises(
         InputError, match=r"2 of 3 query texts have no vector, such as \['b', 'c'\]"
     ):
-        teacher.embed("query", ["b", "a", "c", "b"]).vectors
+        teacher.embed("query", ["b", "a", "c", "b"])
 
 
 def test_what_is_wrong_with_a_file_of_vectors_is_named(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_what_is_wrong_with_a_file_of_vectors_is_named(tmp_path: Path) -> None:
             VectorFileTeacher(path)
     path = write_vectors(tmp_path / "zero.safetensors", torch.zeros(3, 3), ROWS)
     with pytest.raises(InputError, match="1 of 1 vectors are zero"):
-        VectorFileTeacher(path).embed("query", ["a"]).vectors
+        VectorFileTeacher(path).embed("query", ["a"])
     path.with_suffix(".jsonl").write_text('{"role": "query", "text": "a"}\n{"role": ')
     with pytest.raises(InputError, match="line 2: not JSON"):
         VectorFileTeacher(path)
@@ -360,7 +360,7 @@ def test_a_text_is_embedded_once_in_all_runs_whatever_the_order(tmp_path: Path) 
 
 def test_teachers_share_a_folder_and_no_vectors(tmp_path: Path) -> None:
     one, two = HashTeacher("one"), HashTeacher("two", dim=4)
-    CachedTeacher(one, tmp_path).embed("query", ["a"]).vectors
+    CachedTeacher(one, tmp_path).embed("query", ["a"])
     assert CachedTeacher(two, tmp_path).embed("query", ["a"]).vectors.shape == (1, 4)
     assert two.asked == [("query", ["a"])]
     assert sorted(
@@ -381,7 +381,7 @@ def test_a_real_teacher_behind_the_cache_gives_the_same_vectors(
 
 
 def test_damage_is_seen_before_a_vector_is_given_out(tmp_path: Path) -> None:
-    CachedTeacher(HashTeacher(), tmp_path).embed("query", ["a", "b"]).vectors
+    CachedTeacher(HashTeacher(), tmp_path).embed("query", ["a", "b"])
     vectors, keys = next(tmp_path.glob("*/*.vectors.npy")), next(tmp_path.glob("*/*.keys.npy"))
     good_vectors, good_keys = vectors.read_bytes(), keys.read_bytes()
     flipped = bytearray(good_vectors)
@@ -389,7 +389,7 @@ def test_damage_is_seen_before_a_vector_is_given_out(tmp_path: Path) -> None:
     vectors.write_bytes(flipped)
     cached = CachedTeacher(HashTeacher(), tmp_path)
     with pytest.raises(CheckpointError, match=f"{vectors.name}: row 1 is damaged"):
-        cached.embed("query", ["a", "b"]).vectors
+        cached.embed("query", ["a", "b"])
     for path, content in (
         (vectors, good_vectors[:-1]),
         (keys, good_keys[:-1]),
@@ -411,7 +411,7 @@ def test_damage_is_seen_before_a_vector_is_given_out(tmp_path: Path) -> None:
 
 def test_what_a_dead_process_left_is_neither_read_nor_kept_for_ever(tmp_path: Path) -> None:
     cached = CachedTeacher(HashTeacher(), tmp_path)
-    cached.embed("query", ["a"]).vectors
+    cached.embed("query", ["a"])
     fresh, old = (
         cached.folder / ".a.keys.npy.1.0a.part",
         cached.folder / ".b.keys.npy.1.0b.part",
@@ -424,7 +424,7 @@ def test_what_a_dead_process_left_is_neither_read_nor_kept_for_ever(tmp_path: Pa
     complete = next(path for path in cached.folder.glob("*.vectors.npy") if path != orphan)
     os.utime(complete, (time.time() - 2 * 86_400,) * 2)
     again = HashTeacher()
-    CachedTeacher(again, tmp_path).embed("query", ["a"]).vectors
+    CachedTeacher(again, tmp_path).embed("query", ["a"])
     assert (fresh.exists(), old.exists(), orphan.exists(), again.asked) == (True, False, False, [])
 
 
@@ -492,7 +492,7 @@ def test_thousands_of_calls_leave_files_that_one_process_can_open(tmp_path: Path
     try:
         writer, reader = HashTeacher(), HashTeacher()
         cached = CachedTeacher(writer, tmp_path, rows_per_file=1)
-        cached.embed("query", texts).vectors
+        cached.embed("query", texts)
         again = CachedTeacher(reader, tmp_path).embed("query", texts[::-1]).vectors
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -504,8 +504,8 @@ def test_thousands_of_calls_leave_files_that_one_process_can_open(tmp_path: Path
 def test_what_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> None:
     late = HashTeacher()
     opened_before = CachedTeacher(late, tmp_path)
-    CachedTeacher(HashTeacher(), tmp_path).embed("query", ["a"]).vectors
-    opened_before.embed("query", ["a"]).vectors
+    CachedTeacher(HashTeacher(), tmp_path).embed("query", ["a"])
+    opened_before.embed("query", ["a"])
     assert late.asked == []
 
 
