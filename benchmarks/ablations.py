@@ -39,12 +39,15 @@ from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import tokenizer_of
 from egemma_train.data.batches import BatchConfig, Batches
 from egemma_train.data.texts import TextConfig, read_texts
-from egemma_train.evaluate import DevSets, t_interval
-from egemma_train.loop import LoopConfig, Objective, Progress, run
+from egemma_train.evaluate import DevSets
+from egemma_train.loop import Objective, Progress, run
+from egemma_train.loop_config import LoopConfig
+from egemma_train.metrics import t_interval
 from egemma_train.mixtures.rates import dirichlet_rates
 from egemma_train.mixtures.soup import soup
 from egemma_train.objectives.contrast import Contrast, ContrastConfig
-from egemma_train.objectives.denoise import DenoisingObjective, LanguageModelObjective
+from egemma_train.objectives.denoise import DenoisingObjective
+from egemma_train.objectives.language_model import LanguageModelObjective
 from egemma_train.start.decoder import HeadConfig, random_encoder, read_decoder
 from egemma_train.start.vocabulary import train_vocabulary
 from models import small
@@ -93,7 +96,7 @@ def one_seed(args: argparse.Namespace) -> None:  # noqa: PLR0915
     def train(name: str, objective: Objective, steps: int, rate: float) -> Path:
         print(name, flush=True)
 
-        def tell(progress: Progress) -> None:
+        def on_step(progress: Progress) -> None:
             if progress.step % 100 == 0:
                 print(
                     f"step {progress.step} of {progress.steps}, loss "
@@ -112,7 +115,7 @@ def one_seed(args: argparse.Namespace) -> None:  # noqa: PLR0915
                 keep=1,
             ),
             work / name,
-            tell=tell,
+            on_step=on_step,
         ).model
 
     decoder = train(

@@ -40,7 +40,7 @@ from egemma_core.vectors import shorten
 from egemma_quant.schemes import INT4
 from egemma_quant.weights import quantize_encoder, with_weights
 from egemma_train.data.dev_files import Retrieval, read_retrieval
-from egemma_train.evaluate import best_hits, judge
+from egemma_train.metrics import best_hits, judge
 from models.small import BUILTIN, DEV
 
 HERE = Path(__file__).parent

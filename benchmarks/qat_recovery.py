@@ -39,9 +39,11 @@ from egemma_core.nn.load import load_encoder
 from egemma_quant.qat import rounded
 from egemma_quant.schemes import SCHEMES, Scheme
 from egemma_train.data.batches import BatchConfig, Batches
-from egemma_train.evaluate import DevSets, t_interval
-from egemma_train.loop import LoopConfig, Progress, run
-from egemma_train.objectives.contrast import Contrast, ContrastConfig, Through
+from egemma_train.evaluate import DevSets
+from egemma_train.loop import Progress, run
+from egemma_train.loop_config import LoopConfig
+from egemma_train.metrics import t_interval
+from egemma_train.objectives.contrast import Contrast, ContrastConfig
 from models import small
 
 RESULTS = small.ROOT / "benchmarks/results/qat_recovery.json"
@@ -55,10 +57,6 @@ BATCHES = BatchConfig(
 )
 LOSS = ContrastConfig(share_negatives=True, hardness=0.0)
 TRAINED = ("int4", "mixed")  # schemes that are finetuned for
-
-
-def through(scheme: Scheme) -> Through:
-    return lambda encoder: rounded(encoder, scheme)
 
 
 def one_seed(args: argparse.Namespace) -> None:
@@ -79,7 +77,7 @@ def one_seed(args: argparse.Namespace) -> None:
         for dim in dims[:1]
     }
 
-    def tell(progress: Progress) -> None:
+    def on_step(progress: Progress) -> None:
         if progress.step % 50 == 0:
             print(
                 f"step {progress.step} of {progress.steps}, loss "
@@ -88,7 +86,12 @@ def one_seed(args: argparse.Namespace) -> None:
             )
 
     def train(
-        name: str, start: Path | None, steps: int, rate: float, seed: int, context: Through
+        name: str,
+        start: Path | None,
+        steps: int,
+        rate: float,
+        seed: int,
+        scheme: Scheme | None = None,
     ) -> Path:
         encoder = (
             small.started(config, sets, args.work, args.seed)
@@ -101,7 +104,7 @@ def one_seed(args: argparse.Namespace) -> None:
             LOSS,
             tokenizer_path=path,
             prompts=prompts,
-            through=context,
+            scheme=scheme,
         )
         print(name, flush=True)
         return run(
@@ -111,7 +114,7 @@ def one_seed(args: argparse.Namespace) -> None:
             ),
             work / name,
             {"seed": seed},
-            tell=tell,
+            on_step=on_step,
         ).model
 
     start = train(
@@ -120,7 +123,6 @@ def one_seed(args: argparse.Namespace) -> None:
         args.steps,
         args.learning_rate,
         1000 + args.seed,
-        lambda encoder: nullcontext(),
     )
     control = train(
         "control",
@@ -128,7 +130,6 @@ def one_seed(args: argparse.Namespace) -> None:
         args.extra_steps,
         args.extra_rate,
         2000 + args.seed,
-        lambda encoder: nullcontext(),
     )
     models: dict[str, tuple[Path, Scheme | None]] = {
         "before": (start, None),
@@ -138,7 +139,7 @@ def one_seed(args: argparse.Namespace) -> None:
         models[f"{name}, rounded afterwards"] = (control, scheme)
     for name in TRAINED:
         trained = train(
-            name, start, args.extra_steps, args.extra_rate, 2000 + args.seed, through(SCHEMES[name])
+            name, start, args.extra_steps, args.extra_rate, 2000 + args.seed, SCHEMES[name]
         )
         models[f"{name}, trained"] = (trained, SCHEMES[name])
     values: dict[str, dict[int, dict[str, np.ndarray[Any, Any]]]] = {}

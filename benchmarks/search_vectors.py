@@ -35,7 +35,7 @@ if __package__ in (None, ""):  # run as a script
 
 from egemma_core.config import FULL, SLIDING
 from egemma_core.errors import EgemmaError
-from egemma_train.loop import LoopConfig
+from egemma_train.loop_config import LoopConfig
 from models.train_builtin import CONFIG, SEED, batch_config, make_model
 
 WIDE = replace(

@@ -35,10 +35,9 @@ if __package__ in (None, ""):  # run as a script
 
 from benchmarks.latency import commit, machine
 from benchmarks.train_throughput import peak_gb
-from egemma_train.console import through_of
-from egemma_train.loop import LoopConfig
+from egemma_train.loop_config import LoopConfig
 from egemma_train.recipe import Recipe, read_recipe
-from egemma_train.runner import Runner
+from egemma_train.runner import run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/train_cost.json"
@@ -64,7 +63,7 @@ def one_stage(args: argparse.Namespace) -> dict[str, Any]:
     stage = next(stage for stage in whole.stages if stage.name == args.stage)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        Runner(replace(whole, stages=(stage,)), Path(folder, "run"), through_of=through_of).run()
+        run_recipe(replace(whole, stages=(stage,)), Path(folder, "run"))
         seconds = time.perf_counter() - started
         run = Path(folder, "run", f"1-{stage.name}")
         lines = [

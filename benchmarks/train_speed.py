@@ -32,8 +32,9 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks.latency import commit, machine
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_train.data.batches import Batch
-from egemma_train.loop import LoopConfig, make_optimizer
+from egemma_train.loop_config import LoopConfig
 from egemma_train.objectives.contrast import Contrast, ContrastConfig
+from egemma_train.optimizer import make_optimizer
 from egemma_train.ranks import join
 from egemma_train.start.decoder import random_encoder
 from models import small

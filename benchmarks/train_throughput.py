@@ -46,8 +46,10 @@ from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint
 from egemma_train.data.batches import BatchConfig, Batches, BatchesAhead
-from egemma_train.data.rows import DatasetConfig, read_dataset
-from egemma_train.loop import LoopConfig, run
+from egemma_train.data.dataset_files import read_dataset
+from egemma_train.data.datasets import DatasetConfig
+from egemma_train.loop import run
+from egemma_train.loop_config import LoopConfig
 from egemma_train.objectives.contrast import Contrast, ContrastConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +120,7 @@ def ours(args: argparse.Namespace) -> list[tuple[float, float]]:
                 save_every=args.steps,
             ),
             Path(folder, "run"),
-            tell=lambda progress: stamps.append(
+            on_step=lambda progress: stamps.append(
                 (time.perf_counter(), progress.outcome.losses["loss"])
             ),
         )

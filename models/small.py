@@ -18,7 +18,8 @@ from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.nn.encoder import Encoder
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer
-from egemma_train.data.rows import Dataset, DatasetConfig, read_dataset
+from egemma_train.data.dataset_files import read_dataset
+from egemma_train.data.datasets import Dataset, DatasetConfig
 from egemma_train.evaluate import DevConfig
 from egemma_train.start.vocabulary import initialize, token_vectors
 

@@ -31,9 +31,11 @@ from egemma_core.nn.save import save_checkpoint
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import tokenizer_of
 from egemma_train.data.batches import BatchConfig, Batches, BatchesAhead
-from egemma_train.data.rows import Dataset, DatasetConfig, hold_out, read_dataset
+from egemma_train.data.dataset_files import hold_out, read_dataset
+from egemma_train.data.datasets import Dataset, DatasetConfig
 from egemma_train.evaluate import DevSets
-from egemma_train.loop import LoopConfig, Progress, run
+from egemma_train.loop import Progress, run
+from egemma_train.loop_config import LoopConfig
 from egemma_train.objectives.contrast import Contrast, ContrastConfig
 from egemma_train.start.vocabulary import initialize, train_vocabulary
 from models import small
@@ -148,7 +150,7 @@ def make_model(
         objective = Contrast(
             encoder, ahead, LOSS, tokenizer_path=tokenizer_path, prompts=EMBEDDING_GEMMA, dev=dev
         )
-        finished = run(objective, loop, work / "run", described, tell=_say)
+        finished = run(objective, loop, work / "run", described, on_step=_say)
     save_checkpoint(
         load_encoder(open_checkpoint(finished.model)),
         tokenizer_path,

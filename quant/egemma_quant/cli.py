@@ -1,6 +1,6 @@
 """`egemma-quantize`: parse, read the checkpoint, call one function, print.
 
-Training for the rounding is `egemma-train`'s.
+`egemma-train` trains for the rounding, and scores a rounded model on dev sets.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from egemma_core.errors import ConfigError, EgemmaError, InputError
+from egemma_core.errors import EgemmaError, InputError
 
 if TYPE_CHECKING:  # at run time they would import torch for --help
     from egemma_core.checkpoint import Checkpoint
     from egemma_core.nn.encode import Ids
-    from egemma_quant.schemes import Scheme
 
 # What `report` embeds without --texts: short and long, several languages, code, numbers.
 TEXTS = (
@@ -37,29 +36,22 @@ TEXTS = (
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="egemma-quantize",
         description="Say what rounding a model's weights costs, or write the rounded model. To "
-        "train for it, give a stage of egemma-train a scheme.",
+        "train for it, give a stage of egemma-train a scheme; to score it, run egemma-train "
+        "evaluate --scheme NAME.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     report = verbs.add_parser(
         "report",
-        help="compare a model with itself, rounded: by matrix, layer and width, and on dev sets",
+        help="compare a model with itself, rounded: by matrix, layer and width",
     )
     report.add_argument(
         "--texts",
         type=Path,
         help="UTF-8 file, one text per line, embedded as documents (default: ten built-in texts)",
-    )
-    report.add_argument(
-        "--dev",
-        type=Path,
-        metavar="RECIPE",
-        help="recipe of egemma-train, whose tables [dev.NAME] are scored too",
-    )
-    report.add_argument(
-        "--data", type=Path, help="folder of the dev sets (default: what the recipe says)"
     )
     round_ = verbs.add_parser(
         "round",
@@ -84,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, and return its exit status."""
     args = parser().parse_args(argv)
     try:
         print(_report(args) if args.verb == "report" else _round(args))
@@ -92,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ImportError as error:
         print(
-            f"egemma-quantize: {error.name} is not installed: pip install 'egemma[train]'.",
+            f"egemma-quantize: {error.name} is not installed. pip install 'egemma[train]'",
             file=sys.stderr,
         )
         return 1
@@ -113,22 +106,10 @@ def _report(args: argparse.Namespace) -> str:
     from egemma_core.nn.load import load_encoder
     from egemma_quant.published import hint
     from egemma_quant.report import measure
-    from egemma_train.evaluate import DevSets
-    from egemma_train.recipe import read_recipe
+    from egemma_quant.schemes import scheme_named
 
-    if args.data is not None and args.dev is None:
-        raise ConfigError(
-            f"--data {args.data} is the folder of dev sets, and --dev is absent. Give --dev "
-            "RECIPE, or leave --data out."
-        )
-    scheme, checkpoint = _scheme(args.scheme), open_checkpoint(args.model)
+    scheme, checkpoint = scheme_named(args.scheme), open_checkpoint(args.model)
     rows, truncated = _rows(checkpoint, read_texts(args.texts) if args.texts else TEXTS)
-    score = None
-    if args.dev is not None:
-        recipe = read_recipe(args.dev, args.data)
-        if not recipe.dev:
-            raise ConfigError(f"{args.dev} has no table [dev.NAME]: there is nothing to score on.")
-        score = DevSets(recipe.dev, recipe.folder, checkpoint.tokenizer(), checkpoint.prompts).score
     report = measure(
         load_encoder(checkpoint),
         scheme,
@@ -136,7 +117,6 @@ def _report(args: argparse.Namespace) -> str:
         truncated=truncated,
         model=checkpoint.source,
         hint=hint(checkpoint, scheme.name),
-        score=score,
     )
     return report.to_json() if args.json else report.to_text()
 
@@ -147,30 +127,23 @@ def _round(args: argparse.Namespace) -> str:
     from egemma_core.nn.save import save_checkpoint
     from egemma_quant.published import hint
     from egemma_quant.qat import rounded
+    from egemma_quant.schemes import scheme_named
 
-    scheme, checkpoint = _scheme(args.scheme), open_checkpoint(args.model)
+    scheme, checkpoint = scheme_named(args.scheme), open_checkpoint(args.model)
     encoder = load_encoder(checkpoint)
     with rounded(encoder, scheme):
         save_checkpoint(encoder, checkpoint.tokenizer_path, checkpoint.prompts, args.out)
-    said = hint(checkpoint, scheme.name)
+    note = hint(checkpoint, scheme.name)
     if args.json:
-        return json.dumps({"out": str(args.out), "scheme": scheme.name, "hint": said})
-    return (
+        return json.dumps({"out": str(args.out), "scheme": scheme.name, "hint": note})
+    written = (
         f"{args.out}: {checkpoint.source} with weights rounded to {scheme.name}, held in float32"
-        + (f"\nnote: {said}" if said else "")
     )
-
-
-def _scheme(name: str) -> Scheme:
-    from egemma_quant.schemes import SCHEMES
-
-    if name not in SCHEMES:
-        raise ConfigError(f"--scheme {name}: one of {', '.join(SCHEMES)}.")
-    return SCHEMES[name]
+    return f"{written}\nnote: {note}" if note else written
 
 
 def read_texts(path: Path) -> tuple[str, ...]:
-    """The lines of a UTF-8 file.
+    """Return the lines of a UTF-8 file.
 
     Raises:
         InputError: it is empty, a line is blank, or it is not UTF-8.
@@ -179,17 +152,23 @@ def read_texts(path: Path) -> tuple[str, ...]:
         lines = tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8, one text per line."
+            f"{path}: byte {error.start} is not UTF-8.",
+            hint="Save the file as UTF-8, one text per line.",
         ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise InputError(f"{path}, line {number}: blank; want one text per line.")
+            raise InputError(
+                f"{path}, line {number} is blank.",
+                hint="Write one text per line.",
+                position=number - 1,
+            )
     return lines
 
 
 def _rows(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[list[Ids], int]:
-    """Token rows, and how many texts are longer than the model reads: of these the beginning is
-    compared, which says as much.
+    """Return token rows, and how many texts are longer than the model reads.
+
+    Of those the beginning is compared, which tells as much.
     """
     tokenizer, prompt = checkpoint.tokenizer(), checkpoint.prompts.document()
     tokens = [tokenizer.encode(prompt + text, overflow="truncate") for text in texts]

@@ -1,5 +1,5 @@
-"""Quantization-aware training: forward and backward compute with exactly the weights that ship, the
-optimizer moves float ones.
+"""Quantization-aware training: forward and backward passes compute with exactly the weights that
+ship, and the optimizer moves float ones.
 
 Source: Jacob et al. 2018, arXiv:1712.05877 (straight-through fake quantization); arXiv:2509.20354,
 section 2.3 (during finetuning).
@@ -20,18 +20,18 @@ from egemma_core.nn.encoder import Encoder
 from egemma_quant.schemes import Scheme, round_
 from egemma_quant.weights import role_of
 
-_ROUNDED: WeakSet[Encoder] = WeakSet()  # inside a `rounded` block now
+_INSIDE_A_BLOCK: WeakSet[Encoder] = WeakSet()  # encoders whose weights are rounded now
 
 
 @contextmanager
 def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> Iterator[None]:
-    """Inside the block the encoder computes with the weights that ship; behind it, its float
-    weights are back, to the last bit.
+    """Let the encoder compute with the weights that ship while the block runs.
 
-    The straight-through gradient is what lies in `.grad` after a backward pass inside: that of the
-    rounded weights, applied to the float ones. Parameters stay the same objects, so an optimizer
-    made before keeps its state. A backward pass behind the block, through a graph made inside, is
-    refused by torch (a weight was modified in place).
+    Behind it, its float weights are back, to the last bit. The straight-through gradient is what
+    lies in `.grad` after a backward pass inside: that of the rounded weights, applied to the float
+    ones. Parameters stay the same objects, so an optimizer made before keeps its state. A backward
+    pass behind the block, through a graph made inside, is refused by torch (a weight was modified
+    in place).
 
     Args:
         encoder: float32 master weights. A shard of FSDP2 (DTensor) must hold whole rows, as
@@ -49,13 +49,13 @@ def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> I
         ...     loss(encoder(ids, mask)).backward()
         >>> optimizer.step()
     """
-    if encoder in _ROUNDED:
+    if encoder in _INSIDE_A_BLOCK:
         raise ConfigError(
-            "this encoder is rounded already: leave the outer `rounded` block first, its weights "
-            "are not the float ones."
+            "This encoder is rounded already: its weights are not the float ones.",
+            hint="Leave the outer `rounded` block first.",
         )
     masters: list[tuple[Tensor, Tensor]] = []
-    _ROUNDED.add(encoder)
+    _INSIDE_A_BLOCK.add(encoder)
     try:
         for name, parameter in encoder.named_parameters():
             role = role_of(name)
@@ -70,11 +70,11 @@ def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> I
             # in place, not a swapped `.data`: torch notices a late backward pass, and FSDP2 gathers
             # from this storage
             weight.copy_(master)
-        _ROUNDED.discard(encoder)
+        _INSIDE_A_BLOCK.discard(encoder)
 
 
 def _local(name: str, parameter: nn.Parameter) -> Tensor:
-    """What this process holds of a parameter, sharing its memory and not its graph."""
+    """Return what this process holds of a parameter, in the same memory, without its graph."""
     weight = parameter.detach()
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return weight
@@ -88,8 +88,8 @@ def _local(name: str, parameter: nn.Parameter) -> Tensor:
         for placement in weight.placements
     ):
         raise ConfigError(
-            f"{name} is distributed as {weight.placements}; groups lie along rows, so shard whole "
-            "rows (Shard(0))."
+            f"{name} is distributed as {weight.placements}, and groups lie along rows.",
+            hint="Shard whole rows (Shard(0)).",
         )
     return weight.to_local()
 
@@ -106,8 +106,9 @@ class _RoundedTokens(torch.autograd.Function):
 
 @torch.no_grad()
 def round_tokens(activations: Tensor) -> Tensor:
-    """Each row (token) to 8 bits with a zero point and back: what XNNPACK's dynamic quantization
-    does before every product.
+    """Return each row (token) rounded to 8 bits with a zero point.
+
+    XNNPACK's dynamic quantization does so before every product.
 
     Args:
         activations: (..., channels), any float dtype.
@@ -120,10 +121,8 @@ def round_tokens(activations: Tensor) -> Tensor:
     torch.ops.quantized_decomposed.choose_qparams_per_token_asymmetric says the same in torch.
     """
     wide = activations.float()
-    lowest, highest = (
-        wide.amin(-1, keepdim=True).clamp(max=0),
-        wide.amax(-1, keepdim=True).clamp(min=0),
-    )
+    lowest = wide.amin(-1, keepdim=True).clamp(max=0)
+    highest = wide.amax(-1, keepdim=True).clamp(min=0)
     scale = ((highest - lowest) / 255).clamp(min=torch.finfo(torch.float32).eps)
     from_lowest, from_highest = lowest / scale, highest / scale
     zero = (
@@ -139,8 +138,9 @@ def round_tokens(activations: Tensor) -> Tensor:
 
 @contextmanager
 def rounded_activations(encoder: Encoder, *, enabled: bool = True) -> Iterator[None]:
-    """Inside the block every linear layer sees its input rounded by `round_tokens`, with a
-    straight-through gradient.
+    """Let every linear layer see its input rounded by `round_tokens` while the block runs.
+
+    The gradient is straight-through.
     """
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -148,8 +148,9 @@ def rounded_activations(encoder: Encoder, *, enabled: bool = True) -> Iterator[N
 
     if enabled and is_compiled(encoder):
         raise ConfigError(
-            "activations cannot be rounded in a compiled encoder, which would not call the hooks "
-            "that do it: leave compile out."
+            "Activations cannot be rounded in a compiled encoder, which would not call the hooks "
+            "that do it.",
+            hint="Leave compile out.",
         )
     layers = (
         [module for module in encoder.modules() if isinstance(module, nn.Linear)] if enabled else []

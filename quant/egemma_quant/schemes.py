@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from egemma_core.checks import one_of
 from egemma_core.errors import ConfigError
 from egemma_quant.published import GgmlFormat, into_codes
 
@@ -21,8 +22,9 @@ ROLES = ("embedding", "attention", "feed_forward", "projection")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """How one matrix (rows = output channels, or vocabulary rows) is stored: symmetric, no zero
-    point.
+    """How one matrix is stored: symmetric, without a zero point.
+
+    Its rows are output channels, or tokens of the vocabulary.
     """
 
     bits: int  # 4: codes in [-8, 7]; 8: codes in [-127, 127]
@@ -30,10 +32,11 @@ class WeightFormat:
     group_size: int | None
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ConfigError(f"bits={self.bits}: the runtimes have kernels for 4 and 8.")
+        one_of("bits", self.bits, (4, 8), hint="The runtimes have kernels for these.")
         if self.group_size is not None and self.group_size % 32:
-            raise ConfigError(f"group_size={self.group_size}: the runtimes need a multiple of 32.")
+            raise ConfigError(
+                f"group_size={self.group_size} must be a multiple of 32, as the runtimes need."
+            )
 
 
 Format = WeightFormat | GgmlFormat
@@ -50,9 +53,8 @@ class Scheme:
     projection: Format
 
     def format_of(self, role: str) -> Format:
-        if role not in ROLES:
-            raise ConfigError(f"role={role!r}: one of {ROLES}.")
-        return getattr(self, role)  # type: ignore[no-any-return]
+        """Return the format of the weights in a role."""
+        return getattr(self, one_of("role", role, ROLES))  # type: ignore[no-any-return]
 
 
 def _uniform(name: str, weight_format: Format) -> Scheme:
@@ -88,14 +90,24 @@ Q8_0 = _uniform("q8_0", GgmlFormat(bits=8))
 
 SCHEMES = {scheme.name: scheme for scheme in (INT4, INT8, INT8_PER_CHANNEL, MIXED, Q4_0, Q8_0)}
 
+
+def scheme_named(name: str) -> Scheme:
+    """Return the scheme of that name.
+
+    Raises:
+        ConfigError: there is none; lists them.
+    """
+    return SCHEMES[one_of("scheme", name, list(SCHEMES))]
+
+
 # Candidate scales of a 4-bit group, as amax / divisor. 7 never clips; 8 uses the code -8 and clips
 # +amax to 7. The smallest squared error wins, so a group is never worse than plain amax / 7.
 INT4_DIVISORS = (7.0, 7.25, 7.5, 7.75, 8.0, 8.5)
 
 
-# Weights that are rounded at once. On a CPU their temporaries stay in its cache, 25 times as fast
-# as 16,384 rows of 768; another device has an operation's start to make good, and 64 MiB each for
-# its temporaries. Codes and scales do not depend on it.
+# Weights that are rounded at once. On a CPU their temporaries then stay in its cache, 25 times as
+# fast as 16,384 rows of 768. On another device starting an operation takes long, so more weights go
+# together, with temporaries of 64 MiB each. Codes and scales do not depend on it.
 PART_WEIGHTS, PART_WEIGHTS_ELSEWHERE = 2**17, 2**24
 
 
@@ -110,9 +122,9 @@ class Quantized:
     format: Format
 
     def dequantize(self) -> Tensor:
-        """(rows, columns) float32: code times scale, one rounding.
+        """Return (rows, columns) float32: code times scale.
 
-        Exact: 4 or 8 bits times 8 bits fit into 24.
+        The product is exact: 4 or 8 bits times 8 bits fit into 24.
         """
         rows, columns = self.codes.shape
         groups = self.codes.float().view(rows, self.scales.shape[1], -1)  # (rows, G, g)
@@ -149,7 +161,9 @@ def quantize(weight: Tensor, weight_format: Format) -> Quantized:
 
 @torch.no_grad()
 def round_(weight: Tensor, weight_format: Format) -> None:
-    """In place: `quantize(weight, weight_format).dequantize()`, without the integers in between.
+    """Round a matrix in place to `quantize(weight, weight_format).dequantize()`.
+
+    The integers in between are not made.
 
     Args:
         weight: (rows, columns) float32, contiguous, finite.
@@ -159,8 +173,8 @@ def round_(weight: Tensor, weight_format: Format) -> None:
     """
     if weight.dtype != torch.float32:
         raise ConfigError(
-            f"weights of dtype {weight.dtype}: only float32 holds every code times scale. Train "
-            "float32 master weights."
+            f"The weights are {weight.dtype}, and only float32 holds every code times scale.",
+            hint="Train float32 master weights.",
         )
     size = group_size_of(weight, weight_format)
     for part, codes, scales in _parts(weight, weight_format):
@@ -168,24 +182,26 @@ def round_(weight: Tensor, weight_format: Format) -> None:
 
 
 def group_size_of(weight: Tensor, weight_format: Format) -> int:
-    """Weights that share a scale in this matrix; ConfigError if its rows do not divide into such
-    groups.
+    """Return how many weights share a scale in a matrix.
+
+    Raises:
+        ConfigError: its rows do not divide into such groups.
     """
     columns = weight.shape[1]
     size = weight_format.group_size or columns
     if columns % size:
         raise ConfigError(
-            f"{columns} columns do not divide into groups of {size}; choose a per-channel scheme."
+            f"{columns} columns do not divide into groups of {size}.",
+            hint="Choose a per-channel scheme.",
         )
     return size
 
 
 def _parts(weight: Tensor, weight_format: Format) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of the matrix, their codes (g, groups) float32 and scales (groups,) float32; codes are
-    overwritten by the next part.
+    """Yield rows of the matrix, their codes (g, groups) and scales (groups,), both float32.
 
-    A group is a column here, so that what it shares is one contiguous row: 1.5 times as fast as
-    groups along rows.
+    The codes are overwritten by the next part. A group is a column here, so that what it shares is
+    one contiguous row: 1.5 times as fast as groups along rows.
     """
     rows, columns = weight.shape
     size = group_size_of(weight, weight_format)
@@ -197,7 +213,7 @@ def _parts(weight: Tensor, weight_format: Format) -> Iterator[tuple[slice, Tenso
         groups = weight[part].float().reshape(-1, size).t().contiguous()  # (g, groups)
         amax = torch.maximum(groups.amax(0), -groups.amin(0))  # (groups,)
         if not torch.isfinite(amax).all():
-            raise ConfigError("a weight is NaN or infinite; the checkpoint is damaged.")
+            raise ConfigError("A weight is NaN or infinite; the checkpoint is damaged.")
         codes = torch.empty_like(groups)
         if isinstance(weight_format, GgmlFormat):
             scales = into_codes(groups, weight_format.bits, codes)
@@ -217,8 +233,9 @@ def _into_codes(groups: Tensor, scales: Tensor, bits: int, codes: Tensor) -> Non
 
 
 def _searched_scales(groups: Tensor, amax: Tensor, scratch: Tensor) -> Tensor:
-    """The 4-bit scale of each group that has the smallest squared error, the first of INT4_DIVISORS
-    among equals.
+    """Return the 4-bit scale of each group that has the smallest squared error.
+
+    Among equals it is the first of INT4_DIVISORS.
     """
     best_scale = best_error = None
     for divisor in INT4_DIVISORS:
@@ -236,8 +253,10 @@ def _searched_scales(groups: Tensor, amax: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _sum_(values: Tensor) -> Tensor:
-    """(g, n) to (n,), in an order of our own: every device and thread count then picks the same
-    scale. Overwrites `values`.
+    """Return the sums (n,) of (g, n) values, and overwrite the values.
+
+    They are summed in an order of our own, so that every device and thread count picks the same
+    scale.
     """
     count = values.shape[0]
     while count > 1:
@@ -250,8 +269,9 @@ def _sum_(values: Tensor) -> Tensor:
 
 
 def _as_scale(scale: Tensor) -> Tensor:
-    """The nearest bfloat16, normal and positive as XNNPACK demands; 1 for a group of zeros, whose
-    codes are 0 anyway.
+    """Return the nearest bfloat16 scales, normal and positive as XNNPACK demands.
+
+    A group of zeros, whose codes are 0 anyway, has the scale 1.
     """
     rounded = scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16).float()
     return torch.where(scale == 0, torch.ones_like(rounded), rounded)

@@ -1,1 +1,1 @@
-"""Training in torch: pairs -> batches -> contrastive loss -> a checkpoint folder."""
+"""Training in torch: a recipe, from pairs of texts to a checkpoint folder."""

@@ -5,8 +5,8 @@ needs to go on exactly.
                                             egemma-export
     checkpoints/step-00000200/training/     optimizer.safetensors, extra.safetensors, state.json
 
-A folder appears by one rename after all its bytes are on disk: after a kill or a power cut there is
-the old state or the new one.
+A folder appears by one rename after all its bytes are on disk (egemma_core.files.publish_folder):
+after a kill or a power cut there is the old state or the new one.
 """
 
 from __future__ import annotations
@@ -33,20 +33,22 @@ _STEP = re.compile(r"step-(\d{8})")
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps whose state lies in `folder`, rising."""
+    """Return the steps whose state lies in `folder`, rising."""
     found = (_STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(match.group(1)) for match in found if match is not None)
 
 
 def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the state of a step."""
     return folder / f"step-{step:08d}"
 
 
 def moments_of(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """The optimizer's moments, whole, by kind and parameter; of shards only if every process
-    asks.
+    """Return the optimizer's moments, whole, by kind and parameter.
+
+    Where weights are shards, every process must call it.
     """
     return {
         f"{kind}.{name}": whole(value.detach()).cpu().contiguous()
@@ -105,13 +107,14 @@ def restore(
         moments = _read(place / "optimizer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} is not a whole state of a run ({error}). Remove it to go on from the one "
-            "before."
+            f"{folder} is not a whole state of a run ({error}).",
+            hint="Remove it to go on from the one before.",
         ) from error
     if set(weights) != set(parameters):
         raise CheckpointError(
             f"{folder} has other parameters than this run: "
-            f"{sorted(set(weights) ^ set(parameters))[:3]}. Use another run folder."
+            f"{sorted(set(weights) ^ set(parameters))[:3]}.",
+            hint="Use another run folder.",
         )
     steps = state.pop("moment_steps")
     by_name: dict[str, dict[str, Tensor]] = {}
@@ -135,14 +138,6 @@ def restore(
     return state
 
 
-def publish(scratch: Path, folder: Path) -> None:
-    """Give a finished scratch folder its name, once all its bytes are on disk."""
-    for path in [*scratch.rglob("*"), scratch]:
-        to_disk(path)
-    os.rename(scratch, folder)
-    to_disk(folder.parent)
-
-
 def forget(folder: Path) -> None:
     """Delete a state, by name first, so that a kill does not leave half of one under it."""
     scratch = folder.with_name(f".old-{folder.name}")
@@ -156,17 +151,8 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def to_disk(path: Path) -> None:
-    """Return once the bytes of a file, or the names in a folder, would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _published(folder: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
-    """What `read` gives of the weights of a checkpoint folder, by the encoder's parameter names."""
+    """Return what `read` gives of a folder's weights, by the encoder's parameter names."""
     found = read(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else {}
     dense = sorted(folder.glob("*_Dense"), key=lambda path: int(path.name.partition("_")[0]))
     return found | {

@@ -7,21 +7,18 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from egemma_core.checks import whole_number
 from egemma_core.errors import ConfigError, EgemmaError
 
-if TYPE_CHECKING:  # at run time it would import torch for --help
-    from egemma_train.loop import Progress
-    from egemma_train.recipe import ThroughOf
-    from egemma_train.runner import StageResult
+# Verbs import what they need when they run: --help needs no torch.
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="egemma-train",
         description="Train or adapt an EmbeddingGemma by the published recipe. docs/training.md "
@@ -37,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="folder of the run; the last model will lie in OUT/model",
     )
-    run.add_argument("--data", type=Path, help="folder of the data (default: what the recipe says)")
+    _data(run)
     run.add_argument(
         "--shard",
         action="store_true",
@@ -57,17 +54,22 @@ def parser() -> argparse.ArgumentParser:
     check = verbs.add_parser(
         "check", help="read a recipe and every row of its data, and show what would be trained on"
     )
-    check.add_argument("recipe", type=Path)
-    check.add_argument("--data", type=Path)
+    check.add_argument("recipe", type=Path, help="TOML file")
+    _data(check)
 
     preset = verbs.add_parser("preset", help="print a recipe to start from")
     preset.add_argument("name", nargs="?", help="which one; without it, their names")
 
     evaluate = verbs.add_parser("evaluate", help="score a model on a recipe's dev sets")
-    evaluate.add_argument("recipe", type=Path)
+    evaluate.add_argument("recipe", type=Path, help="TOML file with tables [dev.NAME]")
     evaluate.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    evaluate.add_argument("--data", type=Path)
-    evaluate.add_argument("--json", action="store_true")
+    evaluate.add_argument(
+        "--scheme",
+        help="score the model with its weights rounded as well: int4, int8, int8-per-channel, "
+        "mixed; q4_0, q8_0 for published QAT checkpoints",
+    )
+    _data(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
     _machine(evaluate)
 
     mine = verbs.add_parser("mine", help="find hard negatives for a file of pairs")
@@ -98,17 +100,23 @@ def parser() -> argparse.ArgumentParser:
     mine.add_argument(
         "--symmetric", action="store_true", help="both sides are queries, as in sentence similarity"
     )
-    mine.add_argument("--query-prompt")
-    mine.add_argument("--document-prompt")
-    mine.add_argument("--query-prompt-name")
-    mine.add_argument("--document-prompt-name")
-    mine.add_argument("--device")
-    mine.add_argument("--json", action="store_true")
+    mine.add_argument("--query-prompt", help="text in front of queries (default: the teacher's)")
+    mine.add_argument("--document-prompt", help="text in front of documents (default: its own)")
+    mine.add_argument("--query-prompt-name", help="a prompt of the teacher, by its name")
+    mine.add_argument("--document-prompt-name", help="a prompt of the teacher, by its name")
+    mine.add_argument("--device", help="where the teacher computes (default: its own choice)")
+    mine.add_argument("--json", action="store_true", help="print JSON")
 
     soup = verbs.add_parser("soup", help="average checkpoints")
-    soup.add_argument("models", type=Path, nargs="+")
-    soup.add_argument("--out", type=Path, required=True)
+    soup.add_argument("models", type=Path, nargs="+", help="checkpoint folders")
+    soup.add_argument("--out", type=Path, required=True, help="folder of the average")
     return parser
+
+
+def _data(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--data", type=Path, help="folder of the data (default: what the recipe says)"
+    )
 
 
 def _machine(verb: argparse.ArgumentParser) -> None:
@@ -116,70 +124,63 @@ def _machine(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--threads", type=int, help="of each process (default: torch's own choice)")
 
 
-def main(argv: Sequence[str] | None = None, through_of: ThroughOf | None = None) -> int:
-    """
-    Args:
-        through_of: makes quantization-aware training contexts; see egemma_train.recipe.
-    """
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, and return its exit status."""
     args = parser().parse_args(argv)
-    # of the processes of one run, the first speaks
-    said = sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()
+    # of the processes of one run, only the first prints
+    out = sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()
     try:
-        return _VERBS[args.verb](args, through_of)
+        return _VERBS[args.verb](args)
     except EgemmaError as error:
-        print(f"egemma-train: {error}", file=said)
+        print(f"egemma-train: {error}", file=out)
         return 1
     except ImportError as error:
-        print(
-            f"egemma-train: {error.name} is not installed: pip install 'egemma[train]'.", file=said
-        )
+        print(f"egemma-train: {error.name} is not installed. pip install 'egemma[train]'", file=out)
         return 1
     except OSError as error:
-        print(
-            f"egemma-train: {error.strerror or error} ({error.filename or args.verb}).", file=said
-        )
+        print(f"egemma-train: {error.strerror or error} ({error.filename or args.verb}).", file=out)
         return 1
     except KeyboardInterrupt:
         print(
-            "egemma-train: stopped. The same command goes on from the last saved state.", file=said
+            "egemma-train: stopped. The same command goes on from the last saved state.", file=out
         )
         return 130
 
 
-def _run(args: argparse.Namespace, through_of: ThroughOf | None) -> int:
+def _run(args: argparse.Namespace) -> int:
+    from egemma_train.console_output import progress, summary
     from egemma_train.ranks import join
     from egemma_train.recipe import read_recipe
-    from egemma_train.runner import Runner
+    from egemma_train.runner import run_recipe
 
     _threads(args.threads)
     recipe = read_recipe(args.recipe, args.data)
-    with join(args.device) as ranks, _progress(ranks.first) as (tell, say):
-        results = Runner(
+    with join(args.device) as ranks, progress(ranks.first) as (on_step, on_message):
+        results = run_recipe(
             recipe,
             args.out,
             ranks=ranks,
             shard=args.shard,
-            through_of=through_of,
-            tell=tell,
-            say=say,
-        ).run()
+            on_step=on_step,
+            on_message=on_message,
+        )
     if ranks.first:
         print(summary(results))
         print(f"model: {args.out / 'model'}")
     return 0
 
 
-def _toy(args: argparse.Namespace, through_of: ThroughOf | None) -> int:
+def _toy(args: argparse.Namespace) -> int:
     from egemma_train.presets.toy import write_toy
 
     args.recipe, args.data, args.shard = write_toy(args.out), None, False
     args.out = args.out / "run"
-    return _run(args, through_of)
+    return _run(args)
 
 
-def _check(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
+def _check(args: argparse.Namespace) -> int:
     from egemma_train.data.batches import rates_of
-    from egemma_train.data.rows import read_dataset
+    from egemma_train.data.dataset_files import read_dataset
     from egemma_train.recipe import read_recipe
 
     recipe = read_recipe(args.recipe, args.data)
@@ -210,7 +211,7 @@ def _check(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
     return 0
 
 
-def _preset(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
+def _preset(args: argparse.Namespace) -> int:
     folder = resources.files("egemma_train") / "presets"
     names = sorted(
         path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml")
@@ -224,30 +225,40 @@ def _preset(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
+def _evaluate(args: argparse.Namespace) -> int:
     from egemma_core.checkpoint import open_checkpoint
     from egemma_core.nn.load import load_encoder
+    from egemma_quant.qat import rounded
+    from egemma_quant.schemes import scheme_named
     from egemma_train.evaluate import DevSets
     from egemma_train.ranks import join
     from egemma_train.recipe import read_recipe
 
     _threads(args.threads)
+    scheme = None if args.scheme is None else scheme_named(args.scheme)
     recipe, checkpoint = read_recipe(args.recipe, args.data), open_checkpoint(args.model)
     if not recipe.dev:
         raise ConfigError(f"{args.recipe} has no table [dev.NAME]: there is nothing to score on.")
     with join(args.device) as ranks:
-        scores = DevSets(
-            recipe.dev, recipe.folder, checkpoint.tokenizer(), checkpoint.prompts
-        ).score(load_encoder(checkpoint).to(ranks.device))
-    print(
-        json.dumps(scores)
-        if args.json
-        else "\n".join(f"{name:<40} {value:.4f}" for name, value in scores.items())
-    )
+        encoder = load_encoder(checkpoint).to(ranks.device)
+        dev = DevSets(recipe.dev, recipe.folder, checkpoint.tokenizer(), checkpoint.prompts)
+        scores, after = dev.score(encoder), None
+        if scheme is not None:
+            with rounded(encoder, scheme):
+                after = dev.score(encoder)
+    if args.json:
+        print(json.dumps(scores if after is None else {"float": scores, args.scheme: after}))
+    elif after is None:
+        print("\n".join(f"{name:<40} {value:.4f}" for name, value in scores.items()))
+    else:
+        print(f"{'':<40} {'float':>8} {args.scheme:>16} {'change':>8}")
+        for name, value in scores.items():
+            change = after[name] - value
+            print(f"{name:<40} {value:>8.4f} {after[name]:>16.4f} {change:>+8.4f}")
     return 0
 
 
-def _mine(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
+def _mine(args: argparse.Namespace) -> int:
     from egemma_train.teachers.mining import MiningConfig
     from egemma_train.teachers.mining_files import MineConfig, mine_file
 
@@ -281,7 +292,7 @@ def _mine(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
     return 0
 
 
-def _soup(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
+def _soup(args: argparse.Namespace) -> int:
     from egemma_train.mixtures.soup import soup
 
     soup(args.models, args.out)
@@ -289,7 +300,7 @@ def _soup(args: argparse.Namespace, _through_of: ThroughOf | None) -> int:
     return 0
 
 
-_VERBS: dict[str, Callable[[argparse.Namespace, Any], int]] = {
+_VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "toy": _toy,
     "check": _check,
@@ -300,87 +311,11 @@ _VERBS: dict[str, Callable[[argparse.Namespace, Any], int]] = {
 }
 
 
-def summary(results: Sequence[StageResult]) -> str:
-    """A line per stage, and per mixture of it."""
-    lines = [f"{'stage':<28} {'score':>8} {'step':>8} {'tokens':>12} {'seconds':>9}  ended"]
-    for result in results:
-        for number, mixture in enumerate(result.mixtures, start=1):
-            rates = ", ".join(f"{name} {rate:.2f}" for name, rate in mixture["rates"].items())
-            lines.append(
-                f"  mixture {number:<18} {mixture['scores']['score']:>8.4f}  "
-                f"{'in the soup: ' if mixture['in_soup'] else ''}{rates}"
-            )
-        score = f"{result.scores['score']:>8.4f}" if "score" in result.scores else f"{'':>8}"
-        lines.append(
-            f"{result.stage:<28} {score} {result.step:>8,} {result.tokens:>12,} "
-            f"{result.seconds:>9.1f}  {result.stopped}"
-        )
-    return "\n".join(lines)
-
-
 def _threads(count: int | None) -> None:
     import torch
 
     if count is not None:
-        if count < 1:
-            raise ConfigError(f"--threads {count}: at least 1.")
-        torch.set_num_threads(count)
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
-    """A bar with the time left on a terminal; elsewhere a line per tenth of a stage, and per
-    evaluation.
-    """
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    on_terminal = sys.stderr.isatty()
-    with tqdm(
-        total=0,
-        disable=not (shown and on_terminal),
-        leave=False,
-        bar_format="{n}/{total} {bar:24} {desc}",
-    ) as bar:
-
-        def tell(progress: Progress) -> None:
-            text = (
-                f"{progress.outcome.source}: loss {progress.outcome.losses['loss']:.3f}, "
-                f"{progress.tokens_per_second:,.0f} tokens/s, "
-                f"{_duration(progress.seconds_left)} left"
-            )
-            scored = progress.scores is not None and "score" in progress.scores
-            if on_terminal:
-                bar.total, bar.n = progress.steps, progress.step
-                bar.set_description_str(text)
-            elif scored or progress.step % max(1, progress.steps // 10) == 0:
-                score = (
-                    f", dev {progress.scores['score']:.4f}"
-                    if scored and progress.scores is not None
-                    else ""
-                )
-                print(
-                    f"  step {progress.step} of {progress.steps}: {text}{score}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-        def say(line: str) -> None:
-            if shown:
-                tqdm.write(line, file=sys.stderr)
-
-        yield tell, say
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02d} min"
-        if hours
-        else f"{minutes} min {rest:02d} s"
-        if minutes
-        else f"{rest} s"
-    )
+        torch.set_num_threads(whole_number("--threads", count, 1))
 
 
 if __name__ == "__main__":

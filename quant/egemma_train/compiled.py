@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from egemma_core.errors import ConfigError, RuntimeUnavailableError
+from egemma_core.errors import ConfigError, MissingDependencyError
 from egemma_train.ranks import is_shard
 
 # of one function: with and without gradients, one row or several, each precision and width of a
@@ -17,14 +17,14 @@ MOST_GRAPHS = 64
 
 
 def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Compile what each layer computes: once for all layers alike and for batches of any shape, as
-    they are first met (about 10 s a time).
+    """Compile what each layer computes, when a batch of a new kind of shape is first met.
 
-    Sums are made in another order than without; which one depends on the first batch. So a run that
-    was killed goes on to the same weights only up to rounding.
+    Layers alike are compiled once, for batches of any size, in about 10 s a time. Sums are made in
+    another order than without; which one depends on the first batch. So a run that was killed goes
+    on to the same weights only up to rounding.
 
     Raises:
-        RuntimeUnavailableError: there is no compiler.
+        MissingDependencyError: there is no compiler, or no Triton on a GPU.
         ConfigError: the layers are shards.
     """
     import torch._dynamo  # two seconds of imports that few need
@@ -32,7 +32,7 @@ def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
     layers = list(layers)
     if any(is_shard(weight) for layer in layers for weight in layer.parameters()):
         raise ConfigError(
-            "compile=true with --shard was never tried together: leave one of them out."
+            "compile=true and --shard do not work together.", hint="Leave one of them out."
         )
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -41,14 +41,14 @@ def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler as error:
-            raise RuntimeUnavailableError(
-                "compile=true needs a C++ compiler on a CPU. Install g++ (Debian: apt-get install "
-                "g++), or leave it out."
+            raise MissingDependencyError(
+                "compile=true needs a C++ compiler on a CPU.",
+                hint="Install g++ (Debian: apt-get install g++), or leave compile out.",
             ) from error
     elif find_spec("triton") is None:
-        raise RuntimeUnavailableError(
-            "compile=true needs Triton on a GPU. Install it with `pip install triton`, or leave "
-            "compile out."
+        raise MissingDependencyError(
+            "compile=true needs Triton on a GPU.",
+            hint="Install it with `pip install triton`, or leave compile out.",
         )
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     # where torch would go on uncompiled, and say so in a log only

@@ -4,14 +4,15 @@ taken.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from egemma_core.errors import ConfigError, InputError
+from egemma_core.errors import InputError, MissingDependencyError
+from egemma_core.files import replacing_file
+from egemma_core.json_lines import BadRowError, lines_of, parse_row, shortened
+from egemma_train.data.json_rows import bad_row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,15 +33,16 @@ def draw(log: Path, png: Path) -> None:
 
     Raises:
         InputError: the log is absent, a line is none of these, or there is no step in it.
-        ConfigError: matplotlib is missing.
+        MissingDependencyError: matplotlib is missing.
+        OutputError: `png` cannot be written.
     """
     steps, dev = _read(log)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError(
-            "drawing curves needs matplotlib: pip install 'egemma[train]'."
+        raise MissingDependencyError(
+            "Drawing curves needs matplotlib.", hint="pip install 'egemma[train]'"
         ) from error
     figure = Figure(figsize=(9, 8 if dev else 5.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -60,18 +62,15 @@ def draw(log: Path, png: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("optimizer step")
     axes[-1].set_xlim(left=0)
-    temporary = png.with_name(f".{png.name}.{os.getpid()}")
     png.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, png)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_file(png) as scratch:
+        figure.savefig(scratch, format="png")
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """The median of each value and its neighbours, `width` in all, fewer at the ends: batches of
-    several datasets jump, their median does not.
+    """Return the median of each value and its neighbours, `width` in all, fewer at the ends.
+
+    Batches of several datasets jump; their median does not.
     """
     return [
         statistics.median(values[max(0, index - width // 2) : index + width // 2 + 1])
@@ -80,9 +79,7 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def _draw_loss(axis: Axes, steps: Sequence[Line]) -> None:
-    """Points by dataset, and smoothed lines of the total and, where there are several, its
-    parts.
-    """
+    """Draw the losses: points by dataset, smoothed lines of the total and of its parts."""
     numbers = [line["step"] for line in steps]
     width, size = max(5, len(steps) // 15), min(8.0, max(3.5, 200 / len(steps)))
     sources = sorted(
@@ -144,6 +141,7 @@ def _draw_loss(axis: Axes, steps: Sequence[Line]) -> None:
 
 
 def _draw_dev(axis: Axes, dev: Sequence[Line]) -> None:
+    """Draw the dev scores, the best of them marked."""
     numbers, scores = [line["step"] for line in dev], [line["dev"]["score"] for line in dev]
     best = max(range(len(scores)), key=lambda index: scores[index])
     axis.plot(numbers, scores, "o-", color="black", markersize=3, linewidth=1.4)
@@ -162,7 +160,7 @@ def _draw_dev(axis: Axes, dev: Sequence[Line]) -> None:
 
 
 def _draw_rate(axis: Axes, steps: Sequence[Line]) -> None:
-    """Learning rate, and the gradient's norm on an axis of its own."""
+    """Draw the learning rate, and the gradient's norm on an axis of its own."""
     own = [line for line in steps if "learning_rate" in line]
     axis.plot(
         [line["step"] for line in own],
@@ -189,37 +187,30 @@ def _draw_rate(axis: Axes, steps: Sequence[Line]) -> None:
 
 
 def _read(log: Path) -> tuple[list[Line], list[Line]]:
-    """Lines of steps, and lines of dev scores."""
-    try:
-        # what follows the last line break is empty, or cut off
-        lines = log.read_text(encoding="utf-8").split("\n")[:-1]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{log}: not readable ({error}). A run writes log.jsonl into its folder."
-        ) from error
-    steps, dev = [], []
-    for number, text in enumerate(lines, 1):
+    """Return the lines of steps and the lines of dev scores; one that was cut off is left out."""
+    steps: list[Line] = []
+    dev: list[Line] = []
+    is_empty = log.is_file() and log.stat().st_size == 0
+    for number, text in () if is_empty else lines_of(log):
+        if not text.endswith(b"\n"):
+            break
         try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{log}, line {number}: not JSON ({error}).") from error
-        kind = "dev" if isinstance(line, dict) and "dev" in line else "loss"
-        value = (
-            line.get(kind) if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-        )
-        if (
-            kind == "dev"
-            and isinstance(value, dict)
-            and isinstance(value.get("score"), int | float)
-        ):
-            dev.append(line)
-        elif kind == "loss" and isinstance(value, int | float):
-            steps.append(line)
-        else:
-            raise InputError(
-                f"{log}, line {number}: want step with loss, or step with dev and its score; found "
-                f"{text[:60]}."
-            )
+            line = parse_row(text, number)
+            (dev if "dev" in line else steps).append(_checked(line))
+        except BadRowError as error:
+            raise bad_row(log, number, error) from error
     if not steps:
-        raise InputError(f"{log}: no step in it yet. Draw when the run has logged one.")
+        raise InputError(f"{log} holds no step yet.", hint="Draw when the run has logged one.")
     return steps, dev
+
+
+def _checked(line: Line) -> Line:
+    """Return a line that has a step, and a loss or a dev score."""
+    value = line.get("loss")
+    if "dev" in line:
+        value = line["dev"].get("score") if isinstance(line["dev"], dict) else None
+    if isinstance(line.get("step"), int) and isinstance(value, int | float):
+        return line
+    raise BadRowError(
+        f"found {shortened(line)}: a line has a step and its loss, or a step and dev with its score."
+    )

@@ -8,22 +8,24 @@ query (`paired_difference`).
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from egemma_core.checks import one_of, whole_number
 from egemma_core.errors import ConfigError, InputError
 from egemma_core.nn.encode import Ids, encode_rows
 from egemma_core.nn.encoder import Encoder
 from egemma_core.prompts import DEFAULT_TASK, Prompts
 from egemma_core.tokens import Tokenizer
 from egemma_core.vectors import shorten
+from egemma_train.data.dataset_files import read_dataset
+from egemma_train.data.datasets import Dataset, DatasetConfig
 from egemma_train.data.dev_files import (
     Judged,
     Retrieval,
@@ -31,12 +33,10 @@ from egemma_train.data.dev_files import (
     read_retrieval,
     read_similarity,
 )
-from egemma_train.data.rows import Dataset, DatasetConfig, read_dataset
-from egemma_train.tables import read_table
+from egemma_train.metrics import best_hits, judge, rank_products
 
 Kind = Literal["retrieval", "similarity", "pairs"]
 MAIN = {"retrieval": "ndcg@10", "similarity": "spearman", "pairs": "ndcg@10"}
-CUT = 10  # hits that count
 BLOCK = 64  # queries whose scores against all documents are held at once
 SCORE = "score"  # the mean of the sets' main scores
 T = TypeVar("T", bound=Hashable)
@@ -60,40 +60,23 @@ class DevConfig:
     dim: int | None = None  # a trained width; None for the full one
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ConfigError(
-                f"dev set {self.name!r}: kind={self.kind!r}: one of {get_args(Kind)}."
-            )
+        one_of("kind", self.kind, get_args(Kind))
         if not self.name.strip() or "/" in self.name or self.name == SCORE or not self.path:
             raise ConfigError(
-                f"dev set {self.name!r}: path={self.path!r}: a dev set needs a path and a name of "
+                f"name={self.name!r}, path={self.path!r}: a dev set needs a path and a name of "
                 f"its own, without '/', other than {SCORE!r}."
             )
-        if any(limit is not None and limit < 1 for limit in (self.max_queries, self.max_documents)):
-            raise ConfigError(
-                f"dev set {self.name!r}: max_queries={self.max_queries}, "
-                f"max_documents={self.max_documents}: at least 1, or leave them out."
-            )
-        if (self.languages is not None and self.kind == "retrieval") or (
-            self.max_documents is not None and self.kind == "similarity"
-        ):
-            raise ConfigError(
-                f"dev set {self.name!r}: kind={self.kind!r} has no "
-                f"{'languages' if self.kind == 'retrieval' else 'max_documents'}. Leave it out."
-            )
-
-    @classmethod
-    def of(cls, name: str, table: object) -> DevConfig:
-        """From a recipe's table [dev.NAME].
-
-        Raises:
-            ConfigError: a key is unknown, missing or of the wrong type, or a value cannot work.
-        """
-        return read_table(cls, table, f"[dev.{name}]", name=name)
+        for setting in ("max_queries", "max_documents"):
+            if getattr(self, setting) is not None:
+                whole_number(setting, getattr(self, setting), 1, hint="Or leave it out.")
+        if self.languages is not None and self.kind == "retrieval":
+            raise ConfigError("kind='retrieval' has no languages.", hint="Leave them out.")
+        if self.max_documents is not None and self.kind == "similarity":
+            raise ConfigError("kind='similarity' has no max_documents.", hint="Leave it out.")
 
 
 @dataclass(frozen=True)
-class _Set:
+class _DevSet:
     """A dev set as tokens."""
 
     name: str
@@ -139,17 +122,17 @@ class DevSets:
     ) -> None:
         names = [config.name for config in configs] + [dataset.name for dataset in held_out]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"dev sets {names}: want at least one, and each name once.")
-        if precision not in ("float32", "bfloat16"):
             raise ConfigError(
-                f"precision={precision!r}: float32 or bfloat16; float16 overflows in this model."
+                f"The dev sets are named {names}; give at least one, and each name once."
             )
-        self.tokenizer, self.prompts, self.precision, self.chunk_tokens = (
-            tokenizer,
-            prompts,
+        one_of(
+            "precision",
             precision,
-            chunk_tokens,
+            ("float32", "bfloat16"),
+            hint="In this model float16 overflows.",
         )
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.precision, self.chunk_tokens = precision, chunk_tokens
         self.sets = [self._prepare(config, data) for config in configs]
         for dataset in held_out:
             config = DevConfig(
@@ -163,15 +146,17 @@ class DevSets:
             self.sets.append(self._retrieval(config, from_pairs(dataset), dataset.symmetric))
 
     def described(self) -> dict[str, dict[str, int]]:
-        """Of each set: how many queries and documents (or pairs) are used, of how many, and how
-        many texts were cut. Scores of a part of a set are no scores of the set.
+        """Return how many queries and documents (or pairs) of each set are used, of how many.
+
+        It also counts the texts that were cut. Scores of a part of a set are no scores of the set.
         """
         return {found.name: dict(found.facts) for found in self.sets}
 
     def score(self, encoder: Encoder) -> dict[str, float]:
-        """ "NAME/ndcg@10", "NAME/recall@10", "NAME/accuracy@1" (the first hit is right) or
-        "NAME/spearman" of each set, and "score", the mean of the sets' nDCG@10 and Spearman; each
-        from 0 (Spearman: -1) to 1.
+        """Return the scores of an encoder, each from 0 (Spearman: -1) to 1.
+
+        They are "NAME/ndcg@10", "NAME/recall@10" and "NAME/accuracy@1" (the first hit is right) or
+        "NAME/spearman" of each set, and "score", the mean of the sets' nDCG@10 and Spearman.
 
         Documents of equal score rank in the order of the file. The encoder is left in the mode in
         which it came.
@@ -194,12 +179,13 @@ class DevSets:
         }
 
     def per_query(self, encoder: Encoder) -> dict[str, NDArray[np.float64]]:
-        """Of each set, the values whose mean is its main score: nDCG@10 of each query, or each
-        pair's product of standardized ranks.
+        """Return the values of each set whose mean is its main score.
+
+        They are the nDCG@10 of each query, or each pair's product of standardized ranks.
         """
         return {found.name: self._measure(encoder, found)[MAIN[found.kind]] for found in self.sets}
 
-    def _prepare(self, config: DevConfig, data: Path) -> _Set:
+    def _prepare(self, config: DevConfig, data: Path) -> _DevSet:
         if config.kind == "retrieval":
             return self._retrieval(config, read_retrieval(data / config.path), False)
         if config.kind == "similarity":
@@ -216,21 +202,18 @@ class DevSets:
         )
         return self._retrieval(config, from_pairs(dataset), dataset.symmetric)
 
-    def _retrieval(self, config: DevConfig, found: Retrieval, symmetric: bool) -> _Set:
+    def _retrieval(self, config: DevConfig, found: Retrieval, symmetric: bool) -> _DevSet:
         queries = _choose(list(found.relevant), config.max_queries)
         right = {document for query in queries for document in found.relevant[query]}
         if config.max_documents is not None and len(right) > config.max_documents:
             raise ConfigError(
                 f"dev set {config.name!r}: {len(right)} documents are right answers to its "
-                f"{len(queries)} queries, max_documents={config.max_documents}. "
-                "Raise it, or lower max_queries."
+                f"{len(queries)} queries, max_documents={config.max_documents}.",
+                hint="Raise it, or lower max_queries.",
             )
         others = [document for document in found.documents if document not in right]
-        kept = right.union(
-            _choose(
-                others, None if config.max_documents is None else config.max_documents - len(right)
-            )
-        )
+        most = None if config.max_documents is None else config.max_documents - len(right)
+        kept = right.union(_choose(others, most))
         documents = [document for document in found.documents if document in kept]
         place = {document: index for index, document in enumerate(documents)}
         prompt = self.prompts.query(config.task)
@@ -255,9 +238,11 @@ class DevSets:
             {place[document]: degree for document, degree in found.relevant[query].items()}
             for query in queries
         ]
-        return _Set(config.name, config.kind, config.dim, left, rows, degrees, np.zeros(0), facts)
+        return _DevSet(
+            config.name, config.kind, config.dim, left, rows, degrees, np.zeros(0), facts
+        )
 
-    def _similarity(self, config: DevConfig, found: Sequence[Judged]) -> _Set:
+    def _similarity(self, config: DevConfig, found: Sequence[Judged]) -> _DevSet:
         pairs = [
             found[index]
             for index in _choose(
@@ -267,14 +252,14 @@ class DevSets:
         scores = np.array([pair.score for pair in pairs], np.float64)
         if len(set(scores.tolist())) < 2:
             raise InputError(
-                f"dev set {config.name!r}: {len(pairs)} pairs, and no two differ in score: there "
-                "is no order to compare with."
+                f"dev set {config.name!r}: of its {len(pairs)} pairs no two differ in score, so "
+                "there is no order to compare with."
             )
         prompt = self.prompts.query(config.task)
         left, cut_left = self._tokenize([prompt + pair.a for pair in pairs], config)
         right, cut_right = self._tokenize([prompt + pair.b for pair in pairs], config)
         facts = {"pairs": len(pairs), "of_pairs": len(found), "cut_texts": cut_left + cut_right}
-        return _Set(config.name, config.kind, config.dim, left, right, [], scores, facts)
+        return _DevSet(config.name, config.kind, config.dim, left, right, [], scores, facts)
 
     def _tokenize(self, texts: Sequence[str], config: DevConfig) -> tuple[list[Ids], int]:
         encoded = [
@@ -283,17 +268,12 @@ class DevSets:
         ]
         return [tokens.ids for tokens in encoded], sum(tokens.truncated for tokens in encoded)
 
-    def _measure(self, encoder: Encoder, found: _Set) -> dict[str, NDArray[np.float64]]:
-        queries, documents = (
-            self._embed(encoder, found.queries, found.dim),
-            self._embed(encoder, found.documents, found.dim),
-        )
+    def _measure(self, encoder: Encoder, found: _DevSet) -> dict[str, NDArray[np.float64]]:
+        queries = self._embed(encoder, found.queries, found.dim)
+        documents = self._embed(encoder, found.documents, found.dim)
         if found.kind == "similarity":
-            return {
-                "spearman": rank_products(
-                    (queries.astype(np.float64) * documents).sum(1), found.scores
-                )
-            }
+            cosines = (queries.astype(np.float64) * documents).sum(1)
+            return {"spearman": rank_products(cosines, found.scores)}
         best = np.concatenate(
             [
                 best_hits(queries[start : start + BLOCK] @ documents.T)
@@ -303,7 +283,7 @@ class DevSets:
         return judge(best, found.degrees)
 
     def _embed(self, encoder: Encoder, rows: list[Ids], dim: int | None) -> NDArray[np.float32]:
-        """(rows, dim) float32 unit vectors."""
+        """Return the (rows, dim) float32 unit vectors of token rows."""
         # equal texts get equal vectors, to the last bit: ties stay ties
         texts = {row: index for index, row in enumerate(dict.fromkeys(rows))}
         was_training = encoder.training
@@ -319,126 +299,18 @@ class DevSets:
                 )
         finally:
             encoder.train(was_training)
-        return shorten(vectors.float().cpu().numpy(), dim, encoder.config.dims)[
-            [texts[row] for row in rows]
-        ]
-
-
-def best_hits(scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-    """(Q, 10) indices of the best documents, best first, equal ones in their order; fewer columns
-    for fewer documents.
-
-    Args:
-        scores: (Q, N).
-    """
-    return np.argsort(-scores, axis=1, kind="stable")[:, :CUT]
-
-
-def judge(
-    hits: NDArray[np.int64], degrees: Sequence[Mapping[int, float]]
-) -> dict[str, NDArray[np.float64]]:
-    """nDCG@10 with linear gains, recall@10 and accuracy@1 of each query, as sentence-transformers
-    and trec_eval have them.
-
-    Args:
-        hits: (Q, 10) indices of documents, best first.
-        degrees: of each query, how right its right documents are, by index; positive, at least one.
-
-    Returns:
-        Each (Q,) float64.
-    """
-    ndcg, recall, first = [], [], []
-    for row, right in zip(hits.tolist(), degrees, strict=True):
-        gain = sum(
-            right.get(document, 0.0) / math.log2(rank + 2) for rank, document in enumerate(row)
-        )
-        most = sum(
-            degree / math.log2(rank + 2)
-            for rank, degree in enumerate(sorted(right.values(), reverse=True)[:CUT])
-        )
-        ndcg.append(gain / most)
-        recall.append(sum(document in right for document in row) / len(right))
-        first.append(float(row[0] in right))
-    return {"ndcg@10": np.array(ndcg), "recall@10": np.array(recall), "accuracy@1": np.array(first)}
-
-
-def rank_products(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n,) products of standardized ranks; their mean is Spearman's correlation.
-
-    Equal values share the mean of their ranks.
-
-    All 0 where one side has a single value: it orders nothing.
-    """
-    ranks = [_ranks(values) for values in (one, other)]
-    spreads = [float(rank.std()) for rank in ranks]
-    if min(spreads) == 0:
-        return np.zeros(len(one))
-    products: NDArray[np.float64] = (
-        (ranks[0] - ranks[0].mean()) / spreads[0] * (ranks[1] - ranks[1].mean()) / spreads[1]
-    )
-    return products
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[group]
-    return ranks
-
-
-def paired_difference(
-    one: NDArray[np.float64], other: NDArray[np.float64], seed: int = 0, samples: int = 10_000
-) -> tuple[float, float, float]:
-    """Mean of one - other over the same queries, and its 95 % interval: percentiles of the mean
-    over queries drawn again with replacement.
-
-    It says what other queries would change, not what another training seed would; for that see
-    `t_interval`.
-    """
-    if one.shape != other.shape or one.ndim != 1 or not len(one):
-        raise InputError(
-            f"values {one.shape} and {other.shape}: want one of each model for the same queries."
-        )
-    difference, draw = one - other, np.random.default_rng(seed)
-    means = [
-        difference[draw.integers(len(difference), size=len(difference))].mean()
-        for _ in range(samples)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over training seeds, and its 95 % interval by Student's t.
-
-    Raises:
-        InputError: fewer than two values.
-        ConfigError: SciPy is missing.
-    """
-    try:
-        from scipy.stats import t  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ConfigError(
-            "intervals over seeds need SciPy: pip install 'egemma[train]'."
-        ) from error
-    if len(values) < 2:
-        raise InputError(f"{len(values)} value: an interval needs at least two seeds.")
-    mean = float(np.mean(values))
-    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return mean, mean - half, mean + half
+        short = shorten(vectors.float().cpu().numpy(), dim, encoder.config.dims)
+        return short[[texts[row] for row in rows]]
 
 
 def _choose(items: Sequence[T], count: int | None, texts: Sequence[str] | None = None) -> list[T]:
-    """`count` items in their order, those with the smallest hashes of their ids or `texts`: the
-    same ones on every machine.
+    """Return `count` items in their order: those with the smallest hashes of their ids or `texts`.
+
+    They are the same ones on every machine.
     """
     if count is None or count >= len(items):
         return list(items)
-    keys = [
-        hashlib.sha256(text.encode()).digest() for text in (texts or [str(item) for item in items])
-    ]
-    return [
-        items[index]
-        for index in sorted(
-            sorted(range(len(items)), key=lambda index: (keys[index], index))[:count]
-        )
-    ]
+    named = texts or [str(item) for item in items]
+    keys = [hashlib.sha256(text.encode()).digest() for text in named]
+    by_hash = sorted(range(len(items)), key=lambda index: (keys[index], index))
+    return [items[index] for index in sorted(by_hash[:count])]

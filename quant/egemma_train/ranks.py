@@ -34,26 +34,27 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """The one that writes files and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def share(self, total: int) -> slice:
-        """This process's part of `total` rows.
+        """Return this process's part of `total` rows.
 
         Raises:
             ConfigError: they do not divide evenly.
         """
         if total % self.count:
             raise ConfigError(
-                f"a batch of {total} does not divide among {self.count} processes; choose a "
-                "multiple."
+                f"A batch of {total} does not divide among {self.count} processes.",
+                hint="Choose a multiple.",
             )
         each = total // self.count
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def gather(self, mine: Tensor) -> Tensor:
-        """(count, ...) the same-shaped tensors of all processes; a gradient reaches only this one's
-        own.
+        """Return (count, ...), the same-shaped tensors of all processes.
+
+        A gradient reaches only this process's own.
         """
         if self.count == 1:
             return mine[None]
@@ -63,14 +64,14 @@ class Ranks:
         return torch.stack(parts)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, without a gradient."""
+        """Return the sum over all processes, without a gradient."""
         total = value.detach().clone()
         if self.count > 1:
             dist.all_reduce(total)
         return total
 
     def most(self, number: int) -> int:
-        """The largest of all processes' numbers."""
+        """Return the largest of all processes' numbers."""
         if self.count == 1:
             return number
         largest = torch.tensor(number, device=self.device)
@@ -97,7 +98,7 @@ class Ranks:
             start += gradient.numel()
 
     def agree(self, value: T) -> T:
-        """The first process's value, on all of them."""
+        """Return the first process's value, on all of them."""
         if self.count == 1:
             return value
         box = [value]
@@ -105,7 +106,7 @@ class Ranks:
         return box[0]
 
     def of_first(self, work: Callable[[], T]) -> T:
-        """What the first process's `work` gives, on all of them; the others do not call it.
+        """Return what the first process's `work` gives, on all of them; the others do not call it.
 
         Its error is raised on all: none waits for it.
         """
@@ -123,9 +124,10 @@ class Ranks:
         return cast(T, value)
 
     def shard(self, encoder: Encoder) -> None:
-        """Keep a share of every weight's rows in each process, and so of its gradient and moments
-        (FSDP2). A layer's weights are whole only while it computes. Every process must then run the
-        encoder equally often. A lone process keeps all.
+        """Keep only a share of every weight's rows in each process (FSDP2).
+
+        Gradients and moments are divided likewise. A layer's weights are whole only while it
+        computes, so every process must run the encoder equally often. A lone process keeps all.
         """
         if self.count == 1:
             return
@@ -141,8 +143,10 @@ class Ranks:
             sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> float:
-        """Scale all gradients so that together they are no longer than `limit`; returns how long
-        they were.
+        """Scale all gradients so that together they are no longer than `limit`.
+
+        Returns:
+            How long they were.
         """
         found = [weight for weight in parameters if weight.grad is not None]
         kinds = [
@@ -170,7 +174,7 @@ ALONE = Ranks()
 
 @contextmanager
 def gathered(encoder: Encoder) -> Iterator[None]:
-    """Inside, the encoder's parameters are whole, on every process."""
+    """Make the encoder's parameters whole on every process while the block runs."""
     shards = []
     if any(map(is_shard, encoder.parameters())):
         from torch.distributed.fsdp import FSDPModule
@@ -186,7 +190,7 @@ def gathered(encoder: Encoder) -> Iterator[None]:
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this process holds only a share of it."""
+    """Say whether this process holds only a share of a tensor."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     # a second of imports that a single process does not need
@@ -196,14 +200,12 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it; every process must ask for it."""
+    """Return a tensor whole; every process must call it."""
     return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def cut_like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """A whole tensor as `weight` is: on its device, this process's share of it where that is
-    one.
-    """
+    """Return a whole tensor as `weight` is: on its device, and cut where that is a share."""
     if not is_shard(weight):
         return tensor.to(weight.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -216,7 +218,7 @@ def cut_like(tensor: Tensor, weight: Tensor) -> Tensor:
 
 @contextmanager
 def join(device: str | None = None) -> Iterator[Ranks]:
-    """The processes that torchrun started with this one, or this one alone.
+    """Join the processes that torchrun started with this one, if it did, for the block.
 
     Args:
         device: "cpu" or "cuda"; None for a GPU where there is one.
@@ -225,10 +227,11 @@ def join(device: str | None = None) -> Iterator[Ranks]:
         ConfigError: "cuda" without one.
     """
     if device not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device={device!r}: 'cpu' or 'cuda'.")
+        raise ConfigError(f"device={device!r} must be 'cpu' or 'cuda'.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "device='cuda', but torch sees no GPU. Leave it out, or install a torch with CUDA."
+            "device='cuda', but torch sees no GPU.",
+            hint="Leave it out, or install a torch with CUDA.",
         )
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     count = int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,30 +1,30 @@
 """A recipe: what to start from, data, dev sets and stages, in one TOML file.
 
-`egemma_train.runner` runs it.
-
-The format is described for users in docs/training.md.
+docs/training.md describes the format for users; egemma_train.runner runs a recipe.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from egemma_core.checks import whole_number
 from egemma_core.config import FULL, EncoderConfig
 from egemma_core.errors import ConfigError
+from egemma_quant.schemes import scheme_named
 from egemma_train.data.batches import BatchConfig
-from egemma_train.data.rows import DatasetConfig
+from egemma_train.data.datasets import DatasetConfig
 from egemma_train.data.texts import TextConfig
 from egemma_train.evaluate import DevConfig
-from egemma_train.loop import LoopConfig
-from egemma_train.objectives.contrast import ContrastConfig, Through
+from egemma_train.loop_config import LoopConfig
+from egemma_train.objectives.contrast import ContrastConfig
 from egemma_train.objectives.encoder_decoder import CrossInit
 from egemma_train.start.decoder import HeadConfig
 from egemma_train.tables import check_keys, read_table
-from egemma_train.teachers.teacher import Match
+from egemma_train.teachers.space import Match
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,13 +32,12 @@ else:
     import tomli as tomllib
 
 Kind = Literal["language-model", "denoise", "contrast"]
-ThroughOf = Callable[[str, bool], Through]  # scheme, whether activations are rounded too
 TEXT_FIELDS = ("query", "positive", "negative", "text", "a", "b")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model that starts from nothing. What is not said here is as in EmbeddingGemma."""
+    """A model that starts from random weights; what is not set here is as in EmbeddingGemma."""
 
     # a SentencePiece model; None to make one of `pieces` from the recipe's texts
     tokenizer: str | None = None
@@ -56,11 +55,12 @@ class Shape:
     def __post_init__(self) -> None:
         if (self.tokenizer is None) == (self.pieces is None):
             raise ConfigError(
-                f"tokenizer={self.tokenizer!r}, pieces={self.pieces!r}: give one, a file or how "
+                f"tokenizer={self.tokenizer!r} and pieces={self.pieces!r}: give one, a file or how "
                 "many pieces are to be made."
             )
 
     def config(self, vocab_size: int, dims: tuple[int, ...], pooling: str) -> EncoderConfig:
+        """Return the config of an encoder of this shape."""
         kinds = tuple(
             "full_attention"
             if layer % self.full_every == self.full_every - 1
@@ -137,16 +137,14 @@ class MixturesConfig:
     seeds: tuple[dict[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not (1 <= self.best <= self.trials and self.random >= 0):
-            raise ConfigError(
-                f"trials={self.trials}, best={self.best}, random={self.random}: best lies from 1 "
-                "to trials, random is not negative."
-            )
+        whole_number("trials", self.trials, 1)
+        whole_number("best", self.best, 1, self.trials, hint="It is at most trials.")
+        whole_number("random", self.random, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One run, or one per mixture."""
+    """A stage of a recipe: one run, or one per mixture of its datasets."""
 
     name: str
     kind: Kind
@@ -176,22 +174,31 @@ class Stage:
             if wrong or self.texts is None:
                 raise ConfigError(f"a {self.kind} stage has texts, and no {wrong or 'more'}.")
         if self.activations and self.scheme is None:
-            raise ConfigError("activations=true without a scheme.")
+            raise ConfigError(
+                "activations=true without a scheme rounds nothing.", hint="Name a scheme as well."
+            )
+        if self.scheme is not None:
+            scheme_named(self.scheme)
+        if self.dev_one_in is not None:
+            whole_number("dev_one_in", self.dev_one_in, 2)
         if self.activations and self.loss.compile:
             raise ConfigError(
                 "activations=true with compile=true: the rounding of activations is not in what is "
-                "compiled. Leave one of them out."
+                "compiled.",
+                hint="Leave one of them out.",
             )
         if self.scheme is not None and self.loss.precision != "float32":
             raise ConfigError(
                 f"scheme={self.scheme!r} with precision={self.loss.precision!r}: bfloat16 would "
-                "round the weights once more, and what is trained would not be "
-                "what ships. Leave precision at float32 in this stage."
+                "round the weights once more, and what is trained would not be what ships.",
+                hint="Leave precision at float32 in this stage.",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """All that a run is made of."""
+
     name: str
     start: Start
     data: tuple[DatasetConfig, ...]
@@ -201,7 +208,8 @@ class Recipe:
 
 
 def read_recipe(path: Path, data: Path | None = None) -> Recipe:
-    """
+    """Read a recipe from its file.
+
     Args:
         data: the folder that holds the data; None for what the file says, starting from where the
             file is.
@@ -212,53 +220,31 @@ def read_recipe(path: Path, data: Path | None = None) -> Recipe:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable TOML file ({error}).") from error
+        raise ConfigError(f"{path}: this is not a readable TOML file ({error}).") from error
     try:
         return recipe_of(tree, path.stem, path.parent, data)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise error.at(str(path)) from error
 
 
 def recipe_of(tree: Mapping[str, Any], name: str, beside: Path, data: Path | None) -> Recipe:
-    """A recipe from a parsed file; see `read_recipe`."""
-    check_keys(tree, ("folder", "start", "data", "dev", "stages"), "the recipe")
-    for key, kind in (("start", dict), ("data", dict), ("stages", list)):
-        if not isinstance(tree.get(key), kind) or not tree[key]:
-            raise ConfigError(
-                f"it needs {'tables [[stages]]' if key == 'stages' else f'a table [{key}]'}."
-            )
-    for key in ("data", "dev"):
-        tables = tree.get(key, {})
-        wrong = (
-            [f"{key}.{name}" for name, table in tables.items() if not isinstance(table, dict)]
-            if isinstance(tables, dict)
-            else [key]
-        )
-        if wrong:
-            raise ConfigError(f"[{wrong[0]}]: not a table.")
-    if not isinstance(tree.get("folder", ""), str):
-        raise ConfigError(
-            f"folder={tree['folder']!r} is {type(tree['folder']).__name__}, not the path of a "
-            "folder."
-        )
+    """Return the recipe that a parsed file holds; see `read_recipe`."""
+    _check_tree(tree)
     start = dict(tree["start"])
-    head = (
-        {"head": read_table(HeadConfig, start.pop("head"), "[start.head]")}
-        if "head" in start
-        else {}
+    given: dict[str, Any] = {"head": None, "shape": None}
+    for key, kind in (("head", HeadConfig), ("shape", Shape)):
+        if key in start:
+            given[key] = read_table(kind, start.pop(key), f"[start.{key}]")
+    datasets = tuple(
+        read_table(DatasetConfig, table, f"[data.{key}]", name=key)
+        for key, table in tree["data"].items()
     )
-    shape = (
-        {"shape": read_table(Shape, start.pop("shape"), "[start.shape]")}
-        if "shape" in start
-        else {}
-    )
-    datasets = tuple(DatasetConfig.of(key, table) for key, table in tree["data"].items())
     stages = tuple(
         _stage(table, f"[[stages]] {index}") for index, table in enumerate(tree["stages"], start=1)
     )
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
-        raise ConfigError(f"stages are named {names}: give each its own name.")
+        raise ConfigError(f"The stages are named {names}; give each its own name.")
     for stage in stages:
         unknown = set(stage.datasets or ()) - {dataset.name for dataset in datasets}
         if unknown:
@@ -268,7 +254,7 @@ def recipe_of(tree: Mapping[str, Any], name: str, beside: Path, data: Path | Non
             )
     return Recipe(
         name=name,
-        start=_start(start, {**head, **shape}),
+        start=read_table(Start, start, "[start]", **given),
         data=datasets,
         stages=stages,
         dev=tuple(
@@ -279,13 +265,26 @@ def recipe_of(tree: Mapping[str, Any], name: str, beside: Path, data: Path | Non
     )
 
 
-def _start(table: dict[str, Any], given: dict[str, Any]) -> Start:
-    return read_table(Start, table, "[start]", **{"head": None, "shape": None, **given})
+def _check_tree(tree: Mapping[str, Any]) -> None:
+    """Refuse a file without the tables that a recipe has."""
+    check_keys(tree, ("folder", "start", "data", "dev", "stages"), "the recipe")
+    for key, kind in (("start", dict), ("data", dict), ("stages", list)):
+        if not isinstance(tree.get(key), kind) or not tree[key]:
+            needed = "tables [[stages]]" if key == "stages" else f"a table [{key}]"
+            raise ConfigError(f"it needs {needed}.")
+    if not isinstance(tree.get("dev", {}), dict):
+        raise ConfigError("[dev] is not a table.")
+    if not isinstance(tree.get("folder", ""), str):
+        raise ConfigError(
+            f"folder={tree['folder']!r} is {type(tree['folder']).__name__}, not the path of a "
+            "folder."
+        )
 
 
 def _stage(table: Any, where: str) -> Stage:
+    """Return the stage that a table describes, with the tables inside it."""
     if not isinstance(table, dict):
-        raise ConfigError(f"{where}: not a table.")
+        raise ConfigError(f"{where} is not a table.")
     where = f"{where} ({table.get('name', 'without a name')})"
     kinds: dict[str, type[Any]] = {
         "loop": LoopConfig,

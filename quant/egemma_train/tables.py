@@ -1,5 +1,5 @@
-"""A table of a TOML file as a frozen dataclass: every key known, every value of its type, or an
-error that says what was meant.
+"""A table of a TOML file as a frozen dataclass: every key is known and every value of its type, or
+an error names what was meant.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from egemma_core.checks import one_of
 from egemma_core.errors import ConfigError
 
 T = TypeVar("T")
 
 
 def read_table(kind: type[T], table: object, where: str, **given: Any) -> T:
-    """A dataclass from a table.
+    """Return the dataclass `kind` with the values of a table.
 
     Args:
-        where: how the file calls it, for errors: "[stages.loop]".
+        where: how the file calls the table, for errors: "[stages.loop]".
         given: fields that do not come from the table, and may not stand in it.
 
     Raises:
@@ -47,13 +48,14 @@ def read_table(kind: type[T], table: object, where: str, **given: Any) -> T:
     try:
         return kind(**values, **given)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise error.at(where) from error
 
 
 def check_keys(
     table: Mapping[str, Any], known: Mapping[str, Any] | tuple[str, ...], where: str
 ) -> None:
-    """
+    """Refuse a table with a key that is not known.
+
     Raises:
         ConfigError: a key is not known; names the nearest one that is.
     """
@@ -67,29 +69,18 @@ def check_keys(
 
 
 def _converted(value: Any, hint: Any, where: str) -> Any:
+    """Return a value of a file as the type that a field's annotation names."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not types.NoneType)
     if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(f"{where}={value!r}: one of {list(get_args(hint))}.")
-        return value
+        return one_of(where, value, get_args(hint))
     if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}={value!r} is {type(value).__name__}, not a list.")
-        parts = get_args(hint)
-        kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
-        if len(kinds) != len(value):
-            raise ConfigError(f"{where}={value!r}: {len(kinds)} values are wanted.")
-        return tuple(
-            _converted(part, part_hint, where) for part, part_hint in zip(value, kinds, strict=True)
-        )
+        return _sequence(value, get_args(hint), where)
     if get_origin(hint) in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}={value!r} is {type(value).__name__}, not a table.")
-        return {
-            key: _converted(part, get_args(hint)[1], f"{where}.{key}")
-            for key, part in value.items()
-        }
+        kind = get_args(hint)[1]
+        return {key: _converted(part, kind, f"{where}.{key}") for key, part in value.items()}
     if hint is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:
@@ -97,3 +88,15 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     if not fits:
         raise ConfigError(f"{where}={value!r} is {type(value).__name__}, not {hint.__name__}.")
     return float(value) if hint is float else value
+
+
+def _sequence(value: Any, hints: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    """Return a list as a tuple; where any number of texts may stand, one text is a list of one."""
+    if isinstance(value, str) and hints == (str, Ellipsis):
+        return (value,)
+    if not isinstance(value, list):
+        raise ConfigError(f"{where}={value!r} is {type(value).__name__}, not a list.")
+    kinds = [hints[0]] * len(value) if hints[-1] is Ellipsis else list(hints)
+    if len(kinds) != len(value):
+        raise ConfigError(f"{where}={value!r} must have {len(kinds)} values.")
+    return tuple(_converted(part, kind, where) for part, kind in zip(value, kinds, strict=True))

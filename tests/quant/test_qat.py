@@ -262,6 +262,6 @@ def _rank(rank: int, store: str) -> None:
     across.dense[0].weight = torch.nn.Parameter(
         distribute_tensor(across.dense[0].weight.detach(), mesh, [Shard(1)])
     )
-    with pytest.raises(ConfigError, match="shard whole rows"), rounded(across, MIXED):
+    with pytest.raises(ConfigError, match="Shard whole rows"), rounded(across, MIXED):
         pass
     torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from egemma_core.errors import ConfigError, PromptError
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer
 from egemma_train.data.batches import BatchConfig, Batches, BatchesAhead, rates_of
-from egemma_train.data.rows import Dataset, DatasetConfig, Row
+from egemma_train.data.datasets import Dataset, DatasetConfig, Row
 from tests.tiny import BOS, EOS, MAX_TOKENS, PAD, PROMPTS, VOCAB
 
 
@@ -28,7 +28,7 @@ def tokenizer(tiny_spm):
 def dataset(name="toy", rows=40, task="question answering", make=None, **table):
     make = make or (lambda number: Row(f"{name} Question {number}", f"{name} answer {number}"))
     return Dataset(
-        DatasetConfig.of(name, {"path": "x.jsonl", "kind": "pairs", "task": task, **table}),
+        DatasetConfig(name=name, path=("x.jsonl",), kind="pairs", task=task, **table),
         tuple(make(number) for number in range(rows)),
         {},
     )
@@ -330,14 +330,17 @@ def test_both_sides_of_a_symmetric_set_are_as_long_as_queries(batches):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"batch_size": 1}, "batch_size=1: a whole number, at least 2"),
+        ({"batch_size": 1}, "batch_size=1 must be a whole number of at least 2"),
         ({"batch_size": 8.0}, "batch_size=8.0"),
         ({"batch_size": True}, "batch_size=True"),
         ({"seed": -1}, "seed=-1"),
         ({"max_query_tokens": 2}, "max_query_tokens=2"),
         ({"sampling": "uneven"}, "sampling='uneven'"),
         ({"hard_negatives": 1}, "hard_negatives=1"),
-        ({"default_task_share": 1.5}, "default_task_share=1.5: a share"),
+        (
+            {"default_task_share": 1.5},
+            "default_task_share=1.5 must be a number of at least 0 and of at most 1",
+        ),
         ({"lower_case_share": float("nan")}, "lower_case_share=nan"),
     ],
 )
@@ -347,13 +350,13 @@ def test_settings_that_cannot_work_are_refused(settings, says):
 
 
 def test_datasets_that_cannot_be_drawn_from_are_refused(batches, tokenizer):
-    with pytest.raises(ConfigError, match="no dataset"):
+    with pytest.raises(ConfigError, match="no dataset to train on"):
         Batches([], tokenizer, Prompts(by_name=PROMPTS), BatchConfig(batch_size=8))
     with pytest.raises(
         ConfigError, match="'a' has 20 rows, 'b' has 33 rows, fewer than batch_size=64"
     ):
         batches(*four(), batch_size=64)
-    with pytest.raises(ConfigError, match="named alike: toy"):
+    with pytest.raises(ConfigError, match="Two datasets are named toy"):
         batches(dataset(), dataset())
     with pytest.raises(PromptError, match="small talk"):
         batches(dataset(task="small talk"))
@@ -371,7 +374,9 @@ def test_datasets_that_cannot_be_drawn_from_are_refused(batches, tokenizer):
 
 def test_a_limit_that_leaves_no_room_beside_the_prompt_is_refused(batches, tokenizer):
     needed = tokenizer.encode("title: none | text: ").num_tokens + 1
-    with pytest.raises(ConfigError, match=f"max_document_tokens={needed - 1}: from {needed}"):
+    with pytest.raises(
+        ConfigError, match=f"max_document_tokens={needed - 1} must lie from {needed}"
+    ):
         batches(max_document_tokens=needed - 1)
     batches(max_document_tokens=needed)
     # the default prompt needs room only where it is used
@@ -387,7 +392,7 @@ def test_a_limit_that_leaves_no_room_beside_the_prompt_is_refused(batches, token
             [dataset(task="brief")], tokenizer, brief, BatchConfig(**tight, default_task_share=0.1)
         )
     with pytest.raises(
-        ConfigError, match=f"max_query_tokens={MAX_TOKENS + 1}: .* the model's {MAX_TOKENS}"
+        ConfigError, match=f"max_query_tokens={MAX_TOKENS + 1} .* the model's {MAX_TOKENS}"
     ):
         batches(max_query_tokens=MAX_TOKENS + 1)
 

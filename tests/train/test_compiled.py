@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from egemma_core.errors import ConfigError, RuntimeUnavailableError
+from egemma_core.errors import ConfigError, MissingDependencyError
 from egemma_core.nn.compiled import is_compiled
 from egemma_quant.qat import rounded
 from egemma_quant.schemes import INT4
@@ -80,7 +80,7 @@ def test_compiled_layers_give_the_gradients_of_plain_ones_also_of_rounded_weight
         contrast(
             tiny_spm,
             replace(config, compile=compile),
-            through=lambda encoder: rounded(encoder, INT4),
+            scheme=INT4,
         )
         for compile in (False, True)
     )
@@ -117,7 +117,7 @@ def test_no_compiler_and_what_does_not_go_together_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoder = random_encoder(CONFIG, 0)
-    with pytest.raises(RuntimeUnavailableError, match="Triton"):
+    with pytest.raises(MissingDependencyError, match="Triton"):
         compile_layers(encoder.layers, torch.device("cuda"))
     compile_layers(encoder.layers, CPU)
     with (
@@ -132,5 +132,5 @@ def test_no_compiler_and_what_does_not_go_together_are_refused(
     for cached in (cpp_builder.get_cpp_compiler, getattr(cpp_builder, "cpp_compiler_search", None)):
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()
-    with pytest.raises(RuntimeUnavailableError, match=r"g\+\+"):
+    with pytest.raises(MissingDependencyError, match=r"g\+\+"):
         compile_layers(encoder.layers, CPU)

@@ -28,13 +28,16 @@ from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import Tokenizer
+from egemma_quant.schemes import INT4, Scheme
 from egemma_train.data.batches import Batch, BatchConfig, Batches
-from egemma_train.data.rows import Dataset, DatasetConfig, Row
-from egemma_train.loop import LoopConfig, run
+from egemma_train.data.datasets import Dataset, DatasetConfig, Row
+from egemma_train.loop import run
+from egemma_train.loop_config import LoopConfig
 from egemma_train.objectives import contrast
 from egemma_train.objectives.contrast import Contrast, ContrastConfig, Matching
 from egemma_train.start.decoder import random_encoder
-from egemma_train.teachers.teacher import Embedded, Role, TeacherSpace
+from egemma_train.teachers.space import TeacherSpace
+from egemma_train.teachers.teacher import Embedded, Role
 from tests.tiny import BOS, EOS, PAD, VOCAB
 
 CONFIG = EncoderConfig(
@@ -82,7 +85,7 @@ def dataset(
     name: str = "toy", rows: Sequence[Row] = ROWS, task: str = "question answering"
 ) -> Dataset:
     return Dataset(
-        DatasetConfig.of(name, {"path": "x.jsonl", "kind": "pairs", "task": task}), tuple(rows), {}
+        DatasetConfig(name=name, path=("x.jsonl",), kind="pairs", task=task), tuple(rows), {}
     )
 
 
@@ -341,14 +344,20 @@ def test_tokens_are_those_of_the_global_batch_and_the_source_is_its_dataset(tiny
     )
 
 
-def test_every_pass_runs_inside_the_given_context(tiny_spm: Path) -> None:
+@pytest.mark.parametrize("activations", [False, True])
+def test_every_pass_of_a_scheme_runs_inside_its_rounding(
+    tiny_spm: Path, monkeypatch: pytest.MonkeyPatch, activations: bool
+) -> None:
     inside = [False]
 
     @contextmanager
-    def through(encoder: Encoder) -> Iterator[None]:
+    def rounding(encoder: Encoder, scheme: Scheme, **options: bool) -> Iterator[None]:
+        assert (scheme, options) == (INT4, {"activations": activations})
         inside[0] = True
         yield
         inside[0] = False
+
+    monkeypatch.setattr(contrast, "rounded", rounding)
 
     class Dev:
         def score(self, encoder: Encoder) -> dict[str, float]:
@@ -356,7 +365,13 @@ def test_every_pass_runs_inside_the_given_context(tiny_spm: Path) -> None:
             return {"score": 0.25}
 
     for recompute in (False, True):
-        made = objective(tiny_spm, replace(LOSS, recompute=recompute), through=through, dev=Dev())
+        made = objective(
+            tiny_spm,
+            replace(LOSS, recompute=recompute),
+            scheme=INT4,
+            activations=activations,
+            dev=Dev(),
+        )
         passes: list[bool] = []
         made.encoder.register_forward_hook(lambda *_, passes=passes: passes.append(inside[0]))
         made.encoder.embed_tokens.weight.register_hook(
@@ -427,7 +442,7 @@ import torch
 from tests.train.test_contrast import RUN, TRAINED, objective, two_sets
 from egemma_train.loop import run
 torch.set_num_threads(1)
-run(objective(Path(sys.argv[1]), TRAINED, *two_sets()), RUN, Path(sys.argv[2]), tell=lambda progress: print(progress.step, progress.outcome.source, flush=True))
+run(objective(Path(sys.argv[1]), TRAINED, *two_sets()), RUN, Path(sys.argv[2]), on_step=lambda progress: print(progress.step, progress.outcome.source, flush=True))
 """
 
 

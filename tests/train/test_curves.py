@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from egemma_core.errors import ConfigError, InputError
+from egemma_core.errors import InputError, MissingDependencyError
 from egemma_train.curves import draw, smooth
 
 
@@ -109,10 +109,11 @@ def test_smoothing_is_the_median_of_neighbours() -> None:
     ("second", "message"),
     [
         ("no json\n", "line 2: not JSON"),
-        ('{"step": 3}\n', "line 2: want step with loss"),
-        ('{"loss": 3}\n', "line 2: want step with loss"),
-        ('{"step": 3, "dev": {"a": 1}}\n', "line 2: want step with loss"),
-        ("[3]\n", "line 2: want step with loss"),
+        ('{"step": 3}\n', "line 2: found dict .*: a line has a step and its loss"),
+        ('{"loss": 3}\n', "line 2: found dict .*: a line has a step and its loss"),
+        ('{"step": 3, "dev": {"a": 1}}\n', "line 2: found dict .*: a line has a step and its loss"),
+        ('{"step": 3, "dev": 4, "loss": 3}\n', "line 2: found dict .*: a line has a step"),
+        ("[3]\n", r"line 2: found list \[3\]: write one object"),
     ],
 )
 def test_a_line_that_is_none_is_named(second: str, message: str, log: Path, tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_nothing_to_draw_and_no_matplotlib_are_said(
     with pytest.raises(InputError, match=r"absent\.jsonl: not readable"):
         draw(tmp_path / "absent.jsonl", tmp_path / "curves.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"egemma\[train\]"):
+    with pytest.raises(MissingDependencyError, match=r"egemma\[train\]"):
         draw(log, tmp_path / "curves.png")
     log.write_text("")
     with pytest.raises(InputError, match="no step"):

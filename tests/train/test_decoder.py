@@ -352,7 +352,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "differs from",
     ),
     "lost output": (rewrite(tie_word_embeddings=False), "output layer is lost"),
-    "two homes": (lambda folder: (folder / INDEX).write_text("{}"), "which holds the model"),
+    "two homes": (lambda folder: (folder / INDEX).write_text("{}"), "only one can hold the model"),
     "no map": (shards(lambda folder, places: places.clear()), "weight_map"),
     "outside": (
         shards(lambda folder, places: places.update({NORM: "../model.safetensors"})),

@@ -25,8 +25,10 @@ from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import Tokenizer
 from egemma_train.data.texts import TextConfig, Texts, hold_out_texts, read_texts, window
-from egemma_train.loop import LoopConfig, run
-from egemma_train.objectives.denoise import DenoisingObjective, LanguageModelObjective, in_chunks
+from egemma_train.loop import run
+from egemma_train.loop_config import LoopConfig
+from egemma_train.objectives.denoise import DenoisingObjective, in_chunks
+from egemma_train.objectives.language_model import LanguageModelObjective
 from egemma_train.objectives.ul2 import TASKS, Denoised, restore
 from egemma_train.ranks import Ranks
 from egemma_train.start.decoder import HeadConfig, random_encoder, read_decoder

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import Tokenizer
-from egemma_quant.qat import rounded
 from egemma_quant.schemes import INT4, MIXED, Q4_0
 from egemma_train import checkpoints
 from egemma_train.evaluate import DevConfig, DevSets
@@ -195,9 +194,7 @@ def test_contrast(tiny_spm: Path, other_device: None, config: ContrastConfig) ->
 @pytest.mark.parametrize("scheme", [INT4, MIXED, Q4_0], ids=lambda scheme: scheme.name)
 def test_quantization_aware_contrast(tiny_spm: Path, other_device: None, scheme: Any) -> None:
     compare(
-        lambda: contrast(
-            tiny_spm, LOSS, through=lambda encoder: rounded(encoder, scheme, activations=True)
-        ),
+        lambda: contrast(tiny_spm, LOSS, scheme=scheme, activations=True),
         move_contrast,
     )
 

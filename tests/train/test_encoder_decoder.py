@@ -15,12 +15,8 @@ import torch.nn.functional as F
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ShapeError
 from egemma_core.nn.encoder import Encoder
-from egemma_train.objectives.encoder_decoder import (
-    CrossAttention,
-    adapt,
-    causal_hidden_states,
-    token_loss,
-)
+from egemma_train.objectives.encoder_decoder import CrossAttention, adapt, causal_hidden_states
+from egemma_train.objectives.token_loss import token_loss
 
 transformers = pytest.importorskip(
     "transformers", reason="it is what we compare with; pip install 'egemma[dev]'"
@@ -265,7 +261,7 @@ def test_gemmas_vocabulary_never_has_all_its_scores_in_memory() -> None:
     """
     script = """
 import resource, torch
-from egemma_train.objectives.encoder_decoder import token_loss
+from egemma_train.objectives.token_loss import token_loss
 torch.set_num_threads(1)
 hidden, table = torch.randn(1024, 8, requires_grad=True), torch.randn(262144, 8, requires_grad=True)
 target = torch.arange(1024)

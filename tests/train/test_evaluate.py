@@ -21,17 +21,12 @@ from egemma_core.errors import ConfigError, DimensionError, InputError, PromptEr
 from egemma_core.nn.encoder import Encoder
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer
+from egemma_train.data.dataset_files import hold_out, read_dataset
+from egemma_train.data.datasets import DatasetConfig
 from egemma_train.data.dev_files import read_retrieval, read_similarity
-from egemma_train.data.rows import DatasetConfig, hold_out, read_dataset
-from egemma_train.evaluate import (
-    DevConfig,
-    DevSets,
-    best_hits,
-    judge,
-    paired_difference,
-    rank_products,
-    t_interval,
-)
+from egemma_train.evaluate import DevConfig, DevSets
+from egemma_train.metrics import best_hits, judge, paired_difference, rank_products, t_interval
+from egemma_train.tables import read_table
 from tests.conftest import SHARED_DATA
 from tests.tiny import BOS, CORPUS, EOS, PAD, PROMPTS, VOCAB
 
@@ -433,7 +428,7 @@ def test_long_texts_are_cut_and_counted(make: Callable[..., DevSets], folder: Pa
         ({"kind": "search"}, "kind='search'"),
         ({"name": "a/b"}, "without '/'"),
         ({"name": "score"}, "other than 'score'"),
-        ({"max_queries": 0}, "at least 1"),
+        ({"max_queries": 0}, "of at least 1"),
         ({"languages": ("en",)}, "has no languages"),
         ({"kind": "similarity", "max_documents": 5}, "has no max_documents"),
     ],
@@ -462,7 +457,7 @@ def test_a_recipes_table_is_read() -> None:
         "languages": ["en"],
         "max_queries": 5,
     }
-    assert DevConfig.of("sts", table) == DevConfig(
+    assert read_table(DevConfig, table, "[dev.sts]", name="sts") == DevConfig(
         name="sts",
         kind="similarity",
         path="sts.jsonl",
@@ -473,7 +468,12 @@ def test_a_recipes_table_is_read() -> None:
     with pytest.raises(
         ConfigError, match=r"\[dev.sts\]: 'max_query' is not known; did you mean 'max_queries'"
     ):
-        DevConfig.of("sts", {"kind": "similarity", "path": "x", "max_query": 5})
+        read_table(
+            DevConfig,
+            {"kind": "similarity", "path": "x", "max_query": 5},
+            "[dev.sts]",
+            name="sts",
+        )
 
 
 @pytest.mark.parametrize(
@@ -506,7 +506,7 @@ def test_a_recipes_table_is_read() -> None:
             "qrels.jsonl, line 3: no document has the id 'd9'",
         ),
         ("qrels", '{"q": "q0", "d": "d0", "rel": 1}', "line 3: 'q0' and 'd0' were judged before"),
-        ("qrels", '{"q": "q0", "d": "d1", "rel": -1}', "line 3: rel=-1.0"),
+        ("qrels", '{"q": "q0", "d": "d1", "rel": -1}', "line 3: rel=-1.0 must be"),
         (
             "qrels",
             '{"q": "q0", "d": "d1", "rel": "1"}',
@@ -537,7 +537,7 @@ def test_files_that_are_absent_empty_or_damaged_are_named(tmp_path: Path, folder
         read_retrieval(tmp_path)
     with pytest.raises(InputError, match=r"absent\.jsonl: not readable"):
         read_similarity(tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match=r"want a \.jsonl"):
+    with pytest.raises(InputError, match=r"is not a \.jsonl"):
         read_similarity(tmp_path / "sts.csv")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(InputError, match="empty file"):

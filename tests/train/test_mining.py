@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from egemma_core.errors import ConfigError, InputError
-from egemma_train.data.rows import DatasetConfig, Row, read_dataset
+from egemma_train.data.dataset_files import read_dataset
+from egemma_train.data.datasets import DatasetConfig, Row
 from egemma_train.teachers.mining import NO_CANDIDATE, Document, MiningConfig, mine, rank
 from egemma_train.teachers.mining_files import MineConfig, mine_file, read_corpus
 from egemma_train.teachers.teacher import Embedded, Role
@@ -37,12 +38,6 @@ class TableTeacher:
         self.vectors = {text: np.asarray(vector, np.float32) for text, vector in vectors.items()}
         self.dim = len(next(iter(vectors.values())))
         self.asked: list[tuple[Role, tuple[str, ...]]] = []
-
-    def queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self.embed("query", texts).vectors
-
-    def documents(self, texts: Sequence[str]) -> np.ndarray:
-        return self.embed("document", texts).vectors
 
     def embed(self, role: Role, texts: Sequence[str]) -> Embedded:
         self.asked.append((role, tuple(texts)))

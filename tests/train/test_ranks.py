@@ -25,11 +25,13 @@ from egemma_core.checkpoint import open_checkpoint
 from egemma_core.errors import ConfigError
 from egemma_core.nn.encode import by_length
 from egemma_core.nn.load import load_encoder
+from egemma_quant.schemes import INT4
 from egemma_train import checkpoints
-from egemma_train.console import through_of
-from egemma_train.loop import LoopConfig, Objective, run
+from egemma_train.loop import Objective, run
+from egemma_train.loop_config import LoopConfig
 from egemma_train.objectives.contrast import Contrast
-from egemma_train.objectives.denoise import DenoisingObjective, LanguageModelObjective
+from egemma_train.objectives.denoise import DenoisingObjective
+from egemma_train.objectives.language_model import LanguageModelObjective
 from egemma_train.ranks import ALONE, Ranks, is_shard, join, whole
 from tests.train.test_contrast import LOSS, ROWS, dataset, objective, two_sets
 from tests.train.test_denoise import denoising, language_model
@@ -78,7 +80,7 @@ SHARDED: dict[str, Callable[[Path, Ranks], Any]] = {
         *two_sets(),
         ranks=ranks,
         shard=True,
-        through=through_of("int4", False),
+        scheme=INT4,
     ),
 }
 OBJECTIVES |= SHARDED
@@ -108,11 +110,11 @@ class Scored:
             of.encoder,
             rank,
         )
-        self.through = of.through if isinstance(of, Contrast) else nullcontext
+        self.rounding = of.rounding if isinstance(of, Contrast) else nullcontext
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        with self.through(self.encoder):  # a save comes next: it must not find what this left
+        with self.rounding():  # a save comes next: it must not find what this left
             return {
                 "score": self.rank
                 + self.encoder(torch.tensor([[2, 5, 6, 7, 1]]), torch.ones(1, 5, dtype=torch.bool))[
@@ -281,8 +283,8 @@ def test_processes_tell_each_other_what_they_have(pair: tuple[Path, list[dict[st
         assert results["gather"].tolist() == [[1.0], [2.0]]
         assert results["agree"] == "from 0"
         assert results["refused"] == [
-            "a batch of 7 does not divide among 2 processes; choose a multiple.",
-            "a batch of 3 does not divide among 2 processes; choose a multiple.",
+            "A batch of 7 does not divide among 2 processes. Choose a multiple.",
+            "A batch of 3 does not divide among 2 processes. Choose a multiple.",
         ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from egemma_core.errors import ConfigError, InputError
+from egemma_core.errors import ConfigError, InputError, MissingDependencyError
 from egemma_train.mixtures.rates import Rates, RateSearch, dirichlet_rates, distance, even_rates
 
 NAMES = ("questions", "titles", "code", "similarity")
@@ -25,7 +25,7 @@ def score(rates: Rates) -> float:
 
 def step(search: RateSearch) -> Rates:
     rates = search.propose()
-    search.tell(rates, score(rates))
+    search.record(rates, score(rates))
     return rates
 
 
@@ -85,7 +85,7 @@ def test_the_search_beats_as_many_random_mixtures(tmp_path: Path) -> None:
         search = RateSearch(NAMES, tmp_path / f"{seed}.jsonl", seed=seed)
         for _ in range(19):
             rates = search.propose()
-            search.tell(rates, score(rates) + noise.normal(0, 0.02))
+            search.record(rates, score(rates) + noise.normal(0, 0.02))
         found.append(score(search.best(1)[0].rates))
         drawn = [even_rates(NAMES), *dirichlet_rates(NAMES, 18, 1.0, seed)]
         chance.append(
@@ -100,7 +100,7 @@ def test_no_dataset_is_special_to_the_search(tmp_path: Path) -> None:
         search = RateSearch(NAMES, tmp_path / f"{name}.jsonl", seed=0, random=4)
         for _ in range(10):
             rates = search.propose()
-            search.tell(rates, rates[name])
+            search.record(rates, rates[name])
         best = search.best(1)[0].rates
         assert best[name] > 0.9, best
 
@@ -108,7 +108,7 @@ def test_no_dataset_is_special_to_the_search(tmp_path: Path) -> None:
 def test_the_best_mixtures_are_apart_from_each_other(tmp_path: Path) -> None:
     search = RateSearch(("a", "b"), tmp_path / "study.jsonl", seed=0)
     for share, value in ((0.50, 0.7), (0.52, 0.9), (0.90, 0.8), (0.60, 0.85), (0.1, 0.1)):
-        search.tell({"a": share, "b": 1 - share}, value)
+        search.record({"a": share, "b": 1 - share}, value)
     assert [scored.rates["a"] for scored in search.best(3)] == [0.52, 0.60, 0.90]
     assert [scored.rates["a"] for scored in search.best(3, apart=0.0)] == [0.52, 0.60, 0.90]
     assert [scored.score for scored in search.best(2, apart=0.3)] == [0.9, 0.8]
@@ -119,7 +119,7 @@ def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
     search = RateSearch(NAMES, tmp_path / "study.jsonl", seed=0)
     for bad in (float("nan"), float("inf"), float("-inf")):
         with pytest.raises(InputError, match="finite"):
-            search.tell(search.propose(), bad)
+            search.record(search.propose(), bad)
     assert not (tmp_path / "study.jsonl").exists()
 
 
@@ -138,7 +138,7 @@ def test_rates_that_are_no_mixture_of_these_datasets_are_refused(
 ) -> None:
     search = RateSearch(("a", "b"), tmp_path / "study.jsonl", seed=0)
     with pytest.raises(ConfigError, match=message):
-        search.tell(rates, 0.5)
+        search.record(rates, 0.5)
     with pytest.raises(ConfigError, match=message):
         RateSearch(("a", "b"), tmp_path / "study.jsonl", seed=0, first=[rates])
     with pytest.raises(ConfigError, match="at least two"):
@@ -161,7 +161,7 @@ def test_a_bad_line_of_the_file_is_named(second: str, message: str, tmp_path: Pa
     path.write_text(
         json.dumps({"rates": {"a": 0.4, "b": 0.6}, "score": 0.5}) + "\n" + second + "\n"
     )
-    with pytest.raises(InputError, match=f"study.jsonl:2: .*{message}"):
+    with pytest.raises(InputError, match=f"study.jsonl, line 2: .*{message}"):
         RateSearch(("a", "b"), path, seed=0)
 
 
@@ -169,23 +169,23 @@ def test_a_line_that_was_cut_off_is_named(tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
     search = RateSearch(("a", "b"), path, seed=0)
     step_rates = search.propose()
-    search.tell(step_rates, 1.0)
-    search.tell({"a": 0.3, "b": 0.7}, 1.0)
+    search.record(step_rates, 1.0)
+    search.record({"a": 0.3, "b": 0.7}, 1.0)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"study.jsonl:2: the last line is cut off"):
+    with pytest.raises(InputError, match=r"study.jsonl, line 2: the line is cut off"):
         search.propose()
 
 
 def test_equal_scores_still_give_a_mixture(tmp_path: Path) -> None:
     search = RateSearch(("a", "b"), tmp_path / "study.jsonl", seed=0, random=1)
     for _ in range(4):
-        search.tell(search.propose(), 0.5)
+        search.record(search.propose(), 0.5)
     assert sum(search.propose().values()) == pytest.approx(1)
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = RateSearch(("a", "b"), tmp_path / "study.jsonl", seed=0, random=0)
-    search.tell(search.propose(), 0.5)
+    search.record(search.propose(), 0.5)
     monkeypatch.setitem(sys.modules, "sklearn.gaussian_process", None)
-    with pytest.raises(ConfigError, match=r"egemma\[train\]"):
+    with pytest.raises(MissingDependencyError, match=r"egemma\[train\]"):
         search.propose()

@@ -21,13 +21,12 @@ from egemma_core.checkpoint import open_checkpoint
 from egemma_core.errors import ConfigError
 from egemma_core.nn.load import load_encoder
 from egemma_quant.qat import rounded
-from egemma_quant.schemes import INT4
+from egemma_quant.schemes import INT4, INT8, Scheme
 from egemma_train import loop
-from egemma_train.console import run, through_of
+from egemma_train.cli import main
 from egemma_train.evaluate import DevSets
 from egemma_train.presets.toy import write_toy
 from egemma_train.recipe import read_recipe
-from egemma_train.runner import Runner
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["decoder", "adaptation", "pre-finetuning", "finetuning", "int4"]
@@ -71,7 +70,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A shortened toy's recipe, and the folder of its finished run."""
     folder = tmp_path_factory.mktemp("toy")
     recipe = written(folder / "data", SHORTER)
-    assert run(["run", str(recipe), "--out", str(folder / "run"), "--threads", "1"]) == 0
+    assert main(["run", str(recipe), "--out", str(folder / "run"), "--threads", "1"]) == 0
     return recipe, folder / "run"
 
 
@@ -90,13 +89,13 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def score(recipe: Path, model: Path, through: Any = None) -> dict[str, float]:
+def score(recipe: Path, model: Path, scheme: Scheme | None = None) -> dict[str, float]:
     read, checkpoint = read_recipe(recipe), open_checkpoint(str(model))
     encoder = load_encoder(checkpoint)
     dev = DevSets(read.dev, read.folder, checkpoint.tokenizer(), checkpoint.prompts)
-    if through is None:
+    if scheme is None:
         return dev.score(encoder)
-    with rounded(encoder, through):
+    with rounded(encoder, scheme):
         return dev.score(encoder)
 
 
@@ -169,7 +168,7 @@ def test_a_finished_run_is_not_trained_again(
     recipe, out = done
     before = files(out)
     monkeypatch.setattr(loop, "make_optimizer", lambda *_: pytest.fail("it trains"))
-    assert run(["run", str(recipe), "--out", str(out)]) == 0
+    assert main(["run", str(recipe), "--out", str(out)]) == 0
     assert files(out) == before
     assert f"model: {out / 'model'}" in capsys.readouterr().out
 
@@ -187,16 +186,19 @@ def test_another_recipe_and_a_foreign_folder_are_refused_in_one_line(
         ((recipe, "--out", tmp_path), "is not empty and holds no run"),
         (
             (tmp_path / "none.toml", "--out", tmp_path / "new"),
-            "none.toml: not a readable TOML file",
+            "none.toml: this is not a readable TOML file",
         ),
         (
             (recipe, "--out", tmp_path / "new", "--data", tmp_path),
             "no file matches ['questions.train.jsonl'",
         ),
-        ((recipe, "--out", tmp_path / "newer", "--threads", "0"), "--threads 0: at least 1"),
+        (
+            (recipe, "--out", tmp_path / "newer", "--threads", "0"),
+            "--threads=0 must be a whole number of at least 1",
+        ),
     ):
         capsys.readouterr()
-        assert run(["run", *map(str, arguments)]) == 1
+        assert main(["run", *map(str, arguments)]) == 1
         said = [
             line
             for line in capsys.readouterr().err.splitlines()
@@ -216,7 +218,7 @@ def test_a_kill_among_the_mixtures_changes_nothing(done: tuple[Path, Path], tmp_
     command = [
         sys.executable,
         "-m",
-        "egemma_train.console",
+        "egemma_train",
         "run",
         str(recipe),
         "--out",
@@ -237,7 +239,7 @@ def test_a_kill_among_the_mixtures_changes_nothing(done: tuple[Path, Path], tmp_
     assert child.returncode == -signal.SIGKILL, "".join(said)
     assert not any("1 of 5" in line and "step" in line for line in said)
     assert len((out / "4-finetuning/mixtures.jsonl").read_text().splitlines()) == 1
-    assert run(["run", str(recipe), "--out", str(out), "--threads", "1"]) == 0
+    assert main(["run", str(recipe), "--out", str(out), "--threads", "1"]) == 0
     assert (out / "4-finetuning/mixtures.jsonl").read_bytes() == (
         whole / "4-finetuning/mixtures.jsonl"
     ).read_bytes()
@@ -263,7 +265,7 @@ def test_the_other_verbs(
 
     def say(*arguments: object) -> str:
         capsys.readouterr()
-        assert run([str(argument) for argument in arguments]) == 0
+        assert main([str(argument) for argument in arguments]) == 0
         return capsys.readouterr().out
 
     checked = say("check", recipe)
@@ -275,9 +277,26 @@ def test_the_other_verbs(
     assert "toy" in say("preset").split()
     assert say("preset", "toy") == (ROOT / "quant/egemma_train/presets/toy.toml").read_text()
     model = out / "4-finetuning/model"
+    scores = report(out)[3]["scores"]
     assert json.loads(say("evaluate", recipe, "--model", model, "--json")) == pytest.approx(
-        report(out)[3]["scores"], abs=1e-6
+        scores, abs=1e-6
     )
+    after = score(recipe, model, INT8)
+    both = json.loads(say("evaluate", recipe, "--model", model, "--scheme", "int8", "--json"))
+    assert list(both) == ["float", "int8"]
+    assert both["float"] == pytest.approx(scores, abs=1e-6)
+    assert both["int8"] == pytest.approx(after, abs=1e-6)
+    table = say("evaluate", recipe, "--model", model, "--scheme", "int8").splitlines()
+    assert table[0].split() == ["float", "int8", "change"]
+    change = after["score"] - scores["score"]
+    assert table[1].split() == [
+        "score",
+        f"{scores['score']:.4f}",
+        f"{after['score']:.4f}",
+        f"{change:+.4f}",
+    ]
+    assert main(["evaluate", str(recipe), "--model", str(model), "--scheme", "int5"]) == 1
+    assert "scheme='int5' must be one of ['int4', " in capsys.readouterr().err
     runs = [out / f"4-finetuning/mixture-{number:02d}/model" for number in (1, 2)]
     say("soup", *runs, "--out", tmp_path / "soup")
     mean = (
@@ -305,7 +324,7 @@ def test_the_other_verbs(
     mined = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
     assert len(mined) == 60
     assert sum("negative" in row or "negatives" in row for row in mined) > 30
-    assert run(["preset", "toyy"]) == 1
+    assert main(["preset", "toyy"]) == 1
     assert capsys.readouterr().err.startswith(
         "egemma-train: no preset is named 'toyy'; there are ["
     )
@@ -337,7 +356,7 @@ def test_two_processes_with_a_share_of_the_model_each_train_the_same_model(
         "--nproc-per-node",
         "2",
         "-m",
-        "egemma_train.console",
+        "egemma_train",
         *arguments,
     ]
     two = subprocess.run(
@@ -367,23 +386,26 @@ def test_two_processes_with_a_share_of_the_model_each_train_the_same_model(
 def test_one_process_cannot_share_a_model(
     done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["run", str(done[0]), "--out", str(tmp_path / "run"), "--shard"]) == 1
+    assert main(["run", str(done[0]), "--out", str(tmp_path / "run"), "--shard"]) == 1
     assert (
         "egemma-train: --shard divides a model among processes, and there is one. Start several "
         "with torchrun" in capsys.readouterr().err
     )
 
 
-def test_a_model_without_rounding_is_refused_before_anything_is_written(
-    done: tuple[Path, Path], tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match="stage 'int4' is quantization-aware"):
-        Runner(read_recipe(done[0]), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    assert (
-        Runner(read_recipe(done[0]), tmp_path / "run", through_of=through_of).out
-        == tmp_path / "run"
+def test_help_needs_no_torch() -> None:
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = ['egemma-train', '--help']\n"
+        "try: runpy.run_module('egemma_train', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules\n"
     )
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert "evaluate" in found.stdout
 
 
 @pytest.mark.parametrize(
@@ -416,7 +438,7 @@ def test_a_model_without_rounding_is_refused_before_anything_is_written(
         (
             'task = "code retrieval"',
             'tusk = "code retrieval"',
-            r"dataset 'code': no setting is named 'tusk'; did you mean 'task'\?",
+            r"\[data\.code\]: 'tusk' is not known; did you mean 'task'\?",
         ),
         ('kind = "retrieval"', 'kind = "retrieve"', r"\[dev\.unseen\].*kind='retrieve'"),
         (
@@ -427,9 +449,9 @@ def test_a_model_without_rounding_is_refused_before_anything_is_written(
         (
             'kind = "denoise"',
             'kind = "denoising"',
-            r"\[\[stages\]\] 2 \(adaptation\) kind='denoising': one of",
+            r"\[\[stages\]\] 2 \(adaptation\) kind='denoising' must be one of",
         ),
-        ('name = "adaptation"', 'name = "decoder"', r"stages are named \['decoder', 'decoder'"),
+        ('name = "adaptation"', 'name = "decoder"', r"The stages are named \['decoder', 'decoder'"),
         ('name = "adaptation"', "", r"\[\[stages\]\] 2 \(without a name\): name is missing"),
         (
             'name = "int4"',
@@ -453,6 +475,11 @@ def test_a_model_without_rounding_is_refused_before_anything_is_written(
         ),
         (
             'scheme = "int4"',
+            'scheme = "int3"',
+            r"5 \(int4\): scheme='int3' must be one of \['int4', ",
+        ),
+        (
+            'scheme = "int4"',
             "activations = true",
             r"\[\[stages\]\] 5 \(int4\): activations=true without a scheme",
         ),
@@ -470,14 +497,18 @@ def test_a_model_without_rounding_is_refused_before_anything_is_written(
         (
             "steps = 150, learning_rate = 2e-3",
             "steps = 5, learning_rate = 2e-3",
-            r"\[\[stages\]\] 2 \(adaptation\) loop: warmup_steps=10: .*steps=5",
+            r"\[\[stages\]\] 2 \(adaptation\) loop: warmup_steps=10 .*steps=5",
         ),
         (
             "loss = { recompute = true",
             "loss = { temperature = 0.0, recompute = true",
             r"\[\[stages\]\] 3 \(pre-finetuning\) loss: temperature=0\.0",
         ),
-        ("trials = 4", "trials = 1", r"\[\[stages\]\] 4 \(finetuning\) mixtures: trials=1, best=2"),
+        (
+            "trials = 4",
+            "trials = 1",
+            r"\[\[stages\]\] 4 \(finetuning\) mixtures: best=2 must be a whole number from 1 to 1",
+        ),
         (
             "batches = { batch_size = 60, max_query_tokens = 48, max_document_tokens = 48 }",
             "",
@@ -488,8 +519,8 @@ def test_a_model_without_rounding_is_refused_before_anything_is_written(
             'kind = "denoise"\nscheme = "int4"',
             r"\[\[stages\]\] 2 \(adaptation\): a denoise stage has texts, and no \['scheme'\]",
         ),
-        ("[start.shape]", "[start.shape", "not a readable TOML file"),
-        ("pieces = 900", "pieces = 900\npieces = 901", "not a readable TOML file"),
+        ("[start.shape]", "[start.shape", "this is not a readable TOML file"),
+        ("pieces = 900", "pieces = 900\npieces = 901", "this is not a readable TOML file"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_by_table_and_key(
@@ -517,7 +548,7 @@ def test_a_recipe_that_cannot_work_is_refused_by_table_and_key(
         ),
         (
             'stages = [1]\n[start]\nmodel = "a"\n[data.a]\npath = "a"\nkind = "pairs"\ntask = "t"',
-            r"\[\[stages\]\] 1: not a table",
+            r"\[\[stages\]\] 1 is not a table",
         ),
         (
             'stages = [{name = "a", kind = "contrast"}]\n[start]\nmodel = "a"\n[data.a]\npath = '
@@ -530,12 +561,12 @@ def test_a_recipe_that_cannot_work_is_refused_by_table_and_key(
         ),
         (
             'data = {a = 1}\nstages = [{name = "a"}]\n[start]\nmodel = "a"',
-            r"\[data\.a\]: not a table",
+            r"\[data\.a\]: 1 is int, not a table",
         ),
         (
             'dev = 1\nstages = [{name = "a", kind = "contrast", batches = {batch_size = 2}, loop = '
             '{steps = 1}}]\n[start]\nmodel = "a"\n[data.a]\npath = "a"\nkind = "pairs"\ntask = "t"',
-            r"\[dev\]: not a table",
+            r"\[dev\] is not a table",
         ),
     ],
 )
@@ -549,12 +580,12 @@ def test_a_recipe_without_a_table_it_needs_is_refused(
 
 @pytest.mark.timeout(600)
 def test_the_whole_toy_learns(tmp_path: Path) -> None:
-    assert run(["toy", "--out", str(tmp_path / "toy")]) == 0
+    assert main(["toy", "--out", str(tmp_path / "toy")]) == 0
     stages = report(tmp_path / "toy/run")
     assert [stage["stage"] for stage in stages] == STAGES
     assert stages[0]["scores"]["score"] > -2, "nats per token of a language model of toy sentences"
     adapted = score(tmp_path / "toy/recipe.toml", Path(stages[1]["model"]))["score"]
     assert adapted < 0.7, "nothing is left to learn from pairs"
     assert min(stage["scores"]["score"] for stage in stages[2:]) > 0.9
-    assert run(["toy", "--out", str(tmp_path / "toy")]) == 0
+    assert main(["toy", "--out", str(tmp_path / "toy")]) == 0
     assert report(tmp_path / "toy/run") == stages

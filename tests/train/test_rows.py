@@ -10,7 +10,9 @@ import re
 import pytest
 
 from egemma_core.errors import ConfigError, InputError
-from egemma_train.data.rows import DatasetConfig, Row, hold_out, read_dataset
+from egemma_train.data.dataset_files import hold_out, read_dataset
+from egemma_train.data.datasets import DatasetConfig, Row
+from egemma_train.tables import read_table
 from tests.conftest import SHARED_DATA
 
 PAIR = {
@@ -22,9 +24,8 @@ PAIR = {
 
 
 def config(kind="pairs", name="toy", **table):
-    return DatasetConfig.of(
-        name, {"path": "toy.jsonl", "kind": kind, "task": "question answering", **table}
-    )
+    whole = {"path": "toy.jsonl", "kind": kind, "task": "question answering", **table}
+    return read_table(DatasetConfig, whole, f"[data.{name}]", name=name)
 
 
 @pytest.fixture
@@ -348,34 +349,42 @@ def test_several_files_and_patterns_make_one_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        ({"tasks": "x"}, "no setting is named 'tasks'; did you mean 'task'?"),
-        ({"colour": "x"}, "no setting is named 'colour'; there are ['path'"),
-        ({"path": 3}, "path=3 is int, not a string or a list of strings"),
+        ({"tasks": "x"}, "'tasks' is not known; did you mean 'task'?"),
+        ({"colour": "x"}, "'colour' is not known; there are ['path'"),
+        ({"path": 3}, "path=3 is int, not a list"),
         ({"path": []}, "a dataset needs a name, a path and a task"),
-        ({"languages": []}, "leave it out to keep all"),
-        ({"limit": 2.5}, "limit=2.5 is float, not a whole number"),
+        ({"languages": []}, "Leave it out to keep all"),
+        ({"limit": 2.5}, "limit=2.5 is float, not int"),
         ({"limit": True}, "limit=True is bool"),
-        ({"limit": 0}, "limit=0: at least 1"),
+        ({"limit": 0}, "limit=0 must be a whole number of at least 1"),
         ({"rate": -0.1}, "rate=-0.1"),
         ({"rate": float("nan")}, "rate=nan"),
-        ({"rate": "0.1"}, "rate='0.1' is str, not a number"),
-        ({"symmetric": 1}, "symmetric=1 is int, not true or false"),
-        ({"kind": "pair"}, "kind='pair': one of ['pairs', 'labels'"),
-        ({"min_score": 3}, "min_score=3 is for rows of kind 'similarity', these are 'pairs'"),
+        ({"rate": "0.1"}, "rate='0.1' is str, not float"),
+        ({"symmetric": 1}, "symmetric=1 is int, not bool"),
+        ({"kind": "pair"}, "kind='pair' must be one of ['pairs', 'labels'"),
+        ({"min_score": 3}, "min_score=3.0 is for rows of kind 'similarity', these are 'pairs'"),
         ({"positive": "same"}, "positive='same' is for rows of kind 'labels'"),
-        ({"kind": "labels", "positive": "other"}, "positive='other': 'label' or 'same'"),
-        ({"kind": "similarity", "min_score": 6}, "min_score=6: from 0 to 5"),
+        (
+            {"kind": "labels", "positive": "other"},
+            "positive='other' must be one of ['label', 'same']",
+        ),
+        (
+            {"kind": "similarity", "min_score": 6},
+            "min_score=6.0 must be a number of at least 0 and of at most 5",
+        ),
         ({"kind": "translations", "only_task": "x"}, "only_task='x' is for rows of kind 'pairs'"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(table, says):
-    with pytest.raises(ConfigError, match=re.escape("dataset 'toy': ") + ".*" + re.escape(says)):
+    with pytest.raises(ConfigError, match=re.escape("[data.toy]") + ".*" + re.escape(says)):
         config(**table)
 
 
 def test_a_missing_setting_is_named():
-    with pytest.raises(ConfigError, match="dataset 'toy': no path, no task; it has \\['kind'\\]"):
-        DatasetConfig.of("toy", {"kind": "pairs"})
+    with pytest.raises(
+        ConfigError, match=r"\[data\.toy\]: path and task are missing; it has \['kind'\]"
+    ):
+        read_table(DatasetConfig, {"kind": "pairs"}, "[data.toy]", name="toy")
 
 
 def test_a_limit_keeps_the_same_rows_whatever_their_order(read):

@@ -5,7 +5,6 @@ together.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -114,8 +113,13 @@ def test_shares_are_divided_by_their_sum(run: Run, tmp_path: Path) -> None:
         entry["share"]
         for entry in json.loads((tmp_path / "soup" / RECORD).read_text())["ingredients"]
     ] == [0.75, 0.25]
-    for weights in ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")]):
-        with pytest.raises(ConfigError, match="2 positive numbers"):
+    for weights, message in (
+        ([1.0], r"weights=\[1\.0\] must be 2 numbers"),
+        ([1.0, 0.0], r"weights\[1\]=0\.0 must be a number above 0"),
+        ([1.0, -1.0], r"weights\[1\]=-1\.0 must be a number above 0"),
+        ([1.0, float("nan")], r"weights\[1\]=nan must be a number above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             soup(folders, tmp_path / "other", weights=weights)
 
 
@@ -198,11 +202,7 @@ def test_a_soup_that_fails_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(
-        egemma_train.mixtures.soup,
-        "os",
-        type("Full", (), {"rename": staticmethod(full), "path": os.path}),
-    )
+    monkeypatch.setattr(egemma_train.mixtures.soup, "publish_folder", full)
     with pytest.raises(OSError, match="No space"):
         soup([first], tmp_path / "soup")
     assert [path.name for path in tmp_path.iterdir()] == ["first"]

@@ -21,6 +21,7 @@ class Knobs:
     on: bool = False
     kind: Literal["a", "b"] | None = None
     dims: tuple[int, ...] = ()
+    paths: tuple[str, ...] = ()
     betas: tuple[float, float] = (0.0, 0.0)
     seeds: tuple[dict[str, float], ...] = ()
     made: str = "here"
@@ -57,6 +58,9 @@ def test_a_table_becomes_a_dataclass_and_every_value_has_its_type() -> None:
         float
     ] * 5
     assert read_table(Knobs, {"steps": 1}, "[knobs]") == Knobs(steps=1)
+    # one text may stand for a list of one
+    for paths in ("a", ["a"]):
+        assert read_table(Knobs, {"steps": 1, "paths": paths}, "[knobs]").paths == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +82,10 @@ def test_a_table_becomes_a_dataclass_and_every_value_has_its_type() -> None:
         ({"steps": 3, "rate": "1e-3"}, r"rate='1e-3' is str, not float"),
         ({"steps": 3, "on": 1}, r"on=1 is int, not bool"),
         ({"steps": 3, "name": 1}, r"name=1 is int, not str"),
-        ({"steps": 3, "kind": "c"}, r"^\[knobs\] kind='c': one of \['a', 'b'\]\.$"),
+        ({"steps": 3, "kind": "c"}, r"^\[knobs\] kind='c' must be one of \['a', 'b'\]\.$"),
         ({"steps": 3, "dims": 4}, r"dims=4 is int, not a list"),
         ({"steps": 3, "dims": [4, 2.5]}, r"dims=2\.5 is float, not int"),
-        ({"steps": 3, "betas": [0.5]}, r"betas=\[0\.5\]: 2 values are wanted"),
+        ({"steps": 3, "betas": [0.5]}, r"betas=\[0\.5\] must have 2 values"),
         ({"steps": 3, "seeds": [0.5]}, r"seeds=0\.5 is float, not a table"),
         ({"steps": 3, "seeds": [{"a": "x"}]}, r"seeds\.a='x' is str, not float"),
         ({"steps": 0}, r"^\[knobs\]: steps=0: at least 1\.$"),

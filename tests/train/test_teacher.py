@@ -21,17 +21,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from egemma_core.errors import CheckpointError, ConfigError, InputError
-from egemma_train.teachers.teacher import (
-    Embedded,
-    LocalTeacher,
-    Role,
-    SentenceTransformerTeacher,
-    TeacherSpace,
-    VectorFileTeacher,
-    open_teacher,
-)
+from egemma_core.errors import CheckpointError, ConfigError, InputError, MissingDependencyError
+from egemma_train.teachers.local import LocalTeacher
+from egemma_train.teachers.sentence_transformer import SentenceTransformerTeacher
+from egemma_train.teachers.sources import open_teacher
+from egemma_train.teachers.space import TeacherSpace
+from egemma_train.teachers.teacher import Embedded, Role
 from egemma_train.teachers.teacher_cache import CachedTeacher
+from egemma_train.teachers.vector_file import VectorFileTeacher
 from models.make_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +54,6 @@ class HashTeacher:
         )
         vector = np.random.default_rng(seed).standard_normal(self.dim).astype(np.float32)
         return vector / np.linalg.norm(vector)
-
-    def queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self.embed("query", texts).vectors
-
-    def documents(self, texts: Sequence[str]) -> np.ndarray:
-        return self.embed("document", texts).vectors
 
     def embed(self, role: Role, texts: Sequence[str]) -> Embedded:
         time.sleep(self.wait_s)
@@ -116,7 +107,10 @@ def test_a_model_gives_the_vectors_of_sentence_transformers_with_the_models_own_
     kind: Any, folder: Path, reference: Any
 ) -> None:
     teacher = kind(folder)
-    queries, documents = teacher.queries(TEXTS), teacher.documents(TEXTS)
+    queries, documents = (
+        teacher.embed("query", TEXTS).vectors,
+        teacher.embed("document", TEXTS).vectors,
+    )
     assert queries.dtype == documents.dtype == np.float32
     assert queries.shape == (4, teacher.dim)
     # different batching and kernels, float32
@@ -124,7 +118,7 @@ def test_a_model_gives_the_vectors_of_sentence_transformers_with_the_models_own_
     np.testing.assert_allclose(documents, reference.encode_document(TEXTS), atol=2e-6)
     assert np.abs(queries - documents).max() > 1e-3  # the prompts differ
     np.testing.assert_allclose(np.linalg.norm(queries, axis=1), 1, atol=1e-6)
-    assert teacher.queries([]).shape == (0, teacher.dim)
+    assert teacher.embed("query", []).vectors.shape == (0, teacher.dim)
 
 
 @pytest.mark.parametrize("kind", [SentenceTransformerTeacher, LocalTeacher])
@@ -159,9 +153,11 @@ def test_prompts_are_a_text_or_a_name_and_a_name_given_as_text_is_refused(
 ) -> None:
     said = SentenceTransformerTeacher(folder, query_prompt="find: ", document_prompt="")
     np.testing.assert_allclose(
-        said.queries(TEXTS), reference.encode(TEXTS, prompt="find: "), atol=2e-6
+        said.embed("query", TEXTS).vectors, reference.encode(TEXTS, prompt="find: "), atol=2e-6
     )
-    np.testing.assert_allclose(said.documents(TEXTS), reference.encode(TEXTS, prompt=""), atol=2e-6)
+    np.testing.assert_allclose(
+        said.embed("document", TEXTS).vectors, reference.encode(TEXTS, prompt=""), atol=2e-6
+    )
     known = reference.prompts
     name = next(
         name
@@ -169,7 +165,7 @@ def test_prompts_are_a_text_or_a_name_and_a_name_given_as_text_is_refused(
         if known[name] and known[name] != known["query"] and name != "document"
     )
     np.testing.assert_allclose(
-        SentenceTransformerTeacher(folder, query_prompt_name=name).queries(TEXTS),
+        SentenceTransformerTeacher(folder, query_prompt_name=name).embed("query", TEXTS).vectors,
         reference.encode(TEXTS, prompt_name=name),
         atol=2e-6,
     )
@@ -186,7 +182,9 @@ def test_prompts_are_a_text_or_a_name_and_a_name_given_as_text_is_refused(
     assert passage.prompts == {"query": "query: ", "document": "passage: "}
     none = SentenceTransformerTeacher(changed_prompts(folder, tmp_path / "none", {}))
     assert (none.described()["query_prompt"], none.described()["document_prompt"]) == ("", "")
-    np.testing.assert_allclose(none.queries(TEXTS), reference.encode(TEXTS, prompt=""), atol=2e-6)
+    np.testing.assert_allclose(
+        none.embed("query", TEXTS).vectors, reference.encode(TEXTS, prompt=""), atol=2e-6
+    )
 
 
 def test_identity_follows_weights_prompt_and_role_and_not_the_place(
@@ -247,16 +245,16 @@ def test_a_model_that_gives_no_number_is_an_error(folder: Path, tmp_path: Path) 
     with pytest.raises(
         InputError, match=r"4 of 4 vectors are zero, NaN or infinite, such as that of 'Water"
     ):
-        SentenceTransformerTeacher(broken).queries(TEXTS)
+        SentenceTransformerTeacher(broken).embed("query", TEXTS)
 
 
 def test_without_sentence_transformers_the_error_says_what_to_install(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ConfigError, match=r"pip install 'egemma\[train\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'egemma\[train\]'"):
         SentenceTransformerTeacher(folder)
-    assert LocalTeacher(folder).queries(["bread"]).shape[0] == 1
+    assert LocalTeacher(folder).embed("query", ["bread"]).vectors.shape[0] == 1
 
 
 # ---- files of vectors
@@ -284,12 +282,18 @@ def test_a_file_of_vectors_gives_them_back_by_role_and_text_at_length_one(tmp_pa
         )
     )
     assert teacher.dim == 2
-    assert teacher.queries(["a", "a"]).tolist() == [[np.float32(0.6), np.float32(0.8)]] * 2
-    assert teacher.documents(["line\u2028separator", "a"]).tolist() == [[1, 0], [0, 1]]
+    assert (
+        teacher.embed("query", ["a", "a"]).vectors.tolist()
+        == [[np.float32(0.6), np.float32(0.8)]] * 2
+    )
+    assert teacher.embed("document", ["line\u2028separator", "a"]).vectors.tolist() == [
+        [1, 0],
+        [0, 1],
+    ]
     with pytest.raises(
         InputError, match=r"2 of 3 query texts have no vector, such as \['b', 'c'\]"
     ):
-        teacher.queries(["b", "a", "c", "b"])
+        teacher.embed("query", ["b", "a", "c", "b"])
 
 
 def test_what_is_wrong_with_a_file_of_vectors_is_named(tmp_path: Path) -> None:
@@ -297,9 +301,9 @@ def test_what_is_wrong_with_a_file_of_vectors_is_named(tmp_path: Path) -> None:
     cases = [
         (vectors, ROWS[:2], "2 lines, v.safetensors has 3 vectors"),
         (vectors, [*ROWS[:2], ROWS[0]], r"line 3: the query 'a' is in line 1 already"),
-        (vectors, [*ROWS[:2], {"role": "answer", "text": "b"}], "line 3: .* wanted"),
+        (vectors, [*ROWS[:2], {"role": "answer", "text": "b"}], "line 3: found dict .*: write "),
         (vectors.long(), ROWS, "int64"),
-        (vectors[0], ROWS, r"wanted floats of shape \(n, dim\)"),
+        (vectors[0], ROWS, r"must be floats of shape \(n, dim\)"),
     ]
     for number, (stored, rows, message) in enumerate(cases):
         (tmp_path / str(number)).mkdir()
@@ -308,14 +312,14 @@ def test_what_is_wrong_with_a_file_of_vectors_is_named(tmp_path: Path) -> None:
             VectorFileTeacher(path)
     path = write_vectors(tmp_path / "zero.safetensors", torch.zeros(3, 3), ROWS)
     with pytest.raises(InputError, match="1 of 1 vectors are zero"):
-        VectorFileTeacher(path).queries(["a"])
+        VectorFileTeacher(path).embed("query", ["a"])
     path.with_suffix(".jsonl").write_text('{"role": "query", "text": "a"}\n{"role": ')
     with pytest.raises(InputError, match="line 2: not JSON"):
         VectorFileTeacher(path)
     path.with_suffix(".jsonl").unlink()
     with pytest.raises(InputError, match="names the role and the text of each vector"):
         VectorFileTeacher(path)
-    with pytest.raises(InputError, match="not a readable safetensors file"):
+    with pytest.raises(InputError, match="is not a readable safetensors file"):
         open_teacher(tmp_path / "absent.safetensors")
 
 
@@ -342,20 +346,22 @@ def test_a_text_is_embedded_once_in_all_runs_whatever_the_order(tmp_path: Path) 
     assert got.truncated.tolist() == [False, True, False, False]
     second = HashTeacher()
     again = CachedTeacher(second, tmp_path)
-    np.testing.assert_array_equal(again.queries(texts[::-1]), got.vectors[::-1])
+    np.testing.assert_array_equal(again.embed("query", texts[::-1]).vectors, got.vectors[::-1])
     assert again.embed("query", texts).truncated.tolist() == got.truncated.tolist()
     assert second.asked == []
     # another role is another vector
-    np.testing.assert_array_equal(again.documents(["a"]), [first.vector("document", "a")])
+    np.testing.assert_array_equal(
+        again.embed("document", ["a"]).vectors, [first.vector("document", "a")]
+    )
     assert again.fill("query", ["a", "new"]) == 1
     assert second.asked == [("document", ["a"]), ("query", ["new"])]
-    assert again.queries([]).shape == (0, 8)
+    assert again.embed("query", []).vectors.shape == (0, 8)
 
 
 def test_teachers_share_a_folder_and_no_vectors(tmp_path: Path) -> None:
     one, two = HashTeacher("one"), HashTeacher("two", dim=4)
-    CachedTeacher(one, tmp_path).queries(["a"])
-    assert CachedTeacher(two, tmp_path).queries(["a"]).shape == (1, 4)
+    CachedTeacher(one, tmp_path).embed("query", ["a"])
+    assert CachedTeacher(two, tmp_path).embed("query", ["a"]).vectors.shape == (1, 4)
     assert two.asked == [("query", ["a"])]
     assert sorted(
         json.loads(path.read_text())["name"] for path in tmp_path.glob("*/teacher.json")
@@ -367,15 +373,15 @@ def test_a_real_teacher_behind_the_cache_gives_the_same_vectors(
 ) -> None:
     teacher = LocalTeacher(folder)
     np.testing.assert_allclose(
-        CachedTeacher(teacher, tmp_path).documents([*TEXTS, LONG]),
-        teacher.documents([*TEXTS, LONG]),
+        CachedTeacher(teacher, tmp_path).embed("document", [*TEXTS, LONG]).vectors,
+        teacher.embed("document", [*TEXTS, LONG]).vectors,
         atol=2e-6,
     )
     assert CachedTeacher(LocalTeacher(folder), tmp_path).fill("document", [*TEXTS, LONG]) == 0
 
 
 def test_damage_is_seen_before_a_vector_is_given_out(tmp_path: Path) -> None:
-    CachedTeacher(HashTeacher(), tmp_path).queries(["a", "b"])
+    CachedTeacher(HashTeacher(), tmp_path).embed("query", ["a", "b"])
     vectors, keys = next(tmp_path.glob("*/*.vectors.npy")), next(tmp_path.glob("*/*.keys.npy"))
     good_vectors, good_keys = vectors.read_bytes(), keys.read_bytes()
     flipped = bytearray(good_vectors)
@@ -383,7 +389,7 @@ def test_damage_is_seen_before_a_vector_is_given_out(tmp_path: Path) -> None:
     vectors.write_bytes(flipped)
     cached = CachedTeacher(HashTeacher(), tmp_path)
     with pytest.raises(CheckpointError, match=f"{vectors.name}: row 1 is damaged"):
-        cached.queries(["a", "b"])
+        cached.embed("query", ["a", "b"])
     for path, content in (
         (vectors, good_vectors[:-1]),
         (keys, good_keys[:-1]),
@@ -399,14 +405,17 @@ def test_damage_is_seen_before_a_vector_is_given_out(tmp_path: Path) -> None:
     keys.unlink()
     again = HashTeacher()
     np.testing.assert_array_equal(
-        CachedTeacher(again, tmp_path).queries(["a"]), [again.vector("query", "a")]
+        CachedTeacher(again, tmp_path).embed("query", ["a"]).vectors, [again.vector("query", "a")]
     )
 
 
 def test_what_a_dead_process_left_is_neither_read_nor_kept_for_ever(tmp_path: Path) -> None:
     cached = CachedTeacher(HashTeacher(), tmp_path)
-    cached.queries(["a"])
-    fresh, old = cached.folder / "fresh.tmp", cached.folder / "old.tmp"
+    cached.embed("query", ["a"])
+    fresh, old = (
+        cached.folder / ".a.keys.npy.1.0a.part",
+        cached.folder / ".b.keys.npy.1.0b.part",
+    )
     orphan = cached.folder / "0.vectors.npy"  # its keys were never written
     for path in (fresh, old, orphan):
         path.write_bytes(b"half a f")
@@ -415,7 +424,7 @@ def test_what_a_dead_process_left_is_neither_read_nor_kept_for_ever(tmp_path: Pa
     complete = next(path for path in cached.folder.glob("*.vectors.npy") if path != orphan)
     os.utime(complete, (time.time() - 2 * 86_400,) * 2)
     again = HashTeacher()
-    CachedTeacher(again, tmp_path).queries(["a"])
+    CachedTeacher(again, tmp_path).embed("query", ["a"])
     assert (fresh.exists(), old.exists(), orphan.exists(), again.asked) == (True, False, False, [])
 
 
@@ -454,7 +463,7 @@ def test_after_a_kill_all_that_is_there_is_right_and_the_next_run_goes_on(tmp_pa
     teacher = HashTeacher(dim=256)
     # the order in which they are embedded
     texts = sorted((f"text {i}" for i in range(10_000)), key=len, reverse=True)[: stored + 7]
-    got = CachedTeacher(teacher, tmp_path).queries(texts)
+    got = CachedTeacher(teacher, tmp_path).embed("query", texts).vectors
     assert sum(len(asked) for _, asked in teacher.asked) == 7
     np.testing.assert_array_equal(got, [teacher.vector("query", text) for text in texts])
 
@@ -465,11 +474,11 @@ def test_two_processes_at_once_leave_one_good_cache(tmp_path: Path) -> None:
     teacher = HashTeacher(dim=256)
     texts = [f"text {i}" for i in range(100)]
     np.testing.assert_array_equal(
-        CachedTeacher(teacher, tmp_path).queries(texts),
+        CachedTeacher(teacher, tmp_path).embed("query", texts).vectors,
         [teacher.vector("query", text) for text in texts],
     )
     assert teacher.asked == []
-    assert list(tmp_path.glob("*/*.tmp")) == []
+    assert list(tmp_path.glob("*/.*.part")) == []
 
 
 def test_thousands_of_calls_leave_files_that_one_process_can_open(tmp_path: Path) -> None:
@@ -483,8 +492,8 @@ def test_thousands_of_calls_leave_files_that_one_process_can_open(tmp_path: Path
     try:
         writer, reader = HashTeacher(), HashTeacher()
         cached = CachedTeacher(writer, tmp_path, rows_per_file=1)
-        cached.queries(texts)
-        again = CachedTeacher(reader, tmp_path).queries(texts[::-1])
+        cached.embed("query", texts)
+        again = CachedTeacher(reader, tmp_path).embed("query", texts[::-1]).vectors
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(list(tmp_path.glob("*/*.keys.npy"))) == 300
@@ -495,8 +504,8 @@ def test_thousands_of_calls_leave_files_that_one_process_can_open(tmp_path: Path
 def test_what_another_process_has_made_meanwhile_is_taken(tmp_path: Path) -> None:
     late = HashTeacher()
     opened_before = CachedTeacher(late, tmp_path)
-    CachedTeacher(HashTeacher(), tmp_path).queries(["a"])
-    opened_before.queries(["a"])
+    CachedTeacher(HashTeacher(), tmp_path).embed("query", ["a"])
+    opened_before.embed("query", ["a"])
     assert late.asked == []
 
 
@@ -514,7 +523,7 @@ def test_equal_widths_are_compared_as_they_are() -> None:
 def test_different_widths_need_a_choice() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"student has 2 channels, the teacher 3: say match='prefix' .* or match='linear'",
+        match=r"student has 2 channels, the teacher 3\. Set match='prefix' .* or match='linear'",
     ):
         TeacherSpace(2, 3)
     with pytest.raises(ConfigError, match="student has 2"):

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from egemma_core.checkpoint import open_checkpoint
-from egemma_core.errors import ConfigError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_quant.schemes import INT4
 from egemma_quant.weights import quantize_encoder
-from egemma_train.console import through_of
-from egemma_train.loop import LoopConfig, run
+from egemma_train.loop import run
+from egemma_train.loop_config import LoopConfig
 from egemma_train.objectives.contrast import Contrast
 from tests.train.test_contrast import LOSS, gradients, objective
 
@@ -49,7 +48,7 @@ def test_training_and_scores_see_the_grid_and_states_hold_the_floats(
     tiny_spm: Path, tmp_path: Path
 ) -> None:
     dev, forward = Dev(), []
-    made = objective(tiny_spm, LOSS, through=through_of("int4", False), dev=dev)
+    made = objective(tiny_spm, LOSS, scheme=INT4, dev=dev)
     made.encoder.register_forward_pre_hook(lambda encoder, _: forward.append(weights(encoder)))
 
     class Watched(Contrast):
@@ -91,9 +90,7 @@ def test_the_gradient_is_that_of_a_model_whose_weights_are_the_rounded_ones(tiny
             for name, weight in grid(shipped.encoder).items():
                 shipped.encoder.get_parameter(name).copy_(weight)
         losses, expected = gradients(shipped)
-        found_losses, found = gradients(
-            objective(tiny_spm, config, through=through_of("int4", False))
-        )
+        found_losses, found = gradients(objective(tiny_spm, config, scheme=INT4))
         assert found_losses == losses != float_losses
         for name, gradient in expected.items():
             assert torch.equal(found[name], gradient), name
@@ -101,13 +98,8 @@ def test_the_gradient_is_that_of_a_model_whose_weights_are_the_rounded_ones(tiny
 
 def test_rounded_activations_are_another_loss(tiny_spm: Path) -> None:
     weights_only, both = (
-        gradients(objective(tiny_spm, through=through_of("int4", activations)))[0]["loss"]
+        gradients(objective(tiny_spm, scheme=INT4, activations=activations))[0]["loss"]
         for activations in (False, True)
     )
     assert both == pytest.approx(weights_only, rel=0.2)
     assert both != weights_only
-
-
-def test_a_scheme_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"scheme='int3': one of \['int4', "):
-        through_of("int3", False)

@@ -20,9 +20,10 @@ from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import Tokenizer
 from egemma_train.data.batches import BatchConfig, Batches
-from egemma_train.data.rows import Dataset, DatasetConfig, Row
+from egemma_train.data.datasets import Dataset, DatasetConfig, Row
 from egemma_train.evaluate import DevSets
-from egemma_train.loop import LoopConfig, run
+from egemma_train.loop import run
+from egemma_train.loop_config import LoopConfig
 from egemma_train.objectives.contrast import Contrast, ContrastConfig
 from egemma_train.start.vocabulary import FILLER, initialize, token_vectors, train_vocabulary
 

@@ -17,10 +17,11 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from egemma_core.checks import number, one_of, whole_number
 from egemma_core.errors import ConfigError
 from egemma_core.prompts import DEFAULT_TASK, Prompts
 from egemma_core.tokens import Tokenizer
-from egemma_train.data.rows import Dataset
+from egemma_train.data.datasets import Dataset, with_title
 
 Ids = tuple[int, ...]
 Sampling = Literal["even", "rates", "size"]
@@ -47,24 +48,14 @@ class BatchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("batch_size", 2),
-            ("max_query_tokens", 3),
-            ("max_document_tokens", 3),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name}={value!r}: a whole number, at least {least}.")
-        if not isinstance(self.hard_negatives, bool) or self.sampling not in get_args(Sampling):
-            raise ConfigError(
-                f"hard_negatives={self.hard_negatives!r}, sampling={self.sampling!r}: true or "
-                f"false, and one of {get_args(Sampling)}."
-            )
-        for name in ("default_task_share", "lower_case_share"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-                raise ConfigError(f"{name}={value!r}: a share, from 0 to 1.")
+        whole_number("batch_size", self.batch_size, 2)
+        whole_number("max_query_tokens", self.max_query_tokens, 3)
+        whole_number("max_document_tokens", self.max_document_tokens, 3)
+        whole_number("seed", self.seed, 0)
+        one_of("hard_negatives", self.hard_negatives, (False, True))
+        one_of("sampling", self.sampling, get_args(Sampling))
+        number("default_task_share", self.default_task_share, 0, 1)
+        number("lower_case_share", self.lower_case_share, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -109,14 +100,16 @@ class Batches:
         config: BatchConfig,
     ) -> None:
         if not datasets:
-            raise ConfigError("no dataset to train on. Add a table [data.NAME] to the recipe.")
+            raise ConfigError(
+                "There is no dataset to train on.", hint="Add a table [data.NAME] to the recipe."
+            )
         twice = [
             name
             for name, count in Counter(dataset.name for dataset in datasets).items()
             if count > 1
         ]
         if twice:
-            raise ConfigError(f"datasets are named alike: {', '.join(twice)}.")
+            raise ConfigError(f"Two datasets are named {', '.join(twice)}; give each its own name.")
         small = [
             f"{dataset.name!r} has {len(dataset.rows):,} rows"
             for dataset in datasets
@@ -124,15 +117,11 @@ class Batches:
         ]
         if small:
             raise ConfigError(
-                f"{', '.join(small)}, fewer than batch_size={config.batch_size}. Lower batch_size, "
-                "or leave such datasets out."
+                f"{', '.join(small)}, fewer than batch_size={config.batch_size}.",
+                hint="Lower batch_size, or leave such datasets out.",
             )
-        self.datasets, self.tokenizer, self.prompts, self.config = (
-            tuple(datasets),
-            tokenizer,
-            prompts,
-            config,
-        )
+        self.datasets, self.config = tuple(datasets), config
+        self.tokenizer, self.prompts = tokenizer, prompts
         self.rates = rates_of(datasets, config.sampling)
         for dataset in datasets:
             self._check_room(dataset)
@@ -146,7 +135,7 @@ class Batches:
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
 
     def at(self, step: int) -> Batch:
-        """The global batch of a step; ranks take their slice of it."""
+        """Return the global batch of a step; each process takes its slice of it."""
         index, earlier = self._turn(step)
         dataset = self.datasets[index]
         draw = np.random.default_rng((_DRAW, self.config.seed, step))
@@ -158,29 +147,23 @@ class Batches:
         which = draw.random(len(rows))
         max_queries = self.config.max_query_tokens
         max_documents = max_queries if dataset.symmetric else self.config.max_document_tokens
+
+        def document_prompt(title: str | None) -> str:
+            return query_prompt if dataset.symmetric else self.prompts.document(title)
+
         query_texts, positive_texts, negative_texts, has_negative = [], [], [], []
         queries, positives, negatives = [], [], []
         for row, in_lower, chance in zip(rows, lower.tolist(), which.tolist(), strict=True):
             query_texts.append(row.query)
             queries.append((query_prompt, row.query.lower() if in_lower else row.query))
-            positive_texts.append(_titled(row.title, row.positive))
-            positives.append(
-                (
-                    query_prompt if dataset.symmetric else self.prompts.document(row.title),
-                    row.positive,
-                )
-            )
+            positive_texts.append(with_title(row.title, row.positive))
+            positives.append((document_prompt(row.title), row.positive))
             has_negative.append(self.config.hard_negatives and bool(row.negatives))
             if has_negative[-1]:
                 chosen = int(chance * len(row.negatives))
                 title = row.negative_titles[chosen] if row.negative_titles else None
-                negative_texts.append(_titled(title, row.negatives[chosen]))
-                negatives.append(
-                    (
-                        query_prompt if dataset.symmetric else self.prompts.document(title),
-                        row.negatives[chosen],
-                    )
-                )
+                negative_texts.append(with_title(title, row.negatives[chosen]))
+                negatives.append((document_prompt(title), row.negatives[chosen]))
         cut: list[bool] = []
         return Batch(
             dataset=dataset.name,
@@ -196,7 +179,7 @@ class Batches:
         )
 
     def _turn(self, step: int) -> tuple[int, int]:
-        """Which dataset a step takes, and how many batches of it earlier steps took."""
+        """Return which dataset a step takes, and how many batches of it earlier steps took."""
         if step < 0:
             raise ConfigError(f"step={step}: steps count from 0.")
         last = step // _BLOCK
@@ -210,13 +193,13 @@ class Batches:
         return index, int(self._counts[last][index] + np.count_nonzero(turns[:-1] == index))
 
     def _turns(self, first: int, last: int) -> NDArray[np.int64]:
-        """(last - first,) index of the dataset of each step."""
+        """Return the index of the dataset of each step, (last - first,)."""
         return np.searchsorted(
             self._ends, (self._start + np.arange(first, last) * _GOLDEN) % 1.0, side="right"
         )
 
     def _rows(self, index: int, earlier: int) -> NDArray[np.int64]:
-        """(B,) rows of a dataset's batch number `earlier`."""
+        """Return the (B,) rows of a dataset's batch number `earlier`."""
         dataset, size = self.datasets[index], self.config.batch_size
         epoch, batch = divmod(earlier, -(-len(dataset.rows) // size))
         at_hand, order = self._orders.get(index, (-1, np.empty(0, np.int64)))
@@ -229,7 +212,7 @@ class Batches:
         return order[start : start + size]
 
     def _tokens(self, texts: Sequence[tuple[str, str]], limit: int, cut: list[bool]) -> list[Ids]:
-        """Token rows of (prompt, text); adds to `cut` whether each was cut."""
+        """Return the token rows of (prompt, text); adds to `cut` whether each was cut."""
         encoded = [
             self.tokenizer.encode(prompt + text, max_tokens=limit, overflow="truncate")
             for prompt, text in texts
@@ -254,8 +237,8 @@ class Batches:
             )
             if not needed <= limit <= self.tokenizer.max_tokens:
                 raise ConfigError(
-                    f"{setting}={limit}: from {needed}, what the prompt {prompt!r} and one token "
-                    f"of text need, to the model's {self.tokenizer.max_tokens}."
+                    f"{setting}={limit} must lie from {needed}, what the prompt {prompt!r} and one "
+                    f"token of text need, to the model's {self.tokenizer.max_tokens}."
                 )
 
 
@@ -271,8 +254,9 @@ class BatchesAhead:
         self._next: tuple[int, Future[Batch]] | None = None
 
     def at(self, step: int) -> Batch:
-        """The batch of a step, ready if it is the one after the last; an error in making it is
-        raised here.
+        """Return the batch of a step, which is ready if it is the one after the last.
+
+        An error in making it is raised here.
         """
         prepared = self._next
         if prepared is not None and prepared[0] == step:
@@ -301,7 +285,7 @@ class BatchesAhead:
 
 
 def rates_of(datasets: Sequence[Dataset], sampling: Sampling) -> dict[str, float]:
-    """The share of batches that each dataset gets; they sum to 1.
+    """Return the share of batches that each dataset gets; they sum to 1.
 
     Raises:
         ConfigError: sampling is by rates, and one is missing or all are 0.
@@ -310,8 +294,8 @@ def rates_of(datasets: Sequence[Dataset], sampling: Sampling) -> dict[str, float
         missing = [dataset.name for dataset in datasets if dataset.config.rate is None]
         if missing:
             raise ConfigError(
-                f"sampling='rates', but {', '.join(map(repr, missing))} has no rate. Give every "
-                "dataset one, or sample 'even' or by 'size'."
+                f"sampling='rates', but {', '.join(map(repr, missing))} has no rate.",
+                hint="Give every dataset one, or sample 'even' or by 'size'.",
             )
         weights = [float(dataset.config.rate or 0) for dataset in datasets]
     elif sampling == "size":
@@ -330,10 +314,6 @@ def rates_of(datasets: Sequence[Dataset], sampling: Sampling) -> dict[str, float
     return {dataset.name: weight / total for dataset, weight in zip(datasets, weights, strict=True)}
 
 
-def _titled(title: str | None, text: str) -> str:
-    return f"{title}\n{text}" if title else text
-
-
 def _key(*parts: object) -> int:
-    """64 bits that belong to these parts."""
+    """Return 64 bits that follow from these parts alone."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")

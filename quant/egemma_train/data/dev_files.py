@@ -15,14 +15,15 @@ Each may be gzipped (.jsonl.gz).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from egemma_core.errors import InputError
-from egemma_core.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
-from egemma_train.data.rows import Dataset
+from egemma_core.json_lines import BadRowError, checked_text, shortened
+from egemma_train.data.datasets import Dataset, with_title
+from egemma_train.data.json_rows import checking_row, rows_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Judged:
 
 
 def read_retrieval(folder: Path) -> Retrieval:
-    """
+    """Read a folder of queries, documents and judgements.
+
     Raises:
         InputError: a file is absent or damaged, a row is bad, an id is unknown or given twice, or
             no query has a right document.
@@ -53,142 +55,109 @@ def read_retrieval(folder: Path) -> Retrieval:
     queries: dict[str, str] = {}
     documents: dict[str, tuple[str | None, str]] = {}
     path = _path(folder, "queries")
-    for number, row in _rows(path):
-        queries[_new(row, "id", queries, path, number)] = _text(row, "text", path, number)
+    for line, row in rows_of(path):
+        with checking_row(path, line):
+            queries[_new_id(row, queries)] = _text(row, "text")
     path = _path(folder, "corpus")
-    for number, row in _rows(path):
-        title = _text(row, "title", path, number) if row.get("title") else None
-        documents[_new(row, "id", documents, path, number)] = (
-            title,
-            _text(row, "text", path, number),
-        )
+    for line, row in rows_of(path):
+        with checking_row(path, line):
+            title = _text(row, "title") if row.get("title") else None
+            documents[_new_id(row, documents)] = (title, _text(row, "text"))
     relevant: dict[str, dict[str, float]] = {}
     judged: set[tuple[str, str]] = set()
     path = _path(folder, "qrels")
-    for number, row in _rows(path):
-        query, document, degree = (
-            _text(row, "q", path, number),
-            _text(row, "d", path, number),
-            _number(row, "rel", path, number),
-        )
-        if query not in queries or document not in documents:
-            raise InputError(
-                f"{path}, line {number}: "
-                + (
-                    f"no query has the id {query!r}."
-                    if query not in queries
-                    else f"no document has the id {document!r}."
-                )
-            )
-        if degree < 0 or (query, document) in judged:
-            raise InputError(
-                f"{path}, line {number}: "
-                + (
-                    f"rel={degree}, want 0 or more."
-                    if degree < 0
-                    else f"{query!r} and {document!r} were judged before."
-                )
-            )
+    for line, row in rows_of(path):
+        with checking_row(path, line):
+            query, document, degree = _text(row, "q"), _text(row, "d"), _number(row, "rel")
+            if query not in queries:
+                raise BadRowError(f"no query has the id {query!r}.")
+            if document not in documents:
+                raise BadRowError(f"no document has the id {document!r}.")
+            if degree < 0:
+                raise BadRowError(f"rel={degree} must be 0 or more.")
+            if (query, document) in judged:
+                raise BadRowError(f"{query!r} and {document!r} were judged before.")
         judged.add((query, document))
         if degree > 0:
             relevant.setdefault(query, {})[document] = degree
     if not relevant:
         raise InputError(f"{path}: no query has a right document (rel above 0).")
-    return Retrieval(
-        queries, documents, {query: relevant[query] for query in queries if query in relevant}
-    )
+    in_order = {query: relevant[query] for query in queries if query in relevant}
+    return Retrieval(queries, documents, in_order)
 
 
 def read_similarity(path: Path, languages: Sequence[str] | None = None) -> list[Judged]:
-    """
+    """Read a file of judged pairs.
+
+    Args:
+        languages: keep rows of these `lang`; None keeps all.
+
     Raises:
         InputError: the file is absent or damaged, a row is bad, or a language has no row.
     """
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(f"{path}: want a .jsonl or .jsonl.gz file.")
+        raise InputError(f"{path} is not a .jsonl or .jsonl.gz file.")
     pairs, seen = [], set()
-    for number, row in _rows(path):
-        if languages is not None:
-            seen.add(_text(row, "lang", path, number))
-        if languages is None or row["lang"] in languages:
-            pairs.append(
-                Judged(
-                    _text(row, "a", path, number),
-                    _text(row, "b", path, number),
-                    _number(row, "score", path, number),
-                )
-            )
+    for line, row in rows_of(path):
+        with checking_row(path, line):
+            if languages is not None:
+                seen.add(_text(row, "lang"))
+            if languages is None or row["lang"] in languages:
+                pairs.append(Judged(_text(row, "a"), _text(row, "b"), _number(row, "score")))
     absent = sorted(set(languages or ()) - seen)
-    if absent or not pairs:
-        raise InputError(
-            f"{path}: no row has lang {absent}; there are {sorted(seen)}."
-            if absent
-            else f"{path}: no rows."
-        )
+    if absent:
+        raise InputError(f"{path}: no row has lang {absent}; there are {sorted(seen)}.")
+    if not pairs:
+        raise InputError(f"{path} has no rows.")
     return pairs
 
 
 def from_pairs(dataset: Dataset) -> Retrieval:
-    """Each query of a dataset against all of its positives; right are the positives of all rows
-    with that query.
+    """Return each query of a dataset against all of its positives.
+
+    Right are the positives of all rows with that query.
     """
     queries = {row.query: row.query for row in dataset.rows}
     documents: dict[str, tuple[str | None, str]] = {}
     relevant: dict[str, dict[str, float]] = {}
     for row in dataset.rows:
-        document = f"{row.title}\n{row.positive}" if row.title else row.positive
+        document = with_title(row.title, row.positive)
         documents[document] = (row.title, row.positive)
         relevant.setdefault(row.query, {})[document] = 1.0
     return Retrieval(queries, documents, relevant)
 
 
 def _path(folder: Path, name: str) -> Path:
-    found = [
-        path for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz") if path.is_file()
-    ]
-    if len(found) != 1:
-        raise InputError(
-            f"{folder}: {'no' if not found else 'both a'} {name}.jsonl "
-            f"{'or' if not found else 'and a'} {name}.jsonl.gz; "
-            "a retrieval set is a folder with one each of queries, corpus and qrels."
-        )
-    return found[0]
+    """Return the one file of that name, plain or gzipped."""
+    plain, packed = folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"
+    found = [path for path in (plain, packed) if path.is_file()]
+    if len(found) == 1:
+        return found[0]
+    names = f"both a {plain.name} and a" if found else f"no {plain.name} or"
+    raise InputError(
+        f"{folder} has {names} {packed.name}; a retrieval set is a folder with one each of "
+        "queries, corpus and qrels."
+    )
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in lines_of(path):
-        try:
-            yield number, parse_row(line, number)
-        except BadRowError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
-
-
-def _new(
-    row: Mapping[str, Any], field: str, known: Mapping[str, object], path: Path, number: int
-) -> str:
-    value = _text(row, field, path, number)
+def _new_id(row: Mapping[str, Any], known: Mapping[str, object]) -> str:
+    value = _text(row, "id")
     if value in known:
-        raise InputError(f"{path}, line {number}: field {field!r}: {value!r} was given before.")
+        raise BadRowError(f"field 'id': {value!r} was given before.")
     return value
 
 
-def _text(row: Mapping[str, Any], field: str, path: Path, number: int) -> str:
+def _text(row: Mapping[str, Any], field: str) -> str:
     if field not in row:
-        raise InputError(
-            f"{path}, line {number}: field {field!r}: found only {sorted(row)}, want a text that "
-            "is not blank."
+        raise BadRowError(
+            f"field {field!r}: found only {sorted(row)}, want a text that is not blank."
         )
-    try:
-        return checked_text(row[field], field)
-    except BadRowError as error:
-        raise InputError(f"{path}, line {number}: {error}") from error
+    return checked_text(row[field], field)
 
 
-def _number(row: Mapping[str, Any], field: str, path: Path, number: int) -> float:
+def _number(row: Mapping[str, Any], field: str) -> float:
     value = row.get(field)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(
-            f"{path}, line {number}: field {field!r}: found "
-            f"{shortened(value) if field in row else f'only {sorted(row)}'}, want a number."
-        )
+        found = shortened(value) if field in row else f"only {sorted(row)}"
+        raise BadRowError(f"field {field!r}: found {found}, want a number.")
     return float(value)

@@ -8,25 +8,28 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from egemma_core.checks import one_of, whole_number
 from egemma_core.config import EncoderConfig
 from egemma_core.errors import ConfigError, InputError
-from egemma_core.json_lines import BadRowError, checked_text, lines_of, parse_row
+from egemma_core.json_lines import BadRowError, checked_text
 from egemma_core.nn.encode import Ids
 from egemma_core.tokens import Tokenizer
+from egemma_train.data.json_rows import checking_row, rows_of
 
 SHORTEST_WINDOW = 6  # tokens
 # characters; a longer text has four tokens, in every vocabulary whose pieces are shorter than 86
 # characters
-_MAYBE_SHORT = 256
-_ORDER = 1  # keeps these random numbers apart from those of the same seed elsewhere
+_NEVER_SHORT = 256
+# keep the random numbers of different uses of one seed apart
+ORDER, WINDOWS, DEV = 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +46,23 @@ class TextConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("batch_size", 1),
-            ("max_tokens", SHORTEST_WINDOW),
-            ("chunk_tokens", 1),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name}={value!r}: a whole number, at least {least}.")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ConfigError(
-                f"precision={self.precision!r}: 'float32' or 'bfloat16'; float16 overflows in this "
-                "model."
-            )
+        whole_number("batch_size", self.batch_size, 1)
+        whole_number("max_tokens", self.max_tokens, SHORTEST_WINDOW)
+        whole_number("chunk_tokens", self.chunk_tokens, 1)
+        whole_number("seed", self.seed, 0)
+        one_of(
+            "precision",
+            self.precision,
+            ("float32", "bfloat16"),
+            hint="In this model float16 overflows.",
+        )
 
 
 def read_texts(paths: Sequence[Path], fields: Sequence[str]) -> list[str]:
-    """Every different text of these fields in files of JSON lines (.jsonl, .jsonl.gz), in the order
-    in which they first occur.
+    """Return every different text of some fields of JSON-lines files, in the order of the files.
 
     Args:
+        paths: .jsonl or .jsonl.gz files.
         fields: names such as "text", "query", "positive", "negative"; a row has at least one of
             them, a text or a list of texts each.
 
@@ -72,41 +71,47 @@ def read_texts(paths: Sequence[Path], fields: Sequence[str]) -> list[str]:
             is no text. Names file, line and field.
     """
     if not paths or not fields:
-        raise ConfigError(f"paths={list(paths)}, fields={list(fields)}: name at least one of each.")
+        raise ConfigError(
+            f"paths={list(paths)} and fields={list(fields)}: name at least one of each."
+        )
     texts: dict[str, None] = {}
     for path in paths:
-        for number, line in lines_of(path):
-            try:
-                row = parse_row(line, number)
-                present = [field for field in fields if field in row]
-                if not present:
-                    raise BadRowError(
-                        f"none of the fields {list(fields)}, only {list(row)}. Name the one that "
-                        "holds the text."
-                    )
-                for field in present:
-                    values = (
-                        row[field] if isinstance(row[field], list) and row[field] else [row[field]]
-                    )
-                    texts |= dict.fromkeys(checked_text(value, field) for value in values)
-            except BadRowError as bad:
-                raise InputError(f"{path}, line {number}: {bad}") from bad
+        for number, row in rows_of(path):
+            with checking_row(path, number):
+                texts |= dict.fromkeys(_texts_in(row, fields))
     return list(texts)
 
 
+def _texts_in(row: Mapping[str, Any], fields: Sequence[str]) -> Iterator[str]:
+    present = [field for field in fields if field in row]
+    if not present:
+        raise BadRowError(
+            f"none of the fields {list(fields)}, only {list(row)}. Name the one that holds the "
+            "text."
+        )
+    for field in present:
+        values = row[field] if isinstance(row[field], list) and row[field] else [row[field]]
+        for value in values:
+            yield checked_text(value, field)
+
+
 def hold_out_texts(texts: Sequence[str], one_in: int) -> tuple[list[str], list[str]]:
-    """The texts without about one in `one_in`, and those: by hash, so the same ones in every
-    run.
+    """Return the texts without about one in `one_in`, and those that are held out.
+
+    They are chosen by hash, so every run holds out the same ones.
     """
-    held = [int(hashlib.sha256(text.encode()).hexdigest(), 16) % one_in == 0 for text in texts]
-    return [text for text, out in zip(texts, held, strict=True) if not out], [
-        text for text, out in zip(texts, held, strict=True) if out
-    ]
+    kept: list[str] = []
+    held: list[str] = []
+    for text in texts:
+        is_held = int(hashlib.sha256(text.encode()).hexdigest(), 16) % one_in == 0
+        (held if is_held else kept).append(text)
+    return kept, held
 
 
 class Texts:
-    """Texts in an order drawn anew for every pass over them: all are seen once before one is seen
-    twice.
+    """Texts in an order that is drawn anew for every pass over them.
+
+    All are seen once before one is seen twice.
 
     Args:
         texts: tokenized whole each time they are drawn, so cut books into pages.
@@ -132,20 +137,18 @@ class Texts:
         if len(self.texts) < config.batch_size:
             raise ConfigError(
                 f"batch_size={config.batch_size}, but there are {len(self.texts)} texts "
-                f"({self.too_short} more have fewer than {least} "
-                "tokens). Lower it, or give more texts."
+                f"({self.too_short} more have fewer than {least} tokens).",
+                hint="Lower it, or give more texts.",
             )
 
     def at(self, step: int) -> list[Ids]:
-        """Tokens of that step's texts, whole, without BOS and EOS."""
+        """Return the tokens of a step's texts, whole, without BOS and EOS."""
         first = step * self.config.batch_size
-        return [
-            tokenize(
-                self.texts[self._order(place // len(self.texts))[place % len(self.texts)]],
-                self.tokenizer,
-            )
-            for place in range(first, first + self.config.batch_size)
-        ]
+        rows = []
+        for place in range(first, first + self.config.batch_size):
+            epoch, row = divmod(place, len(self.texts))
+            rows.append(tokenize(self.texts[self._order(epoch)[row]], self.tokenizer))
+        return rows
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
@@ -154,15 +157,22 @@ class Texts:
                 kept: order for kept, order in self._orders.items() if kept == epoch - 1
             }
             self._orders[epoch] = np.random.default_rng(
-                (self.config.seed, _ORDER, epoch)
+                (self.config.seed, ORDER, epoch)
             ).permutation(len(self.texts))
         return self._orders[epoch]
 
 
 def whole_texts(path: Path, model: EncoderConfig, config: TextConfig) -> Tokenizer:
-    """The model's tokenizer without its limit: windows are cut out of whole texts."""
+    """Return the model's tokenizer without its limit, because windows are cut out of whole texts.
+
+    Raises:
+        ConfigError: a window is longer than the model reads.
+    """
     if config.max_tokens > model.max_tokens:
-        raise ConfigError(f"max_tokens={config.max_tokens}, the model reads {model.max_tokens}.")
+        raise ConfigError(
+            f"max_tokens={config.max_tokens} is more than the {model.max_tokens} that the model "
+            "reads."
+        )
     return Tokenizer(
         path,
         bos_id=model.bos_id,
@@ -174,13 +184,14 @@ def whole_texts(path: Path, model: EncoderConfig, config: TextConfig) -> Tokeniz
 
 
 def tokenize(text: str, tokenizer: Tokenizer) -> Ids:
+    """Return the tokens of a text without BOS and EOS."""
     return tokenizer.encode(text).ids[1:-1]
 
 
 def usable(
     texts: Sequence[str], tokenizer: Tokenizer, least: int, reserved: Iterable[int] = ()
 ) -> tuple[list[str], int]:
-    """The texts of at least that many tokens, and the number of the others.
+    """Return the texts of at least `least` tokens, and the number of the others.
 
     Raises:
         InputError: a text holds one of the `reserved` tokens, which only the name of an <unusedN>
@@ -197,12 +208,12 @@ def usable(
     kept = [
         text
         for text in texts
-        if len(text) > _MAYBE_SHORT or len(tokenize(text, tokenizer)) >= least
+        if len(text) > _NEVER_SHORT or len(tokenize(text, tokenizer)) >= least
     ]
     return kept, len(texts) - len(kept)
 
 
 def window(ids: Ids, limit: int, draw: np.random.Generator) -> Ids:
-    """All of a text that has at most `limit` tokens, else that many from anywhere in it."""
+    """Return a text of at most `limit` tokens whole, or that many tokens from anywhere in it."""
     start = int(draw.integers(len(ids) - limit + 1)) if len(ids) > limit else 0
     return ids[start : start + limit]

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma_core.errors import ConfigError, InputError
+from egemma_core.checks import number, whole_number
+from egemma_core.errors import ConfigError, InputError, MissingDependencyError
+from egemma_core.files import flush
+from egemma_core.json_lines import BadRowError, lines_of, parse_row
+from egemma_train.data.json_rows import bad_row
 
 Rates = dict[str, float]  # dataset to share; not negative, sum 1
 CANDIDATES = 2000  # mixtures among which the next one is chosen
@@ -45,49 +48,46 @@ class Scored:
 
 
 def even_rates(names: Sequence[str]) -> Rates:
-    """The same share for each dataset."""
+    """Return the mixture with the same share for each dataset."""
     return dict.fromkeys(names, 1 / len(names))
 
 
 def dirichlet_rates(
     names: Sequence[str], count: int, concentration: float, seed: int
 ) -> list[Rates]:
-    """Random mixtures, the same for the same arguments.
+    """Return random mixtures, the same for the same arguments.
 
     Args:
         concentration: 1 makes every mixture as likely as any other; below, most are of few
             datasets; above, most are nearly even.
     """
-    if count < 0 or not (math.isfinite(concentration) and concentration > 0):
-        raise ConfigError(
-            f"count={count}, concentration={concentration}: the first must not be negative, the "
-            "second positive."
-        )
+    whole_number("count", count, 0)
+    number("concentration", concentration, above=0)
     # (count, datasets)
     drawn = np.random.default_rng(seed).dirichlet(np.full(len(names), concentration), count)
     return [dict(zip(names, row, strict=True)) for row in drawn.tolist()]
 
 
 def distance(one: Rates, other: Rates) -> float:
-    """Total variation: the share of the steps that would go to another dataset."""
+    """Return the share of the steps that would go to another dataset: the total variation."""
     return sum(abs(one[name] - other[name]) for name in one) / 2
 
 
 class RateSearch:
-    """Ask for a mixture, train with it, tell its score.
+    """A search for the best mixture: propose one, train with it, record its score.
 
     All that is known lies in a file, one line per scored mixture, so a search that was stopped goes
     on where it was, and the next mixture follows from the file and `seed` alone.
 
     Args:
         names: the datasets, at least two.
-        path: JSON lines, {"rates": {...}, "score": ...}; made when the first score is told.
+        path: JSON lines, {"rates": {...}, "score": ...}; made when the first score is recorded.
         first: mixtures to begin with; empty for the even one.
         random: how many random ones follow.
         concentration: of these; see `dirichlet_rates`.
 
     Raises:
-        ConfigError: names or mixtures that cannot work, or scikit-learn is missing.
+        ConfigError: names or mixtures that cannot work.
         InputError: a line of the file is not a scored mixture of these datasets.
     """
 
@@ -103,7 +103,8 @@ class RateSearch:
     ) -> None:
         if len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(
-                f"names={list(names)}: a mixture needs at least two datasets, each named once."
+                f"names={list(names)} make no mixture, which needs at least two datasets, each "
+                "named once."
             )
         self.names, self.path, self.seed = tuple(names), path, seed
         given = [self._checked(rates) for rates in first] or [even_rates(names)]
@@ -111,26 +112,28 @@ class RateSearch:
         self.history()
 
     def history(self) -> list[Scored]:
-        """Every scored mixture, in the order in which they were told."""
-        if not self.path.exists():
+        """Return every scored mixture, in the order in which they were recorded.
+
+        Raises:
+            InputError: a line is not a scored mixture of these datasets.
+        """
+        if not self.path.exists() or not self.path.stat().st_size:
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        if lines.pop():
-            raise InputError(
-                f"{self.path}:{len(lines) + 1}: the last line is cut off. Remove it; its mixture "
-                "is proposed again."
-            )
-        return [self._read(line, number) for number, line in enumerate(lines, start=1)]
+        return [self._read(line, number) for number, line in lines_of(self.path)]
 
     def propose(self) -> Rates:
-        """The mixture to train with next."""
+        """Return the mixture to train with next.
+
+        Raises:
+            MissingDependencyError: scikit-learn is missing.
+        """
         done = self.history()
         for rates in self.planned:
             if all(distance(rates, scored.rates) > TOLERANCE for scored in done):
                 return dict(rates)
         return self._improve(done)
 
-    def tell(self, rates: Mapping[str, float], score: float) -> None:
+    def record(self, rates: Mapping[str, float], score: float) -> None:
         """Add one line to the file.
 
         Raises:
@@ -139,19 +142,20 @@ class RateSearch:
         """
         if not math.isfinite(score):
             raise InputError(
-                f"score={score} for {dict(rates)}: only finite scores say which mixture is better. "
-                "Look at that run's log; do not tell it."
+                f"score={score} for {dict(rates)}: only finite scores say which mixture is better.",
+                hint="Look at that run's log, and leave it out.",
             )
         line = json.dumps({"rates": self._checked(rates), "score": float(score)}) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        flush(self.path)
+        flush(self.path.parent)
 
     def best(self, count: int, apart: float = 0.05) -> list[Scored]:
-        """The best mixtures, best first, each at least `apart` in total variation from those before
-        it: runs to make a soup of. At most `count`.
+        """Return at most `count` mixtures to make a soup of, the best first.
+
+        Each is at least `apart` in total variation from those before it.
         """
         chosen: list[Scored] = []
         for scored in sorted(self.history(), key=lambda scored: -scored.score):
@@ -162,8 +166,9 @@ class RateSearch:
         return chosen
 
     def _improve(self, done: Sequence[Scored]) -> Rates:
-        """The candidate with the largest expected improvement on what the process believes of the
-        best mixture so far.
+        """Return the candidate with the largest expected improvement.
+
+        It is measured from what the process believes of the best mixture so far.
         """
         try:
             from scipy.stats import norm  # type: ignore[import-untyped]
@@ -171,14 +176,14 @@ class RateSearch:
             from sklearn.gaussian_process import GaussianProcessRegressor  # type: ignore[import-untyped]
             from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel  # type: ignore[import-untyped]
         except ImportError as error:
-            raise ConfigError(
-                "searching mixture rates needs scikit-learn: pip install 'egemma[train]'."
+            raise MissingDependencyError(
+                "Searching mixture rates needs scikit-learn.", hint="pip install 'egemma[train]'"
             ) from error
-        # (told, datasets)
-        told = np.array([[scored.rates[name] for name in self.names] for scored in done])
+        # (scored, datasets)
+        known = np.array([[scored.rates[name] for name in self.names] for scored in done])
         scores = np.array([scored.score for scored in done])
         scores = (scores - scores.mean()) / max(scores.std(), 1e-12)
-        candidates = self._candidates(told, scores)
+        candidates = self._candidates(known, scores)
         # Smooth, but no more; distances on the sphere are below 1.6. Runs differ by chance: the
         # white part is fitted, too.
         kernel = ConstantKernel(1.0) * Matern(
@@ -188,20 +193,22 @@ class RateSearch:
         with warnings.catch_warnings():
             # a length or noise at its bound is an answer, too
             warnings.simplefilter("ignore", ConvergenceWarning)
-            process.fit(np.sqrt(told), scores)
+            process.fit(np.sqrt(known), scores)
         mean, deviation = process.predict(np.sqrt(candidates), return_std=True)
-        above = mean - process.predict(np.sqrt(told)).max()  # (candidates,)
+        above = mean - process.predict(np.sqrt(known)).max()  # (candidates,)
         deviation = np.maximum(deviation, 1e-12)
         improvement = above * norm.cdf(above / deviation) + deviation * norm.pdf(above / deviation)
         return dict(zip(self.names, candidates[int(np.argmax(improvement))].tolist(), strict=True))
 
-    def _candidates(self, told: NDArray[Any], scores: NDArray[Any]) -> NDArray[Any]:
-        """(CANDIDATES, datasets): a half of all mixtures, a quarter of few datasets, a quarter
+    def _candidates(self, known: NDArray[Any], scores: NDArray[Any]) -> NDArray[Any]:
+        """Return (CANDIDATES, datasets) mixtures among which the next one is chosen.
+
+        A half is drawn from all mixtures, a quarter from those of few datasets, and a quarter
         around the three best so far, near and wide.
         """
-        draw = np.random.default_rng((self.seed, len(told)))
+        draw = np.random.default_rng((self.seed, len(known)))
         datasets, quarter = len(self.names), CANDIDATES // 4
-        best = told[np.argsort(-scores, kind="stable")[:3]]
+        best = known[np.argsort(-scores, kind="stable")[:3]]
         near = [
             draw.dirichlet(10 ** draw.uniform(1, 3) * best[draw.integers(len(best))] + 0.1)
             for _ in range(quarter)
@@ -217,28 +224,32 @@ class RateSearch:
     def _checked(self, rates: Mapping[str, float]) -> Rates:
         if set(rates) != set(self.names):
             raise ConfigError(
-                f"a mixture of {sorted(rates)}, this search is over {sorted(self.names)}. Name "
-                "every dataset; 0 leaves one out."
+                f"This is a mixture of {sorted(rates)}, and this search is over "
+                f"{sorted(self.names)}.",
+                hint="Name every dataset; 0 leaves one out.",
             )
         if (
             not all(math.isfinite(rate) and rate >= 0 for rate in rates.values())
             or abs(sum(rates.values()) - 1) > TOLERANCE
         ):
             raise ConfigError(
-                f"rates {dict(rates)} sum to {sum(rates.values())}: want shares that are not "
-                "negative and sum to 1."
+                f"The rates {dict(rates)} sum to {sum(rates.values())}; they must be shares that "
+                "are not negative and sum to 1."
             )
         return {name: float(rates[name]) for name in self.names}
 
-    def _read(self, line: str, number: int) -> Scored:
+    def _read(self, line: bytes, number: int) -> Scored:
+        if not line.endswith(b"\n"):
+            hint = "Remove it; its mixture is proposed again."
+            raise bad_row(self.path, number, "the line is cut off.", hint=hint)
         try:
-            row = json.loads(line)
+            row = parse_row(line, number)
             scored = Scored(self._checked(row["rates"]), float(row["score"]))
-        except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
-            raise InputError(
-                f"{self.path}:{number}: not a scored mixture of {list(self.names)} ({error}). Take "
-                "another file for another search."
-            ) from error
+        except (BadRowError, ValueError, TypeError, KeyError, AttributeError) as error:
+            problem = f"not a scored mixture of {list(self.names)} ({error})."
+            hint = "Take another file for another search."
+            raise bad_row(self.path, number, problem, hint=hint) from error
         if not math.isfinite(scored.score):
-            raise InputError(f"{self.path}:{number}: score={scored.score}. Remove the line.")
+            problem = f"score={scored.score} is not finite."
+            raise bad_row(self.path, number, problem, hint="Remove the line.")
         return scored

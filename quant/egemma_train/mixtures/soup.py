@@ -7,9 +7,6 @@ arXiv:2203.05482.
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +15,9 @@ from pathlib import Path
 import torch
 
 from egemma_core.checkpoint import Checkpoint, open_checkpoint, sha256_of
+from egemma_core.checks import number
 from egemma_core.errors import CheckpointError, ConfigError
+from egemma_core.files import publish_folder, write_json
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint
@@ -45,10 +44,10 @@ def soup(folders: Sequence[Path], out: Path, weights: Sequence[float] | None = N
         ConfigError: no folders, two with the very same weights, or weights that are no shares.
     """
     if not folders:
-        raise ConfigError("a soup needs at least one checkpoint folder.")
+        raise ConfigError("A soup needs at least one checkpoint folder.")
     if out.exists():
-        raise CheckpointError(f"{out} exists. Remove it, or save to another folder.")
-    weights = _positive(weights, len(folders))
+        raise CheckpointError(f"{out} exists.", hint="Remove it, or save to another folder.")
+    weights = _shares(weights, len(folders))
     checkpoints = [open_checkpoint(folder) for folder in folders]
     for other in checkpoints[1:]:
         _check_fit(checkpoints[0], other)
@@ -56,8 +55,8 @@ def soup(folders: Sequence[Path], out: Path, weights: Sequence[float] | None = N
     for index, found in enumerate(hashes):
         if found in hashes[:index]:
             raise ConfigError(
-                f"{folders[hashes.index(found)]} and {folders[index]} hold the very same weights: "
-                "name each run once."
+                f"{folders[hashes.index(found)]} and {folders[index]} hold the very same weights.",
+                hint="Name each run once.",
             )
 
     total: dict[str, torch.Tensor] = {}
@@ -81,26 +80,21 @@ def soup(folders: Sequence[Path], out: Path, weights: Sequence[float] | None = N
             {"folder": str(folder), "share": weight / sum(weights), "weights": found}
             for folder, weight, found in zip(folders, weights, hashes, strict=True)
         ]
-        (made / RECORD).write_text(
-            json.dumps({"ingredients": record}, indent=2) + "\n", encoding="utf-8"
-        )
-        os.rename(made, out)
+        write_json(made / RECORD, {"ingredients": record})
+        publish_folder(made, out)
 
 
-def _positive(weights: Sequence[float] | None, count: int) -> list[float]:
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return the weights, each a positive number; equal ones for None."""
     if weights is None:
         return [1.0] * count
-    if len(weights) != count or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ConfigError(
-            f"weights={list(weights)}: want {count} positive numbers, one for each folder."
-        )
-    return list(weights)
+    if len(weights) != count:
+        raise ConfigError(f"weights={list(weights)} must be {count} numbers, one for each folder.")
+    return [number(f"weights[{place}]", weight, above=0) for place, weight in enumerate(weights)]
 
 
 def _check_fit(first: Checkpoint, other: Checkpoint) -> None:
-    """An average of two models only means something where every number stands for the same thing in
-    both.
-    """
+    """Refuse to average two models in which a number stands for different things."""
     mine, theirs = asdict(first.config), asdict(other.config)
     differs = [
         f"{name} is {mine[name]!r} and {theirs[name]!r}"
@@ -120,6 +114,6 @@ def _check_fit(first: Checkpoint, other: Checkpoint) -> None:
         )
     if differs:
         raise CheckpointError(
-            f"{first.folder} and {other.folder} cannot be averaged: {'; '.join(differs)}. "
-            "Take runs that started from one checkpoint."
+            f"{first.folder} and {other.folder} cannot be averaged: {'; '.join(differs)}.",
+            hint="Take runs that started from one checkpoint.",
         )

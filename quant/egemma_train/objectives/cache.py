@@ -29,7 +29,7 @@ def backward_in_chunks(
     *,
     recompute: bool,
 ) -> Tensor:
-    """The loss of a batch, with its gradient added to every parameter's `.grad`.
+    """Return the loss of a batch, and add its gradient to every parameter's `.grad`.
 
     Args:
         embed: a chunk to (rows, D) vectors; with `recompute` the same each time, so there can be no

@@ -6,7 +6,6 @@ run: temperature, the weights of the three losses, batch sizes, learning rates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from egemma_core.checks import number, one_of, whole_number
 from egemma_core.errors import ConfigError
 from egemma_core.nn.encode import Chunk, by_length, pad
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.save import save_checkpoint
 from egemma_core.prompts import Prompts
+from egemma_quant.qat import rounded
+from egemma_quant.schemes import Scheme
 from egemma_train.compiled import compile_layers
 from egemma_train.data.batches import Batch, Batches, BatchesAhead
 from egemma_train.loop import Outcome
@@ -36,14 +38,13 @@ from egemma_train.objectives.losses import (
     spread_out_loss,
 )
 from egemma_train.ranks import ALONE, Ranks, gathered, is_shard
-from egemma_train.teachers.teacher import Role, Teacher, TeacherSpace
+from egemma_train.teachers.space import TeacherSpace
+from egemma_train.teachers.teacher import Role, Teacher
 
 if TYPE_CHECKING:
     from egemma_train.evaluate import DevSets
 
 Precision = Literal["float32", "bfloat16"]
-# in which the encoder computes as it will ship
-Through = Callable[[Encoder], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +68,18 @@ class ContrastConfig:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        if (
-            self.temperature <= 0
-            or min(self.hardness, self.spread_out, self.matching) < 0
-            or self.chunk_tokens < 1
-        ):
-            raise ConfigError(
-                f"temperature={self.temperature}, hardness={self.hardness}, "
-                f"spread_out={self.spread_out}, matching={self.matching}, "
-                f"chunk_tokens={self.chunk_tokens}: the first and last must be positive, none "
-                "negative."
-            )
-        if self.precision not in get_args(Precision):
-            raise ConfigError(
-                f"precision={self.precision!r}: one of {get_args(Precision)}; float16 overflows in "
-                "this model."
-            )
-        if self.distance not in DISTANCES:
-            raise ConfigError(f"distance={self.distance!r}: one of {DISTANCES}.")
+        number("temperature", self.temperature, above=0)
+        number("hardness", self.hardness, 0)
+        number("spread_out", self.spread_out, 0)
+        number("matching", self.matching, 0)
+        whole_number("chunk_tokens", self.chunk_tokens, 1)
+        one_of(
+            "precision",
+            self.precision,
+            get_args(Precision),
+            hint="In this model float16 overflows.",
+        )
+        one_of("distance", self.distance, DISTANCES)
         if self.dims is not None:
             object.__setattr__(self, "dims", tuple(self.dims))
 
@@ -96,23 +91,30 @@ class Matching:
         self.teacher, self.space = teacher, space
 
     def pair(self, student: Tensor, role: Role, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """(B, D) student vectors and their texts to two (B, width in common) tensors of unit
-        rows.
+        """Return student vectors and their texts' teacher vectors in the space of both.
+
+        Args:
+            student: (B, D).
+            texts: B of them.
+
+        Returns:
+            Two (B, width in common) tensors of unit rows.
         """
         vectors = torch.from_numpy(self.teacher.embed(role, texts).vectors).to(student.device)
         return self.space.student(student), self.space.teacher(vectors)
 
 
 class Contrast:
-    """An objective of `egemma_train.loop`.
+    """The objective of stages over pairs; `egemma_train.loop` trains it.
 
     Args:
         encoder: float32; on the device of `ranks`.
         tokenizer_path, prompts: go into the checkpoints.
         dev: scored by `evaluate`.
         matching: a teacher; needed where its loss has a weight.
-        through: in which every forward and backward pass and every evaluation runs:
-            quantization-aware training swaps weights here.
+        scheme: every forward and backward pass and every evaluation computes with weights rounded
+            to it, as they will ship; None for the float weights.
+        activations: with `scheme`, what goes into each product is rounded as well.
     """
 
     def __init__(
@@ -125,47 +127,44 @@ class Contrast:
         prompts: Prompts,
         dev: DevSets | None = None,
         matching: Matching | None = None,
-        through: Through = lambda encoder: nullcontext(),
+        scheme: Scheme | None = None,
+        activations: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         if (config.matching > 0) != (matching is not None):
             raise ConfigError(
-                f"matching={config.matching}, and {'a' if matching else 'no'} teacher is given: "
-                "both or neither."
+                f"matching={config.matching}, and {'a' if matching else 'no'} teacher is given.",
+                hint="Give both or neither.",
             )
         self.dims = config.dims or encoder.config.dims
         if not set(self.dims) <= set(encoder.config.dims):
             raise ConfigError(
-                f"dims={list(self.dims)}: the model is to have {list(encoder.config.dims)}."
+                f"dims={list(self.dims)} must be among the widths that the model is to have, "
+                f"{list(encoder.config.dims)}."
             )
         if config.compile:
             compile_layers(encoder.layers, ranks.device)
-        self.encoder, self.batches, self.config, self.dev, self.matching = (
-            encoder,
-            batches,
-            config,
-            dev,
-            matching,
-        )
-        self.tokenizer_path, self.prompts, self.through, self.ranks = (
-            tokenizer_path,
-            prompts,
-            through,
-            ranks,
-        )
+        self.encoder, self.batches, self.config = encoder, batches, config
+        self.dev, self.matching = dev, matching
+        self.scheme, self.activations = scheme, activations
+        self.tokenizer_path, self.prompts, self.ranks = tokenizer_path, prompts, ranks
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        learned = (
-            {}
-            if self.matching is None
-            else {
-                f"teacher_space.{name}": weight
-                for name, weight in self.matching.space.named_parameters()
-            }
-        )
-        return {**dict(self.encoder.named_parameters()), **learned}
+        """Return the encoder's parameters, and those of the map to a teacher's space."""
+        found = dict(self.encoder.named_parameters())
+        if self.matching is not None:
+            for name, weight in self.matching.space.named_parameters():
+                found[f"teacher_space.{name}"] = weight
+        return found
+
+    def rounding(self) -> AbstractContextManager[None]:
+        """Return the context in which the encoder computes with the weights that will ship."""
+        if self.scheme is None:
+            return nullcontext()
+        return rounded(self.encoder, self.scheme, activations=self.activations)
 
     def backward(self, step: int) -> Outcome:
+        """Add the gradient of the loss of a step's batch to `.grad`; see `Objective`."""
         batch = self.batches.at(step)
         mine = self.ranks.share(len(batch.queries))
         # rows of the batch's negatives
@@ -203,7 +202,7 @@ class Contrast:
             return torch.stack(list(parts.values())).sum()
 
         self.encoder.train()
-        with self.through(self.encoder):
+        with self.rounding():
             backward_in_chunks(embed, chunks, loss_of, recompute=self.config.recompute)
         self.ranks.sum_gradients(self.parameters().values())
         if "matching" in parts:  # each process compared its own rows
@@ -215,8 +214,9 @@ class Contrast:
     def _losses(
         self, vectors: Tensor, batch: Batch, mine: slice, own_negatives: list[int]
     ) -> dict[str, Tensor]:
-        """The weighted parts of the loss: of the whole batch, though for `matching` of this
-        process's rows only.
+        """Return the weighted parts of the loss.
+
+        They are of the whole batch, though `matching` is of this process's rows only.
         """
         each = mine.stop - mine.start
         # (b, D), (b, D), (n, D)
@@ -230,9 +230,8 @@ class Contrast:
         everyone = self.ranks.gather(torch.stack(blocks))  # (R, 2 or 3, b, D)
         all_queries, all_positives, *rest = everyone.transpose(0, 1).flatten(1, 2)  # (B, D) each
         all_negatives = rest[0] if rest else None
-        twins = false_negatives(batch.query_texts, batch.positive_texts).to(
-            vectors.device
-        )  # (B, B)
+        # (B, B)
+        duplicates = false_negatives(batch.query_texts, batch.positive_texts).to(vectors.device)
         right = None
         if all_negatives is not None and self.config.share_negatives:
             texts = iter(batch.negative_texts)
@@ -247,7 +246,7 @@ class Contrast:
                 queries,
                 positives,
                 negatives,
-                duplicates=twins,
+                duplicates=duplicates,
                 has_negative=has,
                 temperature=self.config.temperature,
                 hardness=self.config.hardness,
@@ -277,7 +276,7 @@ class Contrast:
         positives: Tensor,
         negatives: Tensor,
     ) -> Tensor:
-        """Equation 5 over this process's rows, as its share of the mean over the batch."""
+        """Return equation 5 over this process's rows, as its share of the mean over the batch."""
         assert self.matching is not None
         document: Role = "query" if batch.symmetric else "document"
         sides: list[tuple[Tensor, Role, list[str], int]] = [
@@ -300,12 +299,14 @@ class Contrast:
         ).sum()
 
     def evaluate(self) -> dict[str, float]:
+        """Return the scores on the dev sets; none without dev sets."""
         if self.dev is None:
             return {}
-        with self.through(self.encoder):
+        with self.rounding():
             return self.dev.score(self.encoder)
 
     def save(self, folder: Path) -> None:
+        """Write the float weights as a checkpoint; of shards every process must call it."""
         with gathered(self.encoder):
             if self.ranks.first:
                 save_checkpoint(self.encoder, self.tokenizer_path, self.prompts, folder)

@@ -12,14 +12,14 @@ Gemma 3 does where T5Gemma's Gemma 2 did not.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from egemma_core.checks import one_of
 from egemma_core.config import FULL, SLIDING, EncoderConfig
-from egemma_core.errors import ConfigError, ShapeError
 from egemma_core.nn.encoder import MASKED, Attention, Encoder, FeedForward, RMSNorm, rotary_tables
 
 CrossInit = Literal["balanced", "fresh"]
@@ -33,12 +33,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.channels, self.scale = (
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.query_scale,
-        )
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.channels, self.scale = config.head_dim, config.query_scale
         self.q_proj = nn.Linear(config.width, self.heads * self.channels, bias=False)
         self.k_proj = nn.Linear(config.width, self.kv_heads * self.channels, bias=False)
         self.v_proj = nn.Linear(config.width, self.kv_heads * self.channels, bias=False)
@@ -47,7 +43,11 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(self.channels, config.norm_eps)
 
     def forward(self, x: Tensor, memory: Tensor, bias: Tensor) -> Tensor:
-        """(B, S, D) target, (B, T, D) source after its final norm, (B, 1, 1, T) bias: (B, S, D)."""
+        """Return (B, S, D) of a (B, S, D) target and a (B, T, D) source after its final norm.
+
+        Args:
+            bias: (B, 1, 1, T), what is added to the scores of the source's tokens.
+        """
         B, S, T, shared = len(x), x.shape[1], memory.shape[1], self.heads // self.kv_heads
         H, K, C = self.heads, self.kv_heads, self.channels
         # fmt: off
@@ -67,6 +67,8 @@ class CrossAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """A layer of the decoder: self-attention, cross-attention, feed-forward, each between norms."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
@@ -87,6 +89,7 @@ class DecoderLayer(nn.Module):
         memory: Tensor | None,
         memory_bias: Tensor | None,
     ) -> Tensor:
+        """Return (B, S, D) of (B, S, D); without `memory` there is no cross-attention."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotary, bias))
         if memory is not None and memory_bias is not None:
             x = x + self.post_cross_attn_layernorm(
@@ -111,7 +114,7 @@ class Decoder(nn.Module):
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, S, D) after the final norm; the arguments are those of `forward`."""
+        """Return (B, S, D) after the final norm; the arguments are those of `forward`."""
         x, rotary, bias = causal_inputs(self.config, ids, table)
         memory_bias = (
             None
@@ -129,7 +132,7 @@ class Decoder(nn.Module):
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
-        """Scores of the next token after each.
+        """Return the scores of the next token after each.
 
         Args:
             ids: (B, S) int64; padding may stand on the right only, where no real token sees it.
@@ -145,7 +148,7 @@ class Decoder(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """Source to target.
+    """A model that reads a source and writes a target.
 
     `encoder` is an ordinary `Encoder`, whose pooler and dense head are not used here.
     """
@@ -155,15 +158,18 @@ class EncoderDecoder(nn.Module):
         self.encoder, self.decoder = encoder, decoder
 
     def forward(self, source: Tensor, source_mask: Tensor, target: Tensor) -> Tensor:
-        """(B, T) ids and bool mask of the source, (B, S) ids of the target behind BOS -> (B, S, V)
-        float32 scores of what comes next.
+        """Return the (B, S, V) float32 scores of what comes next.
+
+        Args:
+            source, source_mask: (B, T) ids and bool mask.
+            target: (B, S) ids, BOS first.
         """
         memory = self.encoder.hidden_states(source, source_mask)
         scores: Tensor = self.decoder(target, self.encoder.embed_tokens.weight, memory, source_mask)
         return scores
 
     def hidden_states(self, source: Tensor, source_mask: Tensor, target: Tensor) -> Tensor:
-        """(B, S, D) what those scores are made of, for `token_loss`."""
+        """Return the (B, S, D) states that those scores are made of, for `token_loss`."""
         return self.decoder.hidden_states(
             target,
             self.encoder.embed_tokens.weight,
@@ -172,14 +178,15 @@ class EncoderDecoder(nn.Module):
         )
 
     def cross_parameters(self) -> list[nn.Parameter]:
-        """What was not in the decoder-only model: trained alone at first where it starts from
-        nothing.
+        """Return what was not in the decoder-only model.
+
+        It is trained alone at first where it starts from nothing.
         """
         return [weight for name, weight in self.named_parameters() if "cross_attn" in name]
 
 
 def adapt(encoder: Encoder, cross: CrossInit = "balanced", seed: int = 0) -> EncoderDecoder:
-    """The encoder-decoder of a decoder-only model.
+    """Return the encoder-decoder of a decoder-only model.
 
     Args:
         encoder: the decoder's weights in an `Encoder`, which has the same ones and other masks; it
@@ -189,8 +196,7 @@ def adapt(encoder: Encoder, cross: CrossInit = "balanced", seed: int = 0) -> Enc
             warm-up in which nothing else is trained.
         seed: of "fresh".
     """
-    if cross not in ("balanced", "fresh"):
-        raise ConfigError(f"cross={cross!r}: 'balanced' or 'fresh'.")
+    one_of("cross", cross, get_args(CrossInit))
     decoder = Decoder(encoder.config)
     own = dict(encoder.named_parameters())
     random = torch.Generator().manual_seed(seed)
@@ -210,8 +216,9 @@ def adapt(encoder: Encoder, cross: CrossInit = "balanced", seed: int = 0) -> Enc
 
 
 def causal_hidden_states(encoder: Encoder, ids: Tensor) -> Tensor:
-    """(B, S, D) of the decoder-only model that has the encoder's weights; padding may stand on the
-    right only.
+    """Return the (B, S, D) states of the decoder-only model that has the encoder's weights.
+
+    Padding may stand on the right only.
     """
     x, rotary, bias = causal_inputs(encoder.config, ids, encoder.embed_tokens.weight)
     for layer, kind in zip(encoder.layers, encoder.config.layer_types, strict=True):
@@ -222,8 +229,11 @@ def causal_hidden_states(encoder: Encoder, ids: Tensor) -> Tensor:
 def causal_inputs(
     config: EncoderConfig, ids: Tensor, table: Tensor
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """(B, S, D) token vectors of (B, S) ids; for each kind of layer its rotary tables and its (1,
-    1, S, S) causal bias.
+    """Return what the layers need of (B, S) ids.
+
+    Returns:
+        (B, S, D) token vectors, and for each kind of layer its rotary tables and its (1, 1, S, S)
+        causal bias.
     """
     S = ids.shape[1]
     x = F.embedding(ids, table) * torch.tensor(config.width**0.5, dtype=table.dtype)  # (B, S, D)
@@ -234,102 +244,15 @@ def causal_inputs(
 
 
 def causal_biases(tokens: int, window: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Two (1, 1, S, S): token i sees j <= i; in sliding layers only i - j < window, the whole width
-    of the checkpoint's file (512).
+    """Return the (1, 1, S, S) biases of full and of sliding layers.
+
+    Token i sees j <= i; in sliding layers only i - j < window, the whole width of the checkpoint's
+    file (512).
     """
     position = torch.arange(tokens, device=like.device)
     back = position[:, None] - position[None, :]  # (S, S)
-    zero, masked = (
-        torch.zeros((), dtype=like.dtype, device=like.device),
-        torch.full((), MASKED, dtype=like.dtype, device=like.device),
-    )
-    full, sliding = (
-        torch.where(seen, zero, masked)[None, None]
-        for seen in (back >= 0, (back >= 0) & (back < window))
-    )
-    return full, sliding
-
-
-# Scores that are in memory at a time, in elements of 4 bytes: 256 tokens of Gemma's vocabulary.
-BLOCK_SCORES = 2**26
-
-
-def token_loss(
-    hidden: Tensor, table: Tensor, target: Tensor, block_scores: int = BLOCK_SCORES
-) -> Tensor:
-    """Cross-entropy of the tokens to be written, summed, without ever holding all (N, V) scores.
-
-    Block by block the scores are made, turned into the gradient in place, and dropped; so it is
-    differentiated while it is computed. All in float32, also under autocast.
-
-    Args:
-        hidden: (N, D) last hidden states of the real tokens.
-        table: (V, D) token vectors.
-        target: (N,) int64 what comes next.
-        block_scores: a block has as many tokens as keep N * V below this, and at least one.
-
-    Returns:
-        A float32 scalar, in nats.
-
-    Raises:
-        ShapeError: the three disagree.
-    """
-    if hidden.ndim != 2 or target.shape != hidden.shape[:1] or table.shape[1:] != hidden.shape[1:]:
-        raise ShapeError(
-            f"hidden {tuple(hidden.shape)}, table {tuple(table.shape)}, target "
-            f"{tuple(target.shape)}: want (N, D), (V, D), (N,)."
-        )
-    loss: Tensor = _TokenLoss.apply(
-        hidden, table, target, max(1, block_scores // len(table)), torch.is_grad_enabled()
-    )  # type: ignore[no-untyped-call]
-    return loss
-
-
-class _TokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, table: Tensor, target: Tensor, block: int, differentiate: bool
-    ) -> Tensor:
-        by_hidden = (
-            torch.empty_like(hidden, dtype=torch.float32)
-            if differentiate and ctx.needs_input_grad[0]
-            else None
-        )
-        by_table = (
-            torch.zeros_like(table, dtype=torch.float32)
-            if differentiate and ctx.needs_input_grad[1]
-            else None
-        )
-        total = torch.zeros((), device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows, wide = hidden.float(), table.float()
-            # (n, V), all that there is of scores
-            memory = torch.empty(min(block, len(rows)), len(wide), device=rows.device)
-            for start in range(0, len(rows), block):
-                # (n, D), (n, 1)
-                part, right = rows[start : start + block], target[start : start + block, None]
-                scores = torch.mm(part, wide.T, out=memory[: len(part)])  # (n, V)
-                chosen = scores.gather(1, right)  # (n, 1)
-                highest = scores.amax(1, keepdim=True)  # (n, 1)
-                scores.sub_(highest).exp_()
-                mass = scores.sum(1, keepdim=True)  # (n, 1)
-                total += (highest + mass.log() - chosen).sum()
-                if by_hidden is None and by_table is None:
-                    continue
-                # (n, V) probability - one hot
-                slope = scores.div_(mass).scatter_add_(1, right, torch.full_like(mass, -1.0))
-                if by_hidden is not None:
-                    torch.mm(slope, wide, out=by_hidden[start : start + block])
-                if by_table is not None:
-                    by_table.addmm_(slope.T, part)
-        ctx.gradients = by_hidden, by_table
-        ctx.dtypes = hidden.dtype, table.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if gradient is None else (gradient * outer[0]).to(dtype)
-            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None, None)
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    masked = torch.full((), MASKED, dtype=like.dtype, device=like.device)
+    full = torch.where(back >= 0, zero, masked)
+    sliding = torch.where((back >= 0) & (back < window), zero, masked)
+    return full[None, None], sliding[None, None]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from egemma_core.checks import number
 from egemma_core.errors import ConfigError, ShapeError
 
 Distance = Literal["l2", "mse", "cosine"]
@@ -34,8 +35,10 @@ def nce_loss(
     shared_duplicates: Tensor | None = None,
     literal_mask: bool = False,
 ) -> Tensor:
-    """Noise-contrastive estimation with in-batch negatives, one hard negative per query, and a mask
-    for duplicates (equations 2 and 3).
+    """Return the noise-contrastive loss of a batch (equations 2 and 3).
+
+    Negatives are the batch's other positives and one hard negative per query; duplicates are
+    masked.
 
     The report's mask, read literally, is 0 for j = i as well, because q_i = q_i: the positive would
     stand in the numerator alone, and the loss could fall below zero. The usual form keeps it, and
@@ -80,11 +83,8 @@ def nce_loss(
     for name, mask in (("duplicates", duplicates), ("shared_duplicates", shared_duplicates)):
         if mask is not None and mask.shape != (rows, rows):
             raise ShapeError(f"{name} {tuple(mask.shape)}: want {(rows, rows)}.")
-    if temperature <= 0 or hardness < 0:
-        raise ConfigError(
-            f"temperature={temperature}, hardness={hardness}: the first must be positive, the "
-            "second not negative."
-        )
+    number("temperature", temperature, above=0)
+    number("hardness", hardness, 0)
     queries = queries.float()
     scores = queries @ positives.float().T / temperature  # (B, B)
     own = torch.eye(rows, dtype=torch.bool, device=queries.device)
@@ -123,11 +123,10 @@ def nce_loss(
 
 
 def spread_out_loss(vectors: Tensor) -> Tensor:
-    """Mean squared cosine of different vectors: the second moment of points spread evenly over a
-    sphere is 1/D (equation 4, one term).
+    """Return the mean squared cosine of different vectors (equation 4, one term).
 
-    The report uses neither the mean term nor the hinge max(0, M2 - 1/D) of the original GOR, so
-    this has neither.
+    The second moment of points spread evenly over a sphere is 1/D. The report uses neither the mean
+    term nor the hinge max(0, M2 - 1/D) of the original GOR, so this has neither.
 
     Args:
         vectors: (B, D) unit vectors.
@@ -145,7 +144,7 @@ def spread_out_loss(vectors: Tensor) -> Tensor:
 
 
 def matching_loss(student: Tensor, teacher: Tensor, distance: Distance = "l2") -> Tensor:
-    """How far vectors are from a teacher's, averaged (equation 5, one term).
+    """Return how far vectors are from a teacher's, averaged (equation 5, one term).
 
     The report names neither the distance nor how widths are matched. Ours is "l2", the metric of
     EmbedDistill (arXiv:2301.12005), which the report cites; widths are matched by `TeacherSpace`.
@@ -170,14 +169,15 @@ def matching_loss(student: Tensor, teacher: Tensor, distance: Distance = "l2") -
     if distance == "mse":
         return squared.mean()
     if distance != "l2":
-        raise ConfigError(f"distance={distance!r}: one of {DISTANCES}.")
+        raise ConfigError(f"distance={distance!r} must be one of {list(DISTANCES)}.")
     # the root has no derivative at 0
     return (squared + torch.finfo(torch.float32).tiny).sqrt().mean()
 
 
 def matryoshka(loss: Callable[..., Tensor], dims: Sequence[int], *vectors: Tensor | None) -> Tensor:
-    """The sum of a loss over prefixes of the vectors, each at unit length again: "overlapping",
-    "summed", no weights (section 2.2).
+    """Return the sum of a loss over prefixes of the vectors, each at unit length again.
+
+    "Overlapping", "summed", no weights (section 2.2).
 
     Args:
         loss: takes the vectors in their order; None stays None.
@@ -193,8 +193,12 @@ def matryoshka(loss: Callable[..., Tensor], dims: Sequence[int], *vectors: Tenso
 
 
 def false_negatives(queries: Sequence[str], positives: Sequence[str]) -> Tensor:
-    """(B, B) bool: where positive j is no wrong answer to query i, because q_i = q_j or p_i = p_j
-    as texts (equation 3). False at j = i.
+    """Return where positive j is no wrong answer to query i (equation 3).
+
+    That is where q_i = q_j or p_i = p_j as texts.
+
+    Returns:
+        (B, B) bool, false at j = i.
     """
     query, positive = _numbered(queries), _numbered(positives)
     same = (query[:, None] == query[None, :]) | (positive[:, None] == positive[None, :])
@@ -204,8 +208,12 @@ def false_negatives(queries: Sequence[str], positives: Sequence[str]) -> Tensor:
 def right_negatives(
     queries: Sequence[str], positives: Sequence[str], negatives: Sequence[str | None]
 ) -> Tensor:
-    """(B, B) bool: where the hard negative of row j is, as a text, the positive of query i or of a
-    query equal to it.
+    """Return where the hard negative of row j is a right answer to query i.
+
+    That is where it is, as a text, the positive of query i or of a query equal to it.
+
+    Returns:
+        (B, B) bool.
     """
     texts = _numbered([*positives, *("" if text is None else text for text in negatives)])
     positive, negative = texts[: len(positives)], texts[len(positives) :]
@@ -218,7 +226,7 @@ def right_negatives(
 
 
 def _numbered(texts: Sequence[str]) -> Tensor:
-    """(n,) int64, equal where texts are."""
+    """Return (n,) int64 numbers that are equal where texts are."""
     numbers: dict[str, int] = {}
     return torch.tensor(
         [numbers.setdefault(text, len(numbers)) for text in texts], dtype=torch.int64

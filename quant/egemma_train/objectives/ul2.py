@@ -51,7 +51,7 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, sentinels: int = 100) -> SpecialTokens:
-        """The first `<unusedN>` pieces of a vocabulary: tasks, then up to `sentinels` sentinels.
+        """Take the first `<unusedN>` pieces of a vocabulary: tasks, then up to `sentinels` spans.
 
         Raises:
             ConfigError: the vocabulary has fewer than one sentinel to spare.
@@ -81,7 +81,7 @@ class Denoised:
 def denoise(
     ids: Sequence[int], special: SpecialTokens, draw: np.random.Generator, task: int | None = None
 ) -> Denoised:
-    """Take spans out of a text.
+    """Return a text with spans taken out, as a training example.
 
     Args:
         ids: at least 4 token ids, without BOS and EOS.
@@ -93,11 +93,12 @@ def denoise(
     """
     if len(ids) < 4:
         raise InputError(
-            f"a text has {len(ids)} tokens: there is nothing to take out of fewer than 4."
+            f"A text has {len(ids)} tokens: there is nothing to take out of fewer than 4."
         )
     if not {*special.tasks, *special.sentinels}.isdisjoint(ids):
         raise InputError(
-            "a text holds a task token or a sentinel (an <unusedN> piece). Leave such texts out."
+            "A text holds a task token or a sentinel (an <unusedN> piece).",
+            hint="Leave such texts out.",
         )
     if task is None:
         weights = np.array([task.weight for task in TASKS], np.float64)
@@ -131,10 +132,10 @@ def denoise(
 def draw_spans(
     length: int, removed: int, spans: int, draw: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """(length,) bool, true where a token is taken out: `removed` tokens in `spans` runs, kept and
-    taken runs by turns, kept first.
+    """Return (length,) bool, true where a token is taken out.
 
-    Every way to cut both into that many parts is as likely as any other (T5's
+    `removed` tokens are taken out in `spans` runs; kept and taken runs take turns, a kept one
+    first. Every way to cut both into that many parts is as likely as any other (T5's
     random_spans_noise_mask).
     """
 
@@ -147,9 +148,7 @@ def draw_spans(
 
 
 def restore(example: Denoised, special: SpecialTokens) -> tuple[int, ...]:
-    """The text that an example was made from: what a perfect decoder's answer says about its
-    source.
-    """
+    """Return the text of an example: its source with the target's spans put back."""
     spans: dict[int, list[int]] = {}
     current: list[int] = []
     for token in example.target[:-1]:

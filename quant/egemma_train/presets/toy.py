@@ -1,7 +1,7 @@
 """Data and recipe of the toy: sentences of a small world, in which a question uses other words than
 its answer.
 
-Nothing is learned from it but whether every stage works, and what the files of a recipe look like.
+It shows whether every stage works, and what the files of a recipe look like.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from egemma_core.errors import ConfigError
+from egemma_core.files import write_file
 
 COLOURS = ("red", "green", "blue", "black", "white", "brown", "pink", "grey", "yellow", "purple")
 # How the answer calls it, and how the question does.
@@ -54,8 +55,7 @@ RECIPE = "recipe.toml"
 
 
 def write_toy(folder: Path, seed: int = 0) -> Path:
-    """Write `folder` with data and recipe, and return the recipe's path; what is there already is
-    left as it is.
+    """Write a folder with data and recipe, unless they are there, and return the recipe's path.
 
     Raises:
         ConfigError: `folder` holds something else.
@@ -64,7 +64,7 @@ def write_toy(folder: Path, seed: int = 0) -> Path:
     if recipe.exists():
         return recipe
     if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no toy. Give another --out.")
+        raise ConfigError(f"{folder} is not empty and holds no toy.", hint="Give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
     facts = [
@@ -117,7 +117,7 @@ def write_toy(folder: Path, seed: int = 0) -> Path:
         dev / "qrels.jsonl", ({"q": query, "d": document, "rel": 1} for query, document, _ in rows)
     )
     text = (resources.files("egemma_train") / "presets/toy.toml").read_text(encoding="utf-8")
-    recipe.write_text(text, encoding="utf-8")
+    write_file(recipe, text.encode())  # last: with it the toy is whole
     return recipe
 
 

@@ -1,5 +1,5 @@
 """Where an encoder's weights come from before it learns to embed: a decoder-only Gemma 3, or
-chance. And such a decoder as a folder.
+random numbers. And such a decoder as a folder.
 
 The report's three inits: "decoder-only" is `read_decoder` alone (the weights as they are, masks
 bidirectional), "encoder-decoder" is the same after denoising (`egemma_train.objectives.denoise`),
@@ -12,7 +12,6 @@ saves.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -25,8 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from egemma_core.checkpoint import TOKENIZER, WEIGHTS
+from egemma_core.checks import whole_number
 from egemma_core.config import EncoderConfig, read_transformer
 from egemma_core.errors import BundleError, CheckpointError, ConfigError
+from egemma_core.files import publish_folder
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import _read as read_tensors
 from egemma_core.nn.save import _transformer as transformer_json
@@ -48,18 +49,14 @@ class HeadConfig:
     seed: int = 0  # of the two linear layers D -> 4 D -> D, and of attention pooling
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 3:
-            raise ConfigError(
-                f"max_tokens={self.max_tokens}: a text has at least BOS, a token and EOS."
-            )
+        whole_number("max_tokens", self.max_tokens, 3)  # BOS, a token and EOS
 
 
 def read_decoder(folder: Path, head: HeadConfig) -> tuple[Encoder, Path, Prompts]:
-    """The layers of a decoder-only Gemma 3 as an `Encoder`, with "randomly initialised linear
-    projections" behind them.
+    """Return the layers of a decoder-only Gemma 3 as an `Encoder` with a new head.
 
-    Nothing is adapted: the weights are the decoder's, the masks are the encoder's. A window of 512
-    tokens back becomes 256 to each side.
+    The head is "randomly initialised linear projections". Nothing is adapted: the weights are the
+    decoder's, the masks are the encoder's. A window of 512 tokens back becomes 256 to each side.
 
     Args:
         folder: config.json, model.safetensors or shards with an index, tokenizer.model. Float32 or
@@ -78,10 +75,11 @@ def read_decoder(folder: Path, head: HeadConfig) -> tuple[Encoder, Path, Prompts
     width, longest = fields["width"], fields.pop("longest")
     if head.max_tokens > longest:
         raise ConfigError(
-            f"max_tokens={head.max_tokens}, but {folder} has {longest} positions. Read less."
+            f"max_tokens={head.max_tokens}, but {folder} has {longest} positions.",
+            hint="Lower max_tokens.",
         )
     if head.dims[:1] != (width,):
-        raise ConfigError(f"dims={head.dims}: the first must be the decoder's width, {width}.")
+        raise ConfigError(f"The first of dims={head.dims} must be the decoder's width, {width}.")
     config = EncoderConfig(
         **fields,
         pooling=head.pooling,
@@ -114,7 +112,7 @@ def read_decoder(folder: Path, head: HeadConfig) -> tuple[Encoder, Path, Prompts
 
 
 def random_encoder(config: EncoderConfig, seed: int) -> Encoder:
-    """An encoder that knows nothing, the same for the same seed.
+    """Return an encoder with random weights, the same for the same seed.
 
     Matrices are normal with variance 1/inputs, so that each keeps the size of what it gets at any
     width (Gemma's 0.02 suits its own width); token vectors have variance 1/D, which the factor
@@ -131,17 +129,17 @@ def random_encoder(config: EncoderConfig, seed: int) -> Encoder:
 
 
 def save_decoder(encoder: Encoder, tokenizer_path: Path, folder: Path) -> None:
-    """Write the encoder's layers as a decoder-only Gemma 3, whole or not at all; transformers'
-    Gemma3ForCausalLM and `read_decoder` open it.
+    """Write the encoder's layers as a decoder-only Gemma 3, whole or not at all.
 
-    The pooler and the dense head stay behind. float32; tokenizer.json puts BOS in front of a text
-    and, as a decoder wants, nothing behind.
+    Transformers' Gemma3ForCausalLM and `read_decoder` open it. The pooler and the dense head stay
+    behind. float32; tokenizer.json puts BOS in front of a text and, as a decoder wants, nothing
+    behind.
 
     Raises:
         CheckpointError: `folder` exists, or a weight is not finite.
     """
     if folder.exists():
-        raise CheckpointError(f"{folder} exists. Remove it, or save to another folder.")
+        raise CheckpointError(f"{folder} exists.", hint="Remove it, or save to another folder.")
     weights = {
         PREFIX + name: weight.detach().to("cpu", torch.float32).contiguous()
         for name, weight in encoder.named_parameters()
@@ -183,13 +181,13 @@ def save_decoder(encoder: Encoder, tokenizer_path: Path, folder: Path) -> None:
             )
         temporary.chmod(0o755)
         (temporary / WEIGHTS).chmod(0o644)
-        os.rename(temporary, folder)
+        publish_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _draw(encoder: Encoder, random: torch.Generator, names: set[str]) -> None:
-    """Fill these parameters; the order, and so the draw, is that of the encoder."""
+    """Fill these parameters with random numbers, drawn in the order of the encoder."""
     for name, weight in encoder.named_parameters():
         if name not in names:
             continue
@@ -200,8 +198,9 @@ def _draw(encoder: Encoder, random: torch.Generator, names: set[str]) -> None:
 
 
 def _decoder_fields(folder: Path) -> dict[str, Any]:
-    """The fields of `EncoderConfig` that the decoder's config.json decides, and "longest", its
-    number of positions.
+    """Return the fields of `EncoderConfig` that the decoder's config.json decides.
+
+    Beside them stands "longest", its number of positions.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -211,15 +210,14 @@ def _decoder_fields(folder: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if "text_config" in config:
         raise CheckpointError(
-            f"{folder}: model_type={model_type!r} is a model of texts and images. Take a text-only "
-            "one (gemma3_text, such as "
-            "Gemma 3 270M or 1B); the larger ones also scale their positions, which is not "
-            "understood."
+            f"{folder}: model_type={model_type!r} is a model of texts and images.",
+            hint="Take a text-only one (gemma3_text, such as Gemma 3 270M or 1B); the larger ones "
+            "also scale their positions, which is not understood.",
         )
     if config.get("use_bidirectional_attention"):
         raise CheckpointError(
-            f"{folder}: use_bidirectional_attention is true: this is an encoder already. Start "
-            "from it as from a checkpoint, without adaptation."
+            f"{folder}: use_bidirectional_attention is true: this is an encoder already.",
+            hint="Start from it as from a checkpoint, without adaptation.",
         )
     if config.get("quantization_config") is not None:
         raise CheckpointError(
@@ -250,22 +248,24 @@ def _decoder_fields(folder: Path) -> dict[str, Any]:
 
 
 def _checked_tokenizer(folder: Path, config: EncoderConfig) -> Path:
+    """Return the path of the decoder's tokenizer, which fits its config."""
     path = folder / TOKENIZER
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no {TOKENIZER} (SentencePiece). Copy it from the published checkpoint; "
-            "tokenizer.json is not read."
+            f"{folder} has no {TOKENIZER} (SentencePiece).",
+            hint="Copy it from the published checkpoint; tokenizer.json is not read.",
         )
     try:
         tokenizer_of(path, config)
     except BundleError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error.found, hint=error.hint) from error
     return path
 
 
 def _decoder_tensors(folder: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of these names and shapes, without prefix, float32; the output must be the table
-    of tokens.
+    """Return the tensors of these names and shapes, without prefix, float32.
+
+    The output must be the table of tokens.
     """
     found = _stored_tensors(folder)
     output = found.pop(OUTPUT, None)
@@ -297,18 +297,19 @@ def _decoder_tensors(folder: Path, wanted: Mapping[str, tuple[int, ...]]) -> dic
 
 
 def _stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, or of the shards that the index names."""
+    """Return every tensor of model.safetensors, or of the shards that the index names."""
     index = folder / INDEX
     if (folder / WEIGHTS).is_file() and index.is_file():
         raise CheckpointError(
-            f"{folder} has {WEIGHTS} and {INDEX}: which holds the model? Remove the other."
+            f"{folder} has {WEIGHTS} and {INDEX}, and only one can hold the model.",
+            hint="Remove the other.",
         )
     if (folder / WEIGHTS).is_file():
         return read_tensors(folder / WEIGHTS, torch.float32)
     if not index.is_file():
         raise CheckpointError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}; download the weights as well. Pickle "
-            "weights (.bin, .pt) are not read."
+            f"{folder} has neither {WEIGHTS} nor {INDEX}.",
+            hint="Download the weights as well; pickle weights (.bin, .pt) are not read.",
         )
     places = _json(index).get("weight_map")
     if (
@@ -322,7 +323,9 @@ def _stored_tensors(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
         if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder} has no {shard}, which {INDEX} names; fetch it again.")
+            raise CheckpointError(
+                f"{folder} has no {shard}, which {INDEX} names.", hint="Fetch it again."
+            )
         tensors = read_tensors(folder / shard, torch.float32)
         listed = {name for name, place in places.items() if place == shard}
         if tensors.keys() != listed:
@@ -335,6 +338,7 @@ def _stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _require_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that hold NaN or infinite values."""
     damaged = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if damaged:
         raise CheckpointError(
@@ -344,6 +348,7 @@ def _require_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from egemma_core.files import write_file
 from egemma_core.nn.encoder import Encoder
 
 # Channels of a token vector that only make it longer: one group of the 4-bit formats, so that they
@@ -22,7 +23,7 @@ FILLER = 32
 
 
 def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path, spare: int = 0) -> None:
-    """Write a SentencePiece BPE model with Gemma 3's settings and `num_pieces` pieces to `path`.
+    """Write a SentencePiece BPE model with Gemma 3's settings and `num_pieces` pieces, durably.
 
     Identity normalizer, no blank in front, byte fallback, single digits, runs of newlines and
     blanks as pieces; pad 0, eos 1, bos 2, unk 3, `<mask>` 4. Merges stop at blanks, unlike Gemma's:
@@ -61,7 +62,7 @@ def train_vocabulary(texts: Iterable[str], num_pieces: int, path: Path, spare: i
         minloglevel=2,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
+    write_file(path, model.getvalue())
 
 
 def token_vectors(
@@ -73,14 +74,14 @@ def token_vectors(
     rare: float = 1e-4,
     seed: int = 0,
 ) -> Tensor:
-    """Vectors to start an embedding table from, made of how often tokens occur and stand near each
-    other.
+    """Return vectors to start an embedding table from.
 
-    A short contrastive run sees too few texts to learn this from nothing. All channels but the last
-    FILLER hold what a token means: the leading singular vectors of the positive pointwise mutual
-    information, times the square roots of their singular values. The last ones hold what it does
-    not say: a token of frequency f keeps the share rare / (rare + f) of its length in the others
-    and the rest goes there, where `initialize` lets nothing through.
+    They follow from how often tokens occur and stand near each other. A short contrastive run sees
+    too few texts to learn this from nothing. All channels but the last FILLER hold what a token
+    means: the leading singular vectors of the positive pointwise mutual information, times the
+    square roots of their singular values. The last ones hold what it does not say: a token of
+    frequency f keeps the share rare / (rare + f) of its length in the others and the rest goes
+    there, where `initialize` lets nothing through.
 
     Args:
         rows: token ids of many texts, without prompts.
@@ -131,12 +132,11 @@ def token_vectors(
 
 @torch.no_grad()
 def initialize(encoder: Encoder, vectors: Tensor, seed: int) -> None:
-    """Fill an encoder so that, before the first step, a text's vector is nearly the mean of its
-    tokens' meanings.
+    """Fill an encoder so that a text's vector is at first nearly the mean of its tokens' meanings.
 
-    Every block starts at a fifth of the residual stream and the dense head as a rotation and back.
-    The filler channels lengthen a frequent token, so that the norms shrink the rest of it, and no
-    norm hands them on.
+    Every block starts at a fifth of the residual stream and the
+    dense head as a rotation and back. The filler channels lengthen a frequent token, so that the
+    norms shrink the rest of it, and no norm hands them on.
 
     Args:
         vectors: (V, D), from `token_vectors`.

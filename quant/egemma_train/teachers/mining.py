@@ -15,24 +15,26 @@ section 4.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from egemma_core.checks import number, one_of, whole_number
 from egemma_core.errors import ConfigError, InputError
-from egemma_train.data.rows import Row
+from egemma_train.data.datasets import Row, with_title
+from egemma_train.teachers.mining_report import Example, MiningReport, without_extra_blanks
 from egemma_train.teachers.teacher import Role, Teacher, Vectors
 
 Pick = Literal["top", "random"]
 QUERY_BLOCK, CANDIDATE_BLOCK = 1024, 16_384  # 64 MiB of scores at once
 SHOWN_EXAMPLES = 5
 NO_CANDIDATE = -1
+_OFF = "None switches it off."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,117 +53,34 @@ class MiningConfig:
     seed: int = 0  # of "random"
 
     def __post_init__(self) -> None:
-        if (
-            self.per_query < 1
-            or not 0 <= self.skip < self.depth
-            or self.depth - self.skip < self.per_query
-        ):
+        whole_number("per_query", self.per_query, 1)
+        whole_number("skip", self.skip, 0)
+        whole_number("depth", self.depth, 1)
+        if self.depth - self.skip < self.per_query:
             raise ConfigError(
                 f"per_query={self.per_query}, skip={self.skip}, depth={self.depth}: at least "
                 "per_query ranks must lie from skip up to depth."
             )
-        if self.max_share_of_positive is not None and not 0 < self.max_share_of_positive <= 1:
-            raise ConfigError(
-                f"max_share_of_positive={self.max_share_of_positive}: above 0 and at most 1; None "
-                "switches it off."
-            )
-        if self.margin is not None and not 0 <= self.margin < 2:
-            raise ConfigError(
-                f"margin={self.margin}: from 0 to below 2, a difference of cosines; None switches "
-                "it off."
-            )
-        if self.max_score is not None and not -1 < self.max_score <= 1:
-            raise ConfigError(
-                f"max_score={self.max_score}: a cosine above -1; None switches it off."
-            )
-        if self.pick not in get_args(Pick):
-            raise ConfigError(f"pick={self.pick!r}: one of {get_args(Pick)}.")
+        if self.max_share_of_positive is not None:
+            share = self.max_share_of_positive
+            number("max_share_of_positive", share, most=1, above=0, hint=_OFF)
+        if self.margin is not None:  # a difference of cosines
+            number("margin", self.margin, 0, below=2, hint=_OFF)
+        if self.max_score is not None:  # a cosine
+            number("max_score", self.max_score, most=1, above=-1, hint=_OFF)
+        one_of("pick", self.pick, get_args(Pick))
 
 
 class Document(NamedTuple):
+    """A candidate."""
+
     title: str | None
     text: str
 
     @property
     def whole(self) -> str:
-        """What a teacher reads."""
-        return self.text if self.title is None else f"{self.title}\n{self.text}"
-
-
-class Example(NamedTuple):
-    query: str
-    positive: str
-    positive_score: float
-    negatives: tuple[str, ...]
-    negative_scores: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MiningReport:
-    """What mining did; `removed` counts each examined candidate once, by the first filter that it
-    failed.
-    """
-
-    rows: int
-    queries: int  # distinct
-    candidates: int  # distinct
-    rows_with: dict[int, int]  # rows by how many negatives they got
-    examined: int  # candidates at ranks below depth, over all queries
-    removed: dict[str, int]
-    # positives of the same query, and the query itself, that ranked as high as an examined
-    # candidate
-    right_answers: int
-    # share of queries whose lowest positive no other candidate outscored: how good the teacher is
-    # here
-    positive_first: float
-    mean_positive_score: float  # over rows
-    mean_negative_score: float  # over the negatives of rows
-    truncated: dict[str, int]  # texts that the teacher read only the beginning of
-    dropped: dict[str, int] = field(default_factory=dict)  # rows that were left out when reading
-    teacher: dict[str, Any]
-    config: dict[str, Any]
-    examples: tuple[Example, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {**asdict(self), "examples": [example._asdict() for example in self.examples]},
-            indent=2,
-            ensure_ascii=False,
-        )
-
-    def to_text(self) -> str:
-        got = ", ".join(
-            f"{rows:,} rows got {count}" for count, rows in sorted(self.rows_with.items())
-        )
-        lines = [
-            f"{self.rows:,} rows, {self.queries:,} queries, {self.candidates:,} candidates; "
-            f"teacher {self.teacher['name']} ({self.teacher['dim']} channels)",
-            f"negatives: {got}",
-            f"examined {self.examined:,}; removed: "
-            + (", ".join(f"{count:,} by {name}" for name, count in self.removed.items()) or "none")
-            + f"; {self.right_answers:,} right answers among them were left out",
-            f"mean score of positives {self.mean_positive_score:.3f}, of negatives "
-            f"{self.mean_negative_score:.3f}; "
-            f"the positive comes first for {self.positive_first:.1%} of the queries",
-            "cut by the teacher: "
-            + ", ".join(f"{count:,} {role}" for role, count in self.truncated.items()),
-        ]
-        if self.dropped:
-            lines.append(
-                "rows left out: "
-                + ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-            )
-        for example in self.examples:
-            lines += [
-                "",
-                f"query     {_line(example.query)}",
-                f"positive  {example.positive_score:.3f}  {_line(example.positive)}",
-            ]
-            lines += [
-                f"negative  {score:.3f}  {_line(text)}"
-                for text, score in zip(example.negatives, example.negative_scores, strict=True)
-            ]
-        return "\n".join(lines)
+        """The text as a teacher reads it."""
+        return with_title(self.title, self.text)
 
 
 def mine(
@@ -171,7 +90,7 @@ def mine(
     corpus: Sequence[Document] = (),
     symmetric: bool = False,
 ) -> tuple[list[tuple[Document, ...]], MiningReport]:
-    """Hard negatives of each row, the highest first; () where no candidate passed.
+    """Return the hard negatives of each row, the highest first; () where no candidate passed.
 
     Rows of the same query get the same negatives: none of them is a positive of any of these rows,
     or the query itself, also where only blanks differ. Memory: the vectors of both sides, and one
@@ -186,16 +105,16 @@ def mine(
         ConfigError: no row at all got a negative.
     """
     if not rows:
-        raise InputError("there are no rows to mine negatives for.")
+        raise InputError("There are no rows to mine negatives for.")
     documents = list(dict.fromkeys([*(Document(row.title, row.positive) for row in rows), *corpus]))
-    query_of = [_plain(row.query) for row in rows]
+    query_of = [without_extra_blanks(row.query) for row in rows]
     # the first spelling of each
     queries = {plain: row.query for plain, row in reversed(list(zip(query_of, rows, strict=True)))}
     order = {plain: number for number, plain in enumerate(dict.fromkeys(query_of))}
     place = {document: index for index, document in enumerate(documents)}
     by_text: dict[str, list[int]] = {}
     for index, document in enumerate(documents):
-        by_text.setdefault(_plain(document.text), []).append(index)
+        by_text.setdefault(without_extra_blanks(document.text), []).append(index)
     # (rows, 2)
     own = np.array(
         [
@@ -208,7 +127,7 @@ def mine(
             (order[plain], index)
             for plain, row in zip(query_of, rows, strict=True)
             # (pairs, 2)
-            for text in (_plain(row.positive), plain)
+            for text in (without_extra_blanks(row.positive), plain)
             for index in by_text.get(text, ())
         ],
         axis=0,
@@ -235,14 +154,14 @@ def mine(
         if not len(examined):
             raise ConfigError(
                 f"no query got a negative: the {len(documents)} candidates are right answers to "
-                "all queries. Give a corpus with more documents."
+                "all queries.",
+                hint="Give a corpus with more documents.",
             )
         raise ConfigError(
             f"no query got a negative: {len(examined):,} candidates were examined, and removed "
-            f"{removed}. Positives score {own_scores.mean():.3f} "
-            f"on average, examined candidates {examined.mean():.3f}: if these are alike, the "
-            "teacher cannot tell such texts apart, and another "
-            "is needed; else loosen a filter."
+            f"{removed}. Positives score {own_scores.mean():.3f} on average, examined candidates "
+            f"{examined.mean():.3f}: if these are alike, the teacher cannot tell such texts apart.",
+            hint="Then take another teacher; otherwise loosen a filter.",
         )
     negatives = [
         tuple(documents[indices[number, taken]] for taken in chosen[number]) for number in own[:, 0]
@@ -290,7 +209,9 @@ def rank(
     query_block: int = QUERY_BLOCK,
     candidate_block: int = CANDIDATE_BLOCK,
 ) -> tuple[Vectors, NDArray[np.int64]]:
-    """The `depth` best documents of each query, exactly: every score is computed, block by block.
+    """Return the `depth` best documents of each query, exactly.
+
+    Every score is computed, block by block.
 
     Args:
         queries: (Q, D).
@@ -331,7 +252,7 @@ def rank(
 def filtered(
     scores: Vectors, positive: Vectors, config: MiningConfig
 ) -> tuple[NDArray[np.bool_], dict[str, int]]:
-    """Which ranked candidates pass, and how many each filter that is on removed.
+    """Return which ranked candidates pass, and how many each filter that is on removed.
 
     Args:
         scores: (Q, depth), -inf where there is no candidate.
@@ -357,7 +278,7 @@ def filtered(
 
 
 def pair_scores(queries: Vectors, documents: Vectors, pairs: NDArray[np.int64]) -> Vectors:
-    """(pairs,) cosines of (query, document) pairs, in blocks."""
+    """Return the (pairs,) cosines of (query, document) pairs, in blocks."""
     parts = [
         np.einsum("ij,ij->i", queries[block[:, 0]], documents[block[:, 1]])
         for block in (
@@ -369,8 +290,9 @@ def pair_scores(queries: Vectors, documents: Vectors, pairs: NDArray[np.int64]) 
 
 
 def _picked(ranks: NDArray[np.int64], query: str, config: MiningConfig) -> NDArray[np.int64]:
-    """At most `per_query` of the ranks that passed, rising; "random" depends on seed and query
-    alone.
+    """Return at most `per_query` of the ranks that passed, rising.
+
+    "random" depends on seed and query alone.
     """
     if config.pick == "random" and len(ranks) > config.per_query:
         return np.sort(
@@ -381,15 +303,5 @@ def _picked(ranks: NDArray[np.int64], query: str, config: MiningConfig) -> NDArr
     return ranks[: config.per_query]
 
 
-def _plain(text: str) -> str:
-    """Texts that differ in blanks only say the same."""
-    return " ".join(text.split())
-
-
 def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _line(text: str) -> str:
-    flat = _plain(text)
-    return flat if len(flat) <= 140 else f"{flat[:140]}…"

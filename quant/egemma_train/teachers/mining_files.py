@@ -1,24 +1,23 @@
-"""A file of pairs becomes the same file with hard negatives.
-
-Finding them is `egemma_train.teachers.mining`'s.
-"""
+"""A file of pairs becomes the same file with hard negatives, which `mining` finds."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from egemma_core.errors import ConfigError, InputError
-from egemma_core.json_lines import BadRowError, checked_text, lines_of, parse_row, shortened
-from egemma_train.data.rows import DatasetConfig, read_dataset
-from egemma_train.teachers.mining import Document, MiningConfig, MiningReport, mine
-from egemma_train.teachers.teacher import open_teacher
+from egemma_core.errors import ConfigError
+from egemma_core.files import write_file
+from egemma_core.json_lines import BadRowError, checked_text, shortened
+from egemma_train.data.dataset_files import read_dataset
+from egemma_train.data.datasets import DatasetConfig
+from egemma_train.data.json_rows import checking_row, rows_of
+from egemma_train.teachers.mining import Document, MiningConfig, mine
+from egemma_train.teachers.mining_report import MiningReport
+from egemma_train.teachers.sources import open_teacher
 from egemma_train.teachers.teacher_cache import CachedTeacher
 
 
@@ -43,20 +42,21 @@ class MineConfig:
     def __post_init__(self) -> None:
         for path in (self.rows, self.out, *([] if self.corpus is None else [self.corpus])):
             if not path.name.endswith((".jsonl", ".jsonl.gz")):
-                raise ConfigError(f"{path}: rows are kept in .jsonl or .jsonl.gz files.")
+                raise ConfigError(f"{path} is not named .jsonl or .jsonl.gz, as files of rows are.")
 
 
 def mine_file(config: MineConfig) -> MiningReport:
-    """Write `config.out`: the rows of `config.rows` with their fields, `negative` (a text, or a
-    list where per_query is above 1) and, where candidates have titles, `negative_title`. Rows that
-    got none have neither. The file is there whole or not at all.
+    """Write the rows of `config.rows` with their negatives to `config.out`, whole or not at all.
+
+    They keep their fields and get `negative` (a text, or a list where per_query is above 1) and,
+    where candidates have titles, `negative_title`. Rows that got none have neither.
 
     Raises:
         ConfigError: `out` exists, or a setting cannot work.
         InputError: a row is bad.
     """
     if config.out.exists():
-        raise ConfigError(f"{config.out} exists. Remove it, or choose another name.")
+        raise ConfigError(f"{config.out} exists.", hint="Remove it, or choose another name.")
     dataset = read_dataset(
         DatasetConfig(
             name=config.rows.name,
@@ -79,42 +79,44 @@ def mine_file(config: MineConfig) -> MiningReport:
     if config.cache is not None:
         teacher = CachedTeacher(teacher, config.cache)
     negatives, report = mine(dataset.rows, teacher, config.mining, corpus, config.symmetric)
-    rows = (parse_row(line, number) for number, line in lines_of(config.rows))
-    # equal ones were refused, or dropped, when reading
-    fields = [row for row in rows if row["query"] != row["positive"]]
+    # rows with equal sides were refused, or dropped, when reading
+    fields = [row for _, row in rows_of(config.rows) if row["query"] != row["positive"]]
     lines = [
         json.dumps(
             _with_negatives(row, found, config.mining), ensure_ascii=False, separators=(",", ":")
         )
         for row, found in zip(fields, negatives, strict=True)
     ]
-    _write(config.out, "".join(f"{line}\n" for line in lines).encode())
+    content = "".join(f"{line}\n" for line in lines).encode()
+    if config.out.name.endswith(".gz"):
+        content = gzip.compress(content, mtime=0)  # no clock: the same rows give the same file
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(config.out, content)
     return replace(report, dropped=dict(dataset.dropped))
 
 
 def read_corpus(path: Path) -> list[Document]:
-    """Documents of a .jsonl or .jsonl.gz file, {"text", "title"?} per line; other fields are not
-    read.
+    """Return the documents of a .jsonl or .jsonl.gz file, {"text", "title"?} per line.
+
+    Other fields are not read.
 
     Raises:
         InputError: the file cannot be read, or a line is not as above; file and line are named.
     """
     documents = []
-    for number, line in lines_of(path):
-        try:
-            row = parse_row(line, number)
+    for number, row in rows_of(path):
+        with checking_row(path, number):
             title = row.get("title")
             if not isinstance(title, str | None):
                 raise BadRowError(f"field 'title': found {shortened(title)}, want a text.")
             documents.append(Document(title or None, checked_text(row.get("text"), "text")))
-        except BadRowError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
     return documents
 
 
 def _with_negatives(
     row: Mapping[str, Any], negatives: Sequence[Document], config: MiningConfig
 ) -> dict[str, Any]:
+    """Return a row's fields with its negatives in place of those that it had."""
     made = {
         name: value for name, value in row.items() if name not in ("negative", "negative_title")
     }
@@ -126,17 +128,3 @@ def _with_negatives(
             titles = [document.title or "" for document in negatives]
             made["negative_title"] = titles if config.per_query > 1 else titles[0]
     return made
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        with scratch.open("xb") as file:
-            # no clock: the same rows give the same file
-            file.write(gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -6,28 +6,28 @@ by a second run, nor after a crash.
     FOLDER/16 hex digits of the teacher/*.keys.npy       n hashes of what was embedded, whether it
                                                          was cut, checksums
 
-A file is written beside its place, flushed to the disk and renamed: it is there whole or not at
-all, also after a kill or a power cut. Vectors count once their keys are there, which are written
-last. Files are only ever added, under names of their own, so any number of processes can share a
-folder; at worst both embed the same text. Each vector is checked when it is read.
+A file is there whole or not at all, also after a kill or a power cut. Vectors count once their keys
+are there, which are written last. Files are only ever added, under names of their own, so any
+number of processes can share a folder; at worst both embed the same text. Each vector is checked
+when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma_core.errors import CheckpointError, ConfigError
+from egemma_core.checks import whole_number
+from egemma_core.errors import CheckpointError
+from egemma_core.files import replacing_file, write_json
 from egemma_train.teachers.teacher import Embedded, Role, Teacher, Vectors
 
 ROWS_PER_FILE = 4096
@@ -51,10 +51,8 @@ class CachedTeacher:
     def __init__(
         self, teacher: Teacher, folder: Path, *, rows_per_file: int = ROWS_PER_FILE
     ) -> None:
-        if rows_per_file < 1:
-            raise ConfigError(f"rows_per_file={rows_per_file}: must be positive.")
+        self._rows_per_file = whole_number("rows_per_file", rows_per_file, 1)
         self._teacher, self.name, self.dim = teacher, teacher.name, teacher.dim
-        self._rows_per_file = rows_per_file
         self._prefixes: dict[Role, bytes] = {
             "query": _prefix(teacher.identity("query")),
             "document": _prefix(teacher.identity("document")),
@@ -64,36 +62,29 @@ class CachedTeacher:
         self._keys: dict[str, NDArray[Any]] = {}  # of each file, by its name
         self._places: dict[bytes, tuple[str, int]] = {}  # where the vector of a key is
         self._mapped: dict[str, Vectors] = {}  # the files that were used last
-        self._sweep()
+        self._remove_leftovers()
         if not (self.folder / "teacher.json").exists():
-            described = json.dumps(teacher.described(), indent=2, ensure_ascii=False)
-            self._write("teacher.json", lambda file: file.write(described.encode()))
-        self._look()
-
-    def queries(self, texts: Sequence[str]) -> Vectors:
-        return self.embed("query", texts).vectors
-
-    def documents(self, texts: Sequence[str]) -> Vectors:
-        return self.embed("document", texts).vectors
+            write_json(self.folder / "teacher.json", teacher.described())
+        self._find_new_files()
 
     def identity(self, role: Role) -> str:
+        """Return all that the teacher's vectors depend on beside the text."""
         return self._teacher.identity(role)
 
     def described(self) -> dict[str, Any]:
+        """Return the teacher's facts for a report."""
         return self._teacher.described()
 
     def embed(self, role: Role, texts: Sequence[str]) -> Embedded:
-        """Vectors of all texts; those that are not on the disk are made and saved.
+        """Return the vectors of all texts; those that are not on the disk are made and saved.
 
         Raises:
             CheckpointError: a file is damaged; the text names it. Deleting it is safe: its texts
                 are embedded again.
         """
         self.fill(role, texts)
-        vectors, truncated = (
-            np.empty((len(texts), self.dim), np.float32),
-            np.empty(len(texts), np.bool_),
-        )
+        vectors = np.empty((len(texts), self.dim), np.float32)
+        truncated = np.empty(len(texts), np.bool_)
         keys = [self._key(role, text) for text in texts]
         # file by file
         for index in sorted(range(len(texts)), key=lambda index: self._places[keys[index]]):
@@ -101,20 +92,21 @@ class CachedTeacher:
             vector, about = self._vectors(name)[row], self._keys[name][row]
             if _checksum(keys[index], about["truncated"], vector) != about["checksum"]:
                 raise CheckpointError(
-                    f"{self.folder / name}.vectors.npy: row {row} is damaged. {_DELETE}"
+                    f"{self.folder / name}.vectors.npy: row {row} is damaged.", hint=_DELETE
                 )
             vectors[index], truncated[index] = vector, about["truncated"]
         return Embedded(vectors, truncated)
 
     def fill(self, role: Role, texts: Sequence[str]) -> int:
-        """Embed and save what is not on the disk, texts of similar length together; returns how
-        many that were.
+        """Embed and save what is not on the disk, and return how many texts that were.
+
+        Texts of similar length go together.
         """
         from tqdm import tqdm  # type: ignore[import-untyped]
 
         missing = self._missing(role, texts)
         if missing:
-            self._look()  # another process may have made them
+            self._find_new_files()  # another process may have made them
             missing = self._missing(role, texts)
         # the longest first: too little memory shows at once
         order = sorted(missing.items(), key=lambda item: len(item[1]), reverse=True)
@@ -123,9 +115,8 @@ class CachedTeacher:
         ) as progress:
             for start in range(0, len(order), self._rows_per_file):
                 part = order[start : start + self._rows_per_file]
-                self._save(
-                    [key for key, _ in part], self._teacher.embed(role, [text for _, text in part])
-                )
+                embedded = self._teacher.embed(role, [text for _, text in part])
+                self._save([key for key, _ in part], embedded)
                 progress.update(len(part))
         return len(order)
 
@@ -146,28 +137,15 @@ class CachedTeacher:
             for key, cut, vector in zip(keys, rows["truncated"], vectors, strict=True)
         ]
         name = uuid.uuid4().hex
-        self._write(f"{name}.vectors.npy", lambda file: np.save(file, vectors))
-        self._write(f"{name}.keys.npy", lambda file: np.save(file, rows))
+        self._write(f"{name}.vectors.npy", vectors)
+        self._write(f"{name}.keys.npy", rows)
         self._add(name)
 
-    def _write(self, name: str, write: Callable[[Any], object]) -> None:
-        scratch = self.folder / f"{uuid.uuid4().hex}.tmp"
-        try:
-            with scratch.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, self.folder / name)
-        finally:
-            scratch.unlink(missing_ok=True)
-        if hasattr(os, "O_DIRECTORY"):  # the name itself reaches the disk with the folder
-            folder = os.open(self.folder, os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+    def _write(self, name: str, array: NDArray[Any]) -> None:
+        with replacing_file(self.folder / name) as scratch, scratch.open("wb") as file:
+            np.save(file, array)
 
-    def _look(self) -> None:
+    def _find_new_files(self) -> None:
         for path in sorted(self.folder.glob("*.keys.npy")):
             name = path.name.removesuffix(".keys.npy")
             if name not in self._keys:
@@ -177,8 +155,9 @@ class CachedTeacher:
         keys = self._load(f"{name}.keys.npy", None)
         if keys.dtype != _KEY or keys.ndim != 1:
             raise CheckpointError(
-                f"{self.folder / name}.keys.npy: {keys.dtype} {keys.shape}, wanted {_KEY} (n,). "
-                f"{_DELETE}"
+                f"{self.folder / name}.keys.npy is {keys.dtype} {keys.shape}, and must be {_KEY} "
+                "(n,).",
+                hint=_DELETE,
             )
         self._keys[name] = keys
         self._vectors(name)
@@ -187,16 +166,18 @@ class CachedTeacher:
             self._places.setdefault(raw[32 * row : 32 * row + 32], (name, row))
 
     def _vectors(self, name: str) -> Vectors:
-        """(n, dim), mapped. A mapped file takes a file descriptor, so only the last few stay."""
+        """Return the (n, dim) vectors of a file, mapped.
+
+        A mapped file takes a file descriptor, so only the last few stay.
+        """
         if name not in self._mapped:
             vectors = self._load(f"{name}.vectors.npy", "r")
-            if vectors.dtype != np.dtype("<f4") or vectors.shape != (
-                len(self._keys[name]),
-                self.dim,
-            ):
+            shape = len(self._keys[name]), self.dim
+            if vectors.dtype != np.dtype("<f4") or vectors.shape != shape:
                 raise CheckpointError(
-                    f"{self.folder / name}.vectors.npy: {vectors.dtype} {vectors.shape}, wanted "
-                    f"float32 {len(self._keys[name]), self.dim}. {_DELETE}"
+                    f"{self.folder / name}.vectors.npy is {vectors.dtype} {vectors.shape}, and "
+                    f"must be float32 {shape}.",
+                    hint=_DELETE,
                 )
             while len(self._mapped) >= _MAPPED_FILES:
                 del self._mapped[next(iter(self._mapped))]
@@ -208,18 +189,18 @@ class CachedTeacher:
             loaded: NDArray[Any] = np.load(self.folder / name, mmap_mode=mode, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(
-                f"{self.folder / name}: not readable ({error}). {_DELETE}"
+                f"{self.folder / name} is not readable ({error}).", hint=_DELETE
             ) from error
         return loaded
 
-    def _sweep(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Remove what a process that died left behind; nothing reads it."""
         orphans = [
             path
             for path in self.folder.glob("*.vectors.npy")
             if not path.with_name(path.name.replace(".vectors.", ".keys.")).exists()
         ]
-        for path in (*orphans, *self.folder.glob("*.tmp")):
+        for path in (*orphans, *self.folder.glob(".*.part")):
             try:
                 if time.time() - path.stat().st_mtime > _STALE_S:
                     path.unlink()
