@@ -21,7 +21,7 @@ from egemma_core.config import FULL, EncoderConfig
 from egemma_core.errors import ExportError
 from egemma_core.nn import encoder as float_encoder
 from egemma_core.nn.encoder import MASKED, Encoder
-from egemma_quant.published import GgmlFormat
+from egemma_quant.ggml import GgmlFormat
 from egemma_quant.schemes import Quantized
 
 # gelu_tanh(x) = x * sigmoid(x * (A + B * x^2)). XNNPACK's own GELU is the erf one whatever

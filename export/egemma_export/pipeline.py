@@ -34,9 +34,9 @@ from egemma_export.golden import golden_file, golden_texts, reference_vectors
 from egemma_export.layers import LayerLoss, compare_layers, outputs_by_layer, round_in_place
 from egemma_export.mistakes import mistaken_vectors
 from egemma_export.targets import TARGETS, Bounds, Target
-from egemma_quant.published import hint
+from egemma_quant.ggml import hint
 from egemma_quant.schemes import ROLES, Scheme
-from egemma_quant.weights import quantize_encoder
+from egemma_quant.roles import quantize_encoder
 
 STAGES = ("read", "reference", "lower", "round", "verify", "finish")
 

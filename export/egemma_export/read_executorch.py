@@ -35,7 +35,7 @@ def read_pte_weights(path: Path) -> dict[str, Quantized]:
 
     Returns:
         name -> codes (rows, columns) and scales (rows, G), as
-        `egemma_quant.weights.quantize_encoder` gives them; empty for a float32 file.
+        `egemma_quant.roles.quantize_encoder` gives them; empty for a float32 file.
 
     Raises:
         ExportError: the file holds another graph than `write_pte` writes.

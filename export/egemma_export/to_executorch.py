@@ -25,7 +25,7 @@ from executorch.exir.backend.utils import tag_constant_data  # type: ignore[impo
 from egemma_core.nn.encoder import Encoder
 from egemma_export.executorch_graph import DelegateEncoder, Weight
 from egemma_quant.schemes import Scheme
-from egemma_quant.weights import quantize_encoder, role_of
+from egemma_quant.roles import quantize_encoder, role_of
 
 
 @dataclass(frozen=True, kw_only=True)

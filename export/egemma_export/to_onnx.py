@@ -27,7 +27,7 @@ from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import MASKED, Encoder, rotary_tables
 from egemma_quant.schemes import Format, Quantized, Scheme, quantize
-from egemma_quant.weights import role_of
+from egemma_quant.roles import role_of
 
 INPUT_IDS, ATTENTION_MASK, SENTENCE_EMBEDDING = "input_ids", "attention_mask", "sentence_embedding"
 # the first with 4-bit tensors; every operator here is in ONNX Runtime 1.24, the newest for iOS

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from egemma_core.errors import ConfigError
 from egemma_core.nn.compiled import is_compiled
 from egemma_core.nn.encoder import Encoder
+from egemma_quant.roles import role_of
 from egemma_quant.schemes import Scheme, round_
-from egemma_quant.weights import role_of
 
 _ROUNDED: WeakSet[Encoder] = WeakSet()  # inside a `rounded` block now
 

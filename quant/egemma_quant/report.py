@@ -16,8 +16,8 @@ from egemma_core.errors import InputError
 from egemma_core.nn.encode import Ids, encode_rows
 from egemma_core.nn.encoder import Encoder
 from egemma_quant.qat import rounded
+from egemma_quant.roles import role_of
 from egemma_quant.schemes import Format, Scheme, quantize
-from egemma_quant.weights import role_of
 
 ROWS_AT_ONCE = 2**14  # of the embedding table
 # texts whose hidden states of every layer are kept for comparison: 25 x T x 768 floats each

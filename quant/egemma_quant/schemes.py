@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from egemma_core.errors import ConfigError
-from egemma_quant.published import GgmlFormat, into_codes
+from egemma_quant.ggml import GgmlFormat, into_codes
 
 ROLES = ("embedding", "attention", "feed_forward", "projection")
 
