@@ -38,8 +38,8 @@ from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.vectors import shorten
-from egemma_quant.schemes import INT4
 from egemma_quant.qat import rounded
+from egemma_quant.schemes import INT4
 from egemma_train.data.dev_files import Retrieval, read_retrieval
 from egemma_train.evaluate import best_hits, judge
 
