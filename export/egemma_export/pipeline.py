@@ -35,8 +35,8 @@ from egemma_export.layers import LayerLoss, compare_layers, outputs_by_layer, ro
 from egemma_export.mistakes import mistaken_vectors
 from egemma_export.targets import TARGETS, Bounds, Target
 from egemma_quant.ggml import hint
-from egemma_quant.schemes import ROLES, Scheme
 from egemma_quant.roles import quantize_encoder
+from egemma_quant.schemes import ROLES, Scheme
 
 STAGES = ("read", "reference", "lower", "round", "verify", "finish")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from egemma_core.errors import ExportError
-from egemma_export.to_onnx import ROWS_KEY
+from egemma_export.onnx_graph import ROWS_KEY
 from egemma_quant.schemes import Quantized, WeightFormat
 
 Array = NDArray[Any]

@@ -24,8 +24,8 @@ from executorch.exir.backend.utils import tag_constant_data  # type: ignore[impo
 
 from egemma_core.nn.encoder import Encoder
 from egemma_export.executorch_graph import DelegateEncoder, Weight
-from egemma_quant.schemes import Scheme
 from egemma_quant.roles import quantize_encoder, role_of
+from egemma_quant.schemes import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
