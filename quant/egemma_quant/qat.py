@@ -49,27 +49,39 @@ def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> I
         ...     loss(encoder(ids, mask)).backward()
         >>> optimizer.step()
     """
+    with rounded_weights(encoder, scheme), rounded_activations(encoder, enabled=activations):
+        yield
+
+
+@contextmanager
+def rounded_weights(encoder: Encoder, scheme: Scheme) -> Iterator[dict[str, Tensor]]:
+    """Do what `rounded` does to the weights, and give the float ones meanwhile, by their names.
+
+    Raises:
+        ConfigError: the encoder is rounded already, a weight is not float32 or not finite, or its
+            rows do not divide into groups.
+    """
     if encoder in _ROUNDED:
         raise ConfigError(
             "this encoder is rounded already: leave the outer `rounded` block first, its weights "
             "are not the float ones."
         )
-    masters: list[tuple[Tensor, Tensor]] = []
+    weights: dict[str, Tensor] = {}
+    masters: dict[str, Tensor] = {}
     _ROUNDED.add(encoder)
     try:
         for name, parameter in encoder.named_parameters():
             role = role_of(name)
             if role is not None:
-                weight = _local(name, parameter)
-                masters.append((weight, weight.clone()))
-                round_(weight, scheme.format_of(role))
-        with rounded_activations(encoder, enabled=activations):
-            yield
+                weights[name] = _local(name, parameter)
+                masters[name] = weights[name].clone()
+                round_(weights[name], scheme.format_of(role))
+        yield masters
     finally:
-        for weight, master in masters:
+        for name, master in masters.items():
             # in place, not a swapped `.data`: torch notices a late backward pass, and FSDP2 gathers
             # from this storage
-            weight.copy_(master)
+            weights[name].copy_(master)
         _ROUNDED.discard(encoder)
 
 
