@@ -193,8 +193,8 @@ def _offset_codes(codes: Array, bits: int) -> Array:
     unsigned: Array = codes.view(np.uint8) + np.uint8(1 << (bits - 1))
     if bits == 8:
         return unsigned
-    even, odd = unsigned[:, 0::2], unsigned[:, 1::2]
-    return even | (odd << 4)
+    packed: Array = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+    return packed
 
 
 def _exact_in_half(quantized: Quantized) -> bool:
