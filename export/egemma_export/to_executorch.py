@@ -23,7 +23,8 @@ from executorch.exir.backend.partitioner import PartitionResult  # type: ignore[
 from executorch.exir.backend.utils import tag_constant_data  # type: ignore[import-untyped]
 
 from egemma_core.nn.encoder import Encoder
-from egemma_export.executorch_graph import DelegateEncoder, Weight
+from egemma_export.executorch_graph import DelegateEncoder
+from egemma_export.executorch_weights import Weight
 from egemma_quant.roles import quantize_encoder, role_of
 from egemma_quant.schemes import Scheme
 

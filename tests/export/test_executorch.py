@@ -21,7 +21,8 @@ from executorch.runtime import Method, Runtime
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import Encoder
-from egemma_export.executorch_graph import DelegateEncoder, Embedding
+from egemma_export.executorch_graph import DelegateEncoder
+from egemma_export.executorch_weights import Embedding
 from egemma_export.read_executorch import read_pte_weights
 from egemma_export.to_executorch import LoweringReport, write_pte
 from egemma_quant.roles import quantize_encoder
