@@ -1,6 +1,4 @@
-"""golden.json: texts, their ids, and the vectors that the float model and the rounded model give
-them.
-"""
+"""golden.json: texts, their ids, and the vectors of the float and of the rounded model."""
 
 from __future__ import annotations
 

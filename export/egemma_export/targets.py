@@ -1,6 +1,4 @@
-"""What can be exported, for which runtime, and what is done where a runtime has no kernel for a
-scheme.
-"""
+"""What can be exported, for which runtime, and what is done where a runtime lacks a kernel."""
 
 from __future__ import annotations
 

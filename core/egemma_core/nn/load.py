@@ -27,8 +27,8 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise CheckpointError(
-            f"dtype={dtype}: EmbeddingGemma computes in float32 or bfloat16 only; its activations "
-            "overflow float16."
+            f"dtype={dtype} cannot be computed in: EmbeddingGemma's activations overflow float16.",
+            hint="Choose float32 or bfloat16.",
         )
     with torch.device("meta"):
         encoder = Encoder(checkpoint.config).to(dtype)
@@ -37,7 +37,9 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     for position, folder in enumerate(checkpoint.dense_folders):
         tensors = read_tensors(folder / WEIGHTS, dtype)
         if set(tensors) != {"linear.weight"}:
-            raise CheckpointError(f"{folder}: holds {sorted(tensors)}, wanted only linear.weight.")
+            raise CheckpointError(
+                f"{folder} holds {sorted(tensors)}; it must hold linear.weight and nothing else."
+            )
         found[f"dense.{position}.weight"] = tensors["linear.weight"]
 
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
@@ -75,7 +77,9 @@ def read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
             for name in file.keys():  # noqa: SIM118  # not a dict
                 kind = file.get_slice(name).get_dtype()
                 if kind not in _DTYPES:
-                    raise CheckpointError(f"{path}: {name} is {kind}; only {_DTYPES} are read.")
+                    raise CheckpointError(
+                        f"{path}: {name} is {kind}; only {' and '.join(_DTYPES)} are read."
+                    )
                 tensors[name] = file.get_tensor(name).to(dtype)
             return tensors
     except (OSError, SafetensorError) as error:
