@@ -37,8 +37,8 @@ from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.vectors import shorten
+from egemma_quant.qat import rounded
 from egemma_quant.schemes import INT4
-from egemma_quant.weights import quantize_encoder, with_weights
 from egemma_train.data.dev_files import Retrieval, read_retrieval
 from egemma_train.metrics import best_hits, judge
 from models.small import BUILTIN, DEV
@@ -182,7 +182,6 @@ def main() -> int:
     started = time.monotonic()
     checkpoint = open_checkpoint(args.model)
     encoder = load_encoder(checkpoint)
-    int4 = with_weights(encoder, quantize_encoder(encoder, INT4)).eval()
     results: dict[str, dict[str, dict[str, float]]] = {}
     sizes: dict[str, dict[str, int]] = {}
     for name, task in DEV.items():
@@ -203,16 +202,19 @@ def main() -> int:
             of[f"float {dim}"] = measure(
                 shorten(queries, dim, dims) @ shorten(documents, dim, dims).T, found
             )
-        queries, documents = embed_set(int4, checkpoint, found, task)
+        with rounded(encoder, INT4):
+            queries, documents = embed_set(encoder, checkpoint, found, task)
         of[f"int4 {checkpoint.config.dim}"] = measure(queries @ documents.T, found)
         results[name.split("/", 1)[1]] = of
         print(name, of, flush=True)
+    with rounded(encoder, INT4):
+        demo_int4 = demo(encoder, checkpoint)
     report = {
         "model": checkpoint.weight_hashes(),
         "sets": sizes,
         "results": results,
         "demo": demo(encoder, checkpoint),
-        "demo_int4": demo(int4, checkpoint),
+        "demo_int4": demo_int4,
         "seconds": round(time.monotonic() - started, 1),
         "threads": args.threads,
         "torch": torch.__version__,

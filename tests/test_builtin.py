@@ -23,8 +23,8 @@ from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_export.read_onnx import read_onnx_weights
+from egemma_quant.roles import quantize_encoder
 from egemma_quant.schemes import INT4
-from egemma_quant.weights import quantize_encoder
 from egemma_train import loop
 from egemma_train.objectives.contrast import Contrast
 from models import small, train_builtin

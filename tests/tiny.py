@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,10 @@ from egemma_core.bundle import (
     fingerprint_of,
     write_manifest,
 )
+
+if TYPE_CHECKING:  # at run time they would import torch, which the SDK's tests do without
+    from egemma_core.nn.encoder import Encoder
+    from egemma_quant.schemes import Quantized
 
 VOCAB, WIDTH, DIMS, MAX_TOKENS = 512, 32, (32, 16, 8), 128
 PAD, EOS, BOS = 0, 1, 2
@@ -272,3 +276,17 @@ def tiny_bundle(
     }
     write_manifest(folder, Manifest(**facts | dict(changes or {})))
     return folder
+
+
+def with_weights(encoder: Encoder, quantized: Mapping[str, Quantized]) -> Encoder:
+    """Return a float32 copy of an encoder that computes with dequantized weights."""
+    import copy
+
+    import torch
+
+    reference = copy.deepcopy(encoder).float()
+    with torch.no_grad():
+        for name, weight in reference.named_parameters():
+            if name in quantized:
+                weight.copy_(quantized[name].dequantize())
+    return reference

@@ -164,10 +164,19 @@ def read_bundle(folder: str | Path, *, check_hashes: bool = True) -> Bundle:
     return Bundle(folder=folder, manifest=manifest)
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The `files` entry for everything in a folder except the manifest."""
+def describe_files(
+    folder: Path, *, known: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return the manifest's `files` for everything in a folder except the manifest.
+
+    Args:
+        known: entries of files that did not change since; these files are not read again.
+    """
+    found = dict(known or {})
     return {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        path.name: dict(found[path.name])
+        if path.name in found
+        else {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }

@@ -111,9 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keep out of the output what torch and torchao say of their own insides at import and
-    export.
-    """
+    """Keep what torch and torchao say of their own insides out of the output."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
@@ -122,7 +120,7 @@ def _quiet_libraries() -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, str], None]]:
-    """A bar over the stages on a terminal; nothing elsewhere."""
+    """Show a bar over the stages on a terminal, and nothing elsewhere."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from egemma_export.pipeline import STAGES
@@ -147,7 +145,7 @@ def _targets_text() -> str:
     lines = []
     for target in TARGETS.values():
         lines.append(
-            f"{target.name:<14} {target.runtime:<12} {_weights(target.scheme)}; activations "
+            f"{target.name:<14} {target.runtime:<12} {_weights_text(target.scheme)}; activations "
             f"{target.activations}"
         )
         if target.instead:
@@ -155,7 +153,7 @@ def _targets_text() -> str:
     return "\n".join(lines)
 
 
-def _weights(scheme: Scheme | None) -> str:
+def _weights_text(scheme: Scheme | None) -> str:
     if scheme is None:
         return "float32 weights"
     by_format: dict[str, list[str]] = {}

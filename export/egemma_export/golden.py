@@ -1,17 +1,18 @@
-"""golden.json: texts, their ids, and the vectors that the float model and the rounded model give
-them.
-"""
+"""golden.json: texts, their ids, and the vectors of the float and of the rounded model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from egemma_core.bundle import GOLDEN
 from egemma_core.nn.encoder import Encoder
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer, Tokens
@@ -34,8 +35,9 @@ class GoldenText:
 
 
 def golden_texts(tokenizer: Tokenizer, prompts: Prompts) -> list[GoldenText]:
-    """One text for each way in which embedding models are known to go wrong, cut to what the model
-    reads.
+    """Return one text for each way in which embedding models are known to go wrong.
+
+    They are cut to what the model reads.
     """
     document = prompts.document()
     texts = {
@@ -72,7 +74,7 @@ BATCHES = (("query", "empty", "past the window", "cjk"),)
 def reference_vectors(
     encoder: Encoder, texts: list[GoldenText], tick: Callable[[], None] = lambda: None
 ) -> dict[str, NDArray[np.float32]]:
-    """(dim,) float32 by name, each text alone and unpadded."""
+    """Return the (dim,) float32 vector of each text by its name, each run alone and unpadded."""
     vectors = {}
     for text in texts:
         ids = torch.tensor([text.tokens.ids])
@@ -86,14 +88,12 @@ def golden_file(
     exact: dict[str, NDArray[np.float32]],
     rounded: dict[str, NDArray[np.float32]],
     mistaken: dict[str, dict[str, NDArray[np.float32]]],
-    measured: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The content of golden.json.
+    """Return the content of golden.json before anything was measured.
 
     Args:
         exact, rounded: vectors of the float and of the rounded model, by text.
         mistaken: vectors of the rounded model under each known mistake, by mistake and text.
-        measured: the deviations by case, once the finished file was run.
     """
     return {
         "format_version": 1,
@@ -114,8 +114,14 @@ def golden_file(
             {"name": name, "vectors": {case: _floats(vector) for case, vector in vectors.items()}}
             for name, vectors in mistaken.items()
         ],
-        "measured": measured or {},
+        "measured": {},  # the deviations by case, once the finished file was run
     }
+
+
+def write_golden(folder: Path, content: dict[str, Any]) -> None:
+    """Write golden.json."""
+    text = json.dumps(content, ensure_ascii=True)
+    (folder / GOLDEN).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _floats(vector: NDArray[np.float32]) -> list[float]:

@@ -5,8 +5,9 @@ the built-in model), so a bound on the cosine alone lets such a file pass. But r
 no particular direction, and a mistake moves it exactly towards the mistaken vector. How far the
 file went on the way from the right vector to the mistaken one tells them apart:
 
-    share = <file - right, mistaken - right> / |mistaken - right|^2        0: not at all, 1: this is
-        the mistake
+    share = <file - right, mistaken - right> / |mistaken - right|^2
+
+0 is not at all, 1 is the mistake itself.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ SMALLEST_DIFFERENCE = 0.01
 
 
 class CausalEncoder(Encoder):
-    """Each token sees itself and what is before it: what transformers before 4.57 computed, without
-    a warning.
+    """An encoder in which each token sees itself and what is before it.
+
+    transformers before 4.57 computed this, without a warning.
     """
 
     def biases(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ class CausalEncoder(Encoder):
 
 
 def _changed(encoder: Encoder, **changes: object) -> Encoder:
-    """The same weights under another config; nothing is copied."""
+    """Return the same weights under another config; nothing is copied."""
     other = copy.copy(encoder)
     # fields of EncoderConfig
     other.config = dataclasses.replace(encoder.config, **changes)  # type: ignore[arg-type]
@@ -85,8 +87,9 @@ MISTAKES: dict[str, Callable[[Encoder], Encoder]] = {
 def mistaken_vectors(
     encoder: Encoder, texts: list[GoldenText], right: dict[str, NDArray[np.float32]]
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
-    """Vectors of the texts CASES under each mistake that moves them enough to be seen, by mistake
-    and by text.
+    """Return vectors of the texts CASES under each mistake, by mistake and by text.
+
+    A mistake that moves them too little to be seen is left out.
 
     Args:
         encoder: the rounded model.
@@ -99,9 +102,7 @@ def mistaken_vectors(
         if name == "no dense head" and encoder.config.width != encoder.config.dim:
             continue  # another width; no runtime would take it for this model's
         vectors = reference_vectors(mistaken, chosen)
-        if (
-            max(float(np.linalg.norm(vectors[text.name] - right[text.name])) for text in chosen)
-            >= SMALLEST_DIFFERENCE
-        ):
+        moved = [float(np.linalg.norm(vectors[case] - right[case])) for case in vectors]
+        if max(moved) >= SMALLEST_DIFFERENCE:
             found[name] = vectors
     return found

@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import gc
-import json
-import platform
-import resource
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from egemma_core.bundle import (
-    GOLDEN,
-    RUNTIMES,
-    TOKENIZER,
-    Manifest,
-    atomic_folder,
-    describe_files,
-    fingerprint_of,
-    write_manifest,
-)
-from egemma_core.checkpoint import Checkpoint, open_checkpoint, sha256_of
-from egemma_core.errors import ConfigError, ExportError
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from egemma_core.bundle import RUNTIMES, TOKENIZER, atomic_folder, write_manifest
+from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checks import one_of
+from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
-from egemma_export.golden import golden_file, golden_texts, reference_vectors
-from egemma_export.layers import LayerLoss, compare_layers, outputs_by_layer, round_in_place
+from egemma_export import run_bundle
+from egemma_export.golden import (
+    GoldenText,
+    golden_file,
+    golden_texts,
+    reference_vectors,
+    write_golden,
+)
+from egemma_export.manifest import make_manifest, measured_manifest
 from egemma_export.mistakes import mistaken_vectors
+from egemma_export.report import ExportReport, LayerLoss, failure_text
 from egemma_export.targets import TARGETS, Bounds, Target
-from egemma_quant.published import hint
-from egemma_quant.schemes import ROLES, Scheme
-from egemma_quant.weights import quantize_encoder
+from egemma_quant.layer_report import HEAD, kept_outputs, layer_cosines, layers_of, weight_errors
+from egemma_quant.qat import rounded_weights
+from egemma_quant.schemes import Scheme
 
 STAGES = ("read", "reference", "lower", "round", "verify", "finish")
+PROBE = "titled document"  # the golden text of which the outputs of every layer are compared
+
+Vectors = dict[str, NDArray[np.float32]]  # (dim,) float32 by golden text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,92 +70,8 @@ class ExportConfig:
         )
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ConfigError(
-                f"target={self.target!r} is unknown; choose one of {', '.join(TARGETS)}."
-            )
-        for name in ("min_cosine_float", "min_cosine_quantized"):
-            bound = getattr(self, name)
-            if bound is not None and not -1 <= bound <= 1:
-                raise ConfigError(f"{name}={bound}: a cosine lies between -1 and 1.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """What was made and what was measured on the file that ships."""
-
-    out: str
-    target: str
-    runtime: str
-    scheme: str
-    instead: str
-    # on a model that was trained for another rounding than the target's; empty when there is
-    # nothing to say
-    note: str
-    bundle_bytes: int
-    model_bytes: int
-    num_cases: int
-    worst_cosine_float: float
-    worst_cosine_quantized: float
-    graph: dict[str, Any]  # delegates and operators, as the writer of the model file counts them
-    layers: list[LayerLoss]
-    latency_ms: dict[str, float]  # median by number of tokens
-    latency_threads: int
-    seconds: dict[str, float]  # by stage
-    peak_mb: int  # resident, this process; the verification runs in its own
-    verification: dict[str, Any] = field(repr=False)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
-    def to_text(self) -> str:
-        worst = min(self.layers, key=lambda layer: layer.hidden_cosine, default=None)
-        latency = ", ".join(
-            f"{tokens} tokens {ms:.1f} ms" for tokens, ms in self.latency_ms.items()
-        )
-        rows = [
-            ("bundle", self.out),
-            ("target", f"{self.target} ({self.runtime}, {self.scheme})"),
-            ("instead", self.instead),
-            ("note", self.note),
-            (
-                "size",
-                f"{self.bundle_bytes / 1e6:.1f} MB, model file {self.model_bytes / 1e6:.1f} MB",
-            ),
-            (
-                "cosine to float",
-                f"{self.worst_cosine_float:.5f} worst of {self.num_cases} golden texts at every "
-                "width",
-            ),
-            (
-                "cosine to rounded",
-                f"{self.worst_cosine_quantized:.5f} worst, float arithmetic on the same rounded "
-                "weights",
-            ),
-            ("known mistakes", self._mistakes_text()),
-            (
-                "rounding hurts most",
-                f"{worst.layer}, cosine {worst.hidden_cosine:.5f}" if worst else "",
-            ),
-            ("graph", _graph_text(self.graph)),
-            ("latency", f"{latency}; {self.latency_threads} threads, median" if latency else ""),
-            (
-                "took",
-                ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
-                + f"; peak {self.peak_mb} MB",
-            ),
-        ]
-        width = max(len(name) for name, value in rows if value)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows if value)
-
-    def _mistakes_text(self) -> str:
-        shares = self.verification["mistakes"]
-        name = max(shares, key=shares.get, default=None)
-        return (
-            f"{len(shares)} ruled out; nearest {name}, {shares[name]:.2f} of the way"
-            if name
-            else ""
-        )
+        one_of("target", self.target, list(TARGETS))
+        _ = self.bounds  # refuses what is no cosine
 
 
 def export(
@@ -171,88 +90,104 @@ def export(
     """
     target = TARGETS[config.target]
     clock = _Clock(progress)
-    with clock("read"):
+    with clock.stage("read"):
         checkpoint = open_checkpoint(config.model, config.revision)
-        tokenizer = checkpoint.tokenizer()
-        texts = golden_texts(tokenizer, checkpoint.prompts)
+        texts = golden_texts(checkpoint.tokenizer(), checkpoint.prompts)
     with atomic_folder(config.out, replace=config.replace) as folder:
-        with clock("read"):
+        with clock.stage("read"):
             encoder = load_encoder(checkpoint)
-        with clock("reference"):
-            exact = reference_vectors(encoder, texts)
-            probe = next(text for text in texts if text.name == "titled document")
-            before = outputs_by_layer(encoder, probe.tokens.ids)
-        with clock("lower"):
-            graph = _write_model(encoder, target, folder, lambda detail: progress("lower", detail))
-        with clock("round"):
-            layers: list[LayerLoss] = []
-            rounded = exact
-            if target.scheme is not None:
-                errors = round_in_place(encoder, quantize_encoder(encoder, target.scheme))
-                layers = compare_layers(before, outputs_by_layer(encoder, probe.tokens.ids), errors)
-                rounded = reference_vectors(encoder, texts)
-            mistaken = mistaken_vectors(encoder, texts, rounded)
+        with clock.stage("reference"):
+            exact = _observe(encoder, texts)
+        with clock.stage("lower"):
+            graph = _write_model(encoder, target, folder, partial(progress, "lower"))
+        with clock.stage("round"):
+            rounded = _round(encoder, target.scheme, texts, exact)
             del encoder
             gc.collect()
-        with clock("verify"):
+        with clock.stage("verify"):
             shutil.copyfile(checkpoint.tokenizer_path, folder / TOKENIZER)
-            bounds = asdict(config.bounds)
-            _write_golden(folder, golden_file(texts, exact, rounded, mistaken, None))
-            write_manifest(folder, _manifest(checkpoint, target, folder, {"bounds": bounds}))
-            verification = _run_sdk(folder, "verify", config.threads)
+            golden = golden_file(texts, exact.vectors, rounded.vectors, rounded.mistaken)
+            write_golden(folder, golden)
+            manifest = make_manifest(checkpoint, target, folder, config.bounds)
+            write_manifest(folder, manifest)
+            verification = run_bundle.verify(folder, config.threads)
             if not verification["passed"]:
-                raise ExportError(_failure(verification, layers))
-            measured = {
-                key: value
-                for key, value in verification.items()
-                if key not in ("cases", "failures", "path")
-            }
-            latency = _run_sdk(
-                folder,
-                "bench",
-                config.threads,
-                "--tokens",
-                _bench_lengths(checkpoint),
-                "--runs",
-                "5",
-            )
-        with clock("finish"):
-            _write_golden(
-                folder,
-                golden_file(texts, exact, rounded, mistaken, {"cases": verification["cases"]}),
-            )
-            write_manifest(
-                folder,
-                _manifest(checkpoint, target, folder, {"bounds": bounds, "measured": measured}),
-            )
-            sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    return ExportReport(
-        out=str(config.out),
-        target=target.name,
-        runtime=target.runtime,
-        scheme=target.scheme.name if target.scheme else "float32",
-        instead=target.instead,
-        note=(hint(checkpoint, target.scheme.name) or "") if target.scheme else "",
-        bundle_bytes=sum(sizes.values()),
-        model_bytes=sum(
-            size for name, size in sizes.items() if name.startswith(RUNTIMES[target.runtime])
-        ),
-        num_cases=len(texts),
-        worst_cosine_float=verification["worst_cosine_float"],
-        worst_cosine_quantized=verification["worst_cosine_quantized"],
+                raise ExportError(failure_text(verification, rounded.layers))
+            latency = run_bundle.bench(folder, config.threads, checkpoint.config.max_tokens)
+        with clock.stage("finish"):
+            write_golden(folder, golden | {"measured": {"cases": verification["cases"]}})
+            write_manifest(folder, measured_manifest(manifest, folder, _summary(verification)))
+            file_bytes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    return ExportReport.of(
+        checkpoint,
+        target,
+        config.out,
+        file_bytes=file_bytes,
         graph=graph,
-        layers=layers,
-        latency_ms={str(row["tokens"]): row["median_ms"] for row in latency["latency"]},
-        latency_threads=latency["threads"],
-        seconds=clock.seconds,
-        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        layers=rounded.layers,
         verification=verification,
+        latency=latency,
+        seconds=clock.seconds,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Observed:
+    """What a model gives for the golden texts."""
+
+    vectors: Vectors
+    outputs: dict[str, Tensor]  # by layer, (T, D) of the text PROBE; of the head (dim,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rounded:
+    """What the rounded model gives, and what rounding cost."""
+
+    vectors: Vectors
+    mistaken: dict[str, Vectors]  # by mistake
+    layers: list[LayerLoss]  # none for a float32 target
+
+
+def _observe(encoder: Encoder, texts: list[GoldenText]) -> _Observed:
+    """Run each golden text once."""
+    probe = [text for text in texts if text.name == PROBE]
+    others = [text for text in texts if text.name != PROBE]
+    with kept_outputs([*layers_of(encoder), (HEAD, encoder)]) as outputs:
+        vectors = reference_vectors(encoder, probe)
+    return _Observed(vectors=vectors | reference_vectors(encoder, others), outputs=outputs)
+
+
+def _round(
+    encoder: Encoder, scheme: Scheme | None, texts: list[GoldenText], exact: _Observed
+) -> _Rounded:
+    """Run each golden text with rounded weights, right and under each known mistake.
+
+    Args:
+        exact: what the float model gives.
+    """
+    if scheme is None:
+        mistaken = mistaken_vectors(encoder, texts, exact.vectors)
+        return _Rounded(vectors=exact.vectors, mistaken=mistaken, layers=[])
+    with rounded_weights(encoder, scheme) as float_weights:
+        errors = weight_errors(encoder, float_weights)
+        found = _observe(encoder, texts)
+        mistaken = mistaken_vectors(encoder, texts, found.vectors)
+    cosines = layer_cosines([exact.outputs], [found.outputs])
+    layers = [
+        LayerLoss(
+            layer=layer,
+            weight_error=errors.get(layer, 0.0),
+            hidden_cosine=float(of_tokens.mean()),
+        )
+        for layer, of_tokens in cosines.items()
+    ]
+    return _Rounded(vectors=found.vectors, mistaken=mistaken, layers=layers)
 
 
 def _write_model(
     encoder: Encoder, target: Target, folder: Path, progress: Callable[[str], None]
 ) -> dict[str, Any]:
+    """Write the model file and return what its writer counted."""
     path = folder / RUNTIMES[target.runtime]
     if target.runtime == "executorch":
         from egemma_export.to_executorch import write_pte
@@ -265,174 +200,26 @@ def _write_model(
     return asdict(write_onnx(encoder, target.scheme, path, weights_beside=True, progress=progress))
 
 
-def _manifest(
-    checkpoint: Checkpoint, target: Target, folder: Path, verification: dict[str, Any]
-) -> Manifest:
-    config = checkpoint.config
-    weights = checkpoint.weight_hashes()
-    architecture = {
-        "model_type": "gemma3_text",
-        "vocab_size": config.vocab_size,
-        "width": config.width,
-        "ffn_width": config.ffn_width,
-        "num_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "query_scale": config.query_scale,
-        "norm_eps": config.norm_eps,
-        "layer_types": list(config.layer_types),
-        "window": config.window,
-        "rope_theta_full": config.rope_theta_full,
-        "rope_theta_sliding": config.rope_theta_sliding,
-        "pooling": config.pooling,
-        "dense": [list(pair) for pair in config.dense],
-    }
-    scheme = _scheme(target.scheme)
-    prompts = dict(checkpoint.prompts.by_name)
-    tokenizer = {
-        "bos_id": config.bos_id,
-        "eos_id": config.eos_id,
-        "pad_id": config.pad_id,
-        "vocab_size": config.vocab_size,
-        "max_tokens": config.max_tokens,
-    }
-    return Manifest(
-        target=target.name,
-        runtime=target.runtime,
-        fingerprint=fingerprint_of(
-            weights=weights,
-            tokenizer_sha256=sha256_of(checkpoint.tokenizer_path),
-            prompts=prompts,
-            architecture=architecture,
-            scheme=scheme,
-        ),
-        # The folder's name, not its path: a bundle is handed to strangers.
-        source={
-            "model": checkpoint.source if checkpoint.revision else checkpoint.folder.name,
-            "revision": checkpoint.revision,
-            "weights": weights,
-        },
-        architecture=architecture,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        dims=config.dims,
-        scheme=scheme | {"activations": target.activations, "instead": target.instead},
-        batch="one" if target.runtime == "executorch" else "dynamic",
-        verification=verification,
-        tools=_tools(target.runtime),
-        files=describe_files(folder),
-    )
-
-
-def _scheme(scheme: Scheme | None) -> dict[str, Any]:
-    if scheme is None:
-        return {"name": "float32", "weights": dict.fromkeys(ROLES)}
-    return {
-        "name": scheme.name,
-        "weights": {role: asdict(scheme.format_of(role)) for role in ROLES},
-    }
-
-
-def _tools(runtime: str) -> dict[str, str]:
-    names = [
-        "egemma",
-        "torch",
-        *(("executorch", "torchao") if runtime == "executorch" else ("onnx", "onnxruntime")),
-    ]
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
-
-
-def _graph_text(graph: dict[str, Any]) -> str:
-    if "delegates" in graph:
-        return (
-            f"{graph['delegates']} delegate, {sum(graph['outside'].values())} operators outside "
-            "of it"
-        )
-    return (
-        f"{sum(graph['nodes'].values())} nodes, "
-        f"{max(graph['nodes'].items(), key=lambda row: row[1])[0]} the most frequent"
-    )
-
-
-def _bench_lengths(checkpoint: Checkpoint) -> str:
-    return ",".join(
-        str(tokens) for tokens in (16, 64, 256) if tokens <= checkpoint.config.max_tokens
-    )
-
-
-def _run_sdk(folder: Path, command: str, threads: int | None, *more: str) -> dict[str, Any]:
-    """Run `egemma COMMAND` in a process of its own, as a user would: without torch, and with the
-    SDK's own ExecuTorch library, which cannot share a process with the exporter's.
-    """
-    arguments = [sys.executable, "-m", "egemma", command, str(folder), "--json", *more]
-    if threads is not None:
-        arguments += ["--threads", str(threads)]
-    ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    try:
-        body = json.loads(ended.stdout)
-        assert isinstance(body, dict)
-        return body
-    except (ValueError, AssertionError) as error:
-        last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ExportError(
-            f"the finished file could not be run: `egemma {command}` ended with "
-            f"{ended.returncode}: {last}"
-        ) from error
-
-
-def _failure(verification: dict[str, Any], layers: list[LayerLoss]) -> str:
-    lines = [
-        "the finished file failed its verification; nothing was written.",
-        *(f"  {failure}" for failure in verification["failures"]),
-    ]
-    if layers:
-        lines.append(
-            "  What rounding cost, layer by layer (weights: relative error; output: cosine to the "
-            "float model):"
-        )
-        lines += [
-            f"    {loss.layer:<12} weights {loss.weight_error:.4f}   output "
-            f"{loss.hidden_cosine:.5f}"
-            for loss in layers
-        ]
-        lines.append(
-            "  A first layer with a low cosine lost it itself; where these look sound, the loss is "
-            "in the runtime's file."
-        )
-    lines.append(
-        "  Train the model for the rounding, choose a target with more bits, or lower the bound "
-        "with --min-cosine-float."
-    )
-    return "\n".join(lines)
-
-
-def _write_golden(folder: Path, body: dict[str, Any]) -> None:
-    (folder / GOLDEN).write_text(json.dumps(body, ensure_ascii=True) + "\n", encoding="utf-8")
+def _summary(verification: dict[str, Any]) -> dict[str, Any]:
+    """Return what the manifest keeps of a verification; its cases go into golden.json."""
+    left_out = ("cases", "failures", "path")
+    return {name: value for name, value in verification.items() if name not in left_out}
 
 
 class _Clock:
-    """Tells progress of each stage as it begins and adds up its seconds."""
+    """The seconds of each stage, and who is told when a stage begins."""
 
     def __init__(self, progress: Callable[[str, str], None]) -> None:
         self.seconds: dict[str, float] = {}
         self._progress = progress
 
-    def __call__(self, stage: str) -> _Clock:
-        self._stage, self._start = stage, time.perf_counter()
-        self._progress(stage, "")
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_error: object) -> None:
-        self.seconds[self._stage] = round(
-            self.seconds.get(self._stage, 0.0) + time.perf_counter() - self._start, 2
-        )
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the stage's."""
+        started = time.perf_counter()
+        self._progress(name, "")
+        try:
+            yield
+        finally:
+            spent = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.seconds[name] = round(spent, 2)

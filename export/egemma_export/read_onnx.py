@@ -1,6 +1,4 @@
-"""Read the integers back out of a finished .onnx file, so that the file itself is checked and not
-the code that wrote it.
-"""
+"""Codes and scales, read back out of a finished .onnx: the file is checked, not its writer."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from egemma_core.errors import ExportError
-from egemma_export.to_onnx import ROWS_KEY
+from egemma_export.onnx_graph import ROWS_KEY
 from egemma_quant.schemes import Quantized, WeightFormat
 
 Array = NDArray[Any]
 
 
 def read_onnx_weights(path: Path) -> dict[str, Quantized]:
-    """Codes and scales of every quantized parameter, by its name in the encoder's state dict.
+    """Return codes and scales of every quantized parameter, by its name in the state dict.
 
     Bits, blocks and values come from the operators and tensors that the runtime will execute; only
     which rows of a joined matrix are q, k, v or gate, up is read from the file's metadata.
@@ -35,7 +33,7 @@ def read_onnx_weights(path: Path) -> dict[str, Quantized]:
     metadata = {prop.key: prop.value for prop in model.metadata_props}
     if ROWS_KEY not in metadata:
         raise ExportError(
-            f"{path}: no {ROWS_KEY!r} in its metadata; only files of write_onnx can be read back."
+            f"{path} has no {ROWS_KEY!r} in its metadata; only files of write_onnx can be read."
         )
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = {node.name: node for node in model.graph.node}
@@ -81,27 +79,25 @@ def _read_nbits(
     path: Path, node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]
 ) -> Quantized:
     attributes = _attributes(node)
-    _no_zero_points(path, node)
-    rows, columns, bits, size = (attributes[key] for key in ("N", "K", "bits", "block_size"))
+    _refuse_zero_points(path, node)
+    rows, columns = attributes["N"], attributes["K"]
+    bits, size = attributes["bits"], attributes["block_size"]
     packed = numpy_helper.to_array(tensors[node.input[1]]).reshape(rows, -1)
     scales = numpy_helper.to_array(tensors[node.input[2]]).reshape(rows, -1)
-    return _quantized(
-        _unpack(packed, bits)[:, :columns], scales, WeightFormat(bits=bits, group_size=size)
-    )
+    codes = _unpack(packed, bits)[:, :columns]
+    return _quantized(codes, scales, WeightFormat(bits=bits, group_size=size))
 
 
 def _read_table(
     path: Path, node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]
 ) -> Quantized:
     attributes = _attributes(node)
-    _no_zero_points(path, node)
+    _refuse_zero_points(path, node)
     codes = _unpack(numpy_helper.to_array(tensors[node.input[0]]), attributes["bits"])
     scales = numpy_helper.to_array(tensors[node.input[2]])
-    size = (
-        attributes["block_size"]
-        if attributes["block_size"] <= codes.shape[1] and scales.shape[1] > 1
-        else None
-    )
+    size: int | None = attributes["block_size"]
+    if attributes["block_size"] > codes.shape[1] or scales.shape[1] == 1:
+        size = None  # a block wider than the row: one scale per row
     return _quantized(codes, scales, WeightFormat(bits=attributes["bits"], group_size=size))
 
 
@@ -125,7 +121,7 @@ def _quantized(codes: Array, scales: Array, weight_format: WeightFormat) -> Quan
 
 
 def _unpack(packed: Array, bits: int) -> Array:
-    """uint8 around 8 or 128, 4-bit codes two to a byte, to int8."""
+    """Return int8 codes from uint8 ones around 8 or 128, of which 4-bit ones are two to a byte."""
     if bits == 8:
         codes: Array = packed - np.uint8(128)
         return codes.view(np.int8)
@@ -135,7 +131,7 @@ def _unpack(packed: Array, bits: int) -> Array:
     return codes.view(np.int8)
 
 
-def _no_zero_points(path: Path, node: onnx.NodeProto) -> None:
+def _refuse_zero_points(path: Path, node: onnx.NodeProto) -> None:
     if len(node.input) > 3 and node.input[3]:
         raise ExportError(f"{path}: {node.name} has zero points; our schemes are symmetric.")
 

@@ -1,11 +1,10 @@
-"""What can be exported, for which runtime, and what is done where a runtime has no kernel for a
-scheme.
-"""
+"""What can be exported, for which runtime, and what is done where a runtime lacks a kernel."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from egemma_core.checks import number
 from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Q4_0, Q8_0, Scheme
 
 
@@ -18,6 +17,10 @@ class Bounds:
     # of any channel, between a text alone and in a padded batch; int8 activations may round over an
     # edge
     max_batch_difference: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for name, bound in asdict(self).items():
+            number(name, bound, -1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

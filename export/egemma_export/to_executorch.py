@@ -1,4 +1,4 @@
-"""Encoder -> .pte: lowers the graph to XNNPACK and writes the file."""
+"""The encoder as a .pte file: its graph is lowered to XNNPACK and written."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from executorch.exir.backend.partitioner import PartitionResult  # type: ignore[
 from executorch.exir.backend.utils import tag_constant_data  # type: ignore[import-untyped]
 
 from egemma_core.nn.encoder import Encoder
-from egemma_export.executorch_graph import DelegateEncoder, Weight
+from egemma_export.executorch_graph import DelegateEncoder
+from egemma_export.executorch_weights import Weight
+from egemma_quant.roles import quantize_encoder, role_of
 from egemma_quant.schemes import Scheme
-from egemma_quant.weights import quantize_encoder, role_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +48,16 @@ def write_pte(
     max_tokens: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> LoweringReport:
-    """Write the encoder as a .pte for ExecuTorch with XNNPACK: (1, T) ids and mask, both int64, to
-    (1, dim) float32.
+    """Write the encoder as a .pte file for ExecuTorch with XNNPACK.
+
+    It takes (1, T) ids and mask, both int64, and gives (1, dim) float32.
 
     Args:
         encoder: any float dtype.
         scheme: how its weights are stored; None: float32.
         path: where to write.
         max_tokens: the longest T that the file accepts; the encoder's own limit if None.
-        progress: told each step as it begins.
+        progress: called with each step as it begins.
 
     Raises:
         ExportError: the runtime has no kernel for the scheme, or the graph no form for the encoder.
@@ -114,8 +116,9 @@ def _weights(encoder: Encoder, scheme: Scheme | None) -> dict[str, Weight]:
 
 @contextmanager
 def _no_stack_traces() -> Iterator[None]:
-    """Some sixty passes trace the graph anew, and each would note for each node where in Python it
-    came from: 30% of the time.
+    """Keep torch from noting where in Python each node came from.
+
+    Some sixty passes trace the graph anew, and the notes would take 30% of the time.
     """
     before = torch.fx.config.do_not_emit_stack_traces
     torch.fx.config.do_not_emit_stack_traces = True
@@ -126,8 +129,9 @@ def _no_stack_traces() -> Iterator[None]:
 
 
 class _WholePartitioner(XnnpackPartitioner):  # type: ignore[misc]  # untyped base
-    """Gives the delegate its norm weights and scalars too, which would be arguments of each call
-    otherwise.
+    """A partitioner that gives the delegate its norm weights and scalars too.
+
+    They would be arguments of each call otherwise.
     """
 
     def partition(self, exported_program: torch.export.ExportedProgram) -> PartitionResult:

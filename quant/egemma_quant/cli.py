@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(args: argparse.Namespace) -> str:
     from egemma_core.checkpoint import open_checkpoint
     from egemma_core.nn.load import load_encoder
-    from egemma_quant.published import hint
+    from egemma_quant.ggml import hint
     from egemma_quant.report import measure
     from egemma_quant.schemes import scheme_named
 
@@ -125,7 +125,7 @@ def _round(args: argparse.Namespace) -> str:
     from egemma_core.checkpoint import open_checkpoint
     from egemma_core.nn.load import load_encoder
     from egemma_core.nn.save import save_checkpoint
-    from egemma_quant.published import hint
+    from egemma_quant.ggml import hint
     from egemma_quant.qat import rounded
     from egemma_quant.schemes import scheme_named
 

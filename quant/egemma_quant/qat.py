@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from egemma_core.errors import ConfigError
 from egemma_core.nn.compiled import is_compiled
 from egemma_core.nn.encoder import Encoder
+from egemma_quant.roles import role_of
 from egemma_quant.schemes import Scheme, round_
-from egemma_quant.weights import role_of
 
 _INSIDE_A_BLOCK: WeakSet[Encoder] = WeakSet()  # encoders whose weights are rounded now
 
@@ -49,27 +49,39 @@ def rounded(encoder: Encoder, scheme: Scheme, *, activations: bool = False) -> I
         ...     loss(encoder(ids, mask)).backward()
         >>> optimizer.step()
     """
+    with rounded_weights(encoder, scheme), rounded_activations(encoder, enabled=activations):
+        yield
+
+
+@contextmanager
+def rounded_weights(encoder: Encoder, scheme: Scheme) -> Iterator[dict[str, Tensor]]:
+    """Do what `rounded` does to the weights, and give the float ones meanwhile, by their names.
+
+    Raises:
+        ConfigError: the encoder is rounded already, a weight is not float32 or not finite, or its
+            rows do not divide into groups.
+    """
     if encoder in _INSIDE_A_BLOCK:
         raise ConfigError(
             "This encoder is rounded already: its weights are not the float ones.",
             hint="Leave the outer `rounded` block first.",
         )
-    masters: list[tuple[Tensor, Tensor]] = []
+    weights: dict[str, Tensor] = {}
+    masters: dict[str, Tensor] = {}
     _INSIDE_A_BLOCK.add(encoder)
     try:
         for name, parameter in encoder.named_parameters():
             role = role_of(name)
             if role is not None:
-                weight = _local(name, parameter)
-                masters.append((weight, weight.clone()))
-                round_(weight, scheme.format_of(role))
-        with rounded_activations(encoder, enabled=activations):
-            yield
+                weights[name] = _local(name, parameter)
+                masters[name] = weights[name].clone()
+                round_(weights[name], scheme.format_of(role))
+        yield masters
     finally:
-        for weight, master in masters:
+        for name, master in masters.items():
             # in place, not a swapped `.data`: torch notices a late backward pass, and FSDP2 gathers
             # from this storage
-            weight.copy_(master)
+            weights[name].copy_(master)
         _INSIDE_A_BLOCK.discard(encoder)
 
 

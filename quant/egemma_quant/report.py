@@ -1,26 +1,24 @@
-"""What quantization costs a model: of each matrix, each layer, each trained width, and on dev
-sets.
-"""
+"""What rounding costs a model: by matrix, by layer, by trained width, and on dev sets."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from egemma_core.errors import InputError
 from egemma_core.nn.encode import Ids, encode_rows
 from egemma_core.nn.encoder import Encoder
+from egemma_quant.layer_report import kept_outputs, layer_cosines, layers_of
 from egemma_quant.qat import rounded
+from egemma_quant.roles import role_of
 from egemma_quant.schemes import Format, Scheme, quantize
-from egemma_quant.weights import role_of
 
 ROWS_AT_ONCE = 2**14  # of the embedding table
-# texts whose hidden states of every layer are kept for comparison: 25 x T x 768 floats each
+# Texts whose hidden states of every layer are kept for comparison: 25 x T x 768 floats each.
 LAYER_TEXTS = 8
 
 
@@ -60,6 +58,8 @@ class WidthCost:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
+    """What rounding one model by one scheme cost."""
+
     model: str
     scheme: str
     num_texts: int
@@ -75,47 +75,52 @@ class QuantizationReport:
         return json.dumps(asdict(self), indent=1)
 
     def to_text(self) -> str:
-        """Tables of at most 120 columns."""
-        lines = [
-            f"{self.model}, scheme {self.scheme}, {self.num_texts} "
-            f"texts{f', {self.truncated} of them cut at the limit' if self.truncated else ''}"[:120]
-        ]
-        if self.hint:
-            lines.append(f"note: {self.hint}")
-        lines += [
-            "",
-            f"{'matrix':<44} {'role':<13} {'bits':>4} {'group':>5} {'error':>10} "
-            f"{'worst group':>12} {'clipped %':>10}",
-        ]
-        for matrix in self.matrices:
-            lines.append(
-                f"{matrix.name:<44} {matrix.role:<13} {matrix.bits:>4} "
-                f"{matrix.group_size or 'row':>5} {matrix.error:>10.6f} "
-                f"{matrix.worst_group:>12.6f} "
-                f"{100 * matrix.clipped:>10.4f}"
-            )
-        lines += ["", f"{'layer, rounded weights':<44} {'min cosine':>10} {'mean':>10}"]
-        lines += [
-            f"{layer.layer:<44} {layer.min_cosine:>10.6f} {layer.mean_cosine:>10.6f}"
-            for layer in self.layers
-        ]
-        lines += [
-            "",
-            f"{'vectors':<24} {'min cosine':>10} {'median':>10}   {'8-bit activations: min':>22} "
-            f"{'median':>10}",
-        ]
-        lines += [
-            f"{f'{width.dim} wide':<24} {width.min_cosine:>10.6f} {width.median_cosine:>10.6f}   "
-            f"{width.min_cosine_activations:>22.6f} "
-            f"{width.median_cosine_activations:>10.6f}"
-            for width in self.widths
-        ]
-        if self.dev:
-            lines += ["", f"{'dev score':<44} {'float':>10} {'rounded':>10} {'change %':>10}"]
-            for name, (exact, after) in self.dev.items():
-                change = f"{100 * (after / exact - 1):>+10.2f}" if exact > 0 else f"{'-':>10}"
-                lines.append(f"{name:<44} {exact:>10.4f} {after:>10.4f} {change}")
+        """Return tables of at most 120 columns."""
+        cut = f", {self.truncated} of them cut at the limit" if self.truncated else ""
+        lines = [f"{self.model}, scheme {self.scheme}, {self.num_texts} texts{cut}"[:120]]
+        lines += [f"note: {self.hint}"] if self.hint else []
+        lines += ["", *_matrix_lines(self.matrices)]
+        lines += ["", *_layer_lines(self.layers)]
+        lines += ["", *_width_lines(self.widths)]
+        lines += ["", *_dev_lines(self.dev)] if self.dev else []
         return "\n".join(lines)
+
+
+def _matrix_lines(matrices: Sequence[MatrixCost]) -> Iterator[str]:
+    yield (
+        f"{'matrix':<44} {'role':<13} {'bits':>4} {'group':>5} {'error':>10} "
+        f"{'worst group':>12} {'clipped %':>10}"
+    )
+    for cost in matrices:
+        yield (
+            f"{cost.name:<44} {cost.role:<13} {cost.bits:>4} {cost.group_size or 'row':>5} "
+            f"{cost.error:>10.6f} {cost.worst_group:>12.6f} {100 * cost.clipped:>10.4f}"
+        )
+
+
+def _layer_lines(layers: Sequence[LayerCost]) -> Iterator[str]:
+    yield f"{'layer, rounded weights':<44} {'min cosine':>10} {'mean':>10}"
+    for cost in layers:
+        yield f"{cost.layer:<44} {cost.min_cosine:>10.6f} {cost.mean_cosine:>10.6f}"
+
+
+def _width_lines(widths: Sequence[WidthCost]) -> Iterator[str]:
+    yield (
+        f"{'vectors':<24} {'min cosine':>10} {'median':>10}   "
+        f"{'8-bit activations: min':>22} {'median':>10}"
+    )
+    for cost in widths:
+        yield (
+            f"{f'{cost.dim} wide':<24} {cost.min_cosine:>10.6f} {cost.median_cosine:>10.6f}   "
+            f"{cost.min_cosine_activations:>22.6f} {cost.median_cosine_activations:>10.6f}"
+        )
+
+
+def _dev_lines(dev: dict[str, tuple[float, float]]) -> Iterator[str]:
+    yield f"{'dev score':<44} {'float':>10} {'rounded':>10} {'change %':>10}"
+    for name, (exact, after) in dev.items():
+        change = f"{100 * (after / exact - 1):>+10.2f}" if exact > 0 else f"{'-':>10}"
+        yield f"{name:<44} {exact:>10.4f} {after:>10.4f} {change}"
 
 
 @torch.no_grad()
@@ -129,7 +134,7 @@ def measure(
     hint: str | None = None,
     score: Callable[[Encoder], dict[str, float]] | None = None,
 ) -> QuantizationReport:
-    """Compare an encoder with itself, rounded. Its weights are the float ones again afterwards.
+    """Compare an encoder with itself, rounded; its float weights are back afterwards.
 
     Args:
         encoder: float32.
@@ -144,16 +149,16 @@ def measure(
     """
     if not rows:
         raise InputError(
-            "0 texts: a cosine needs at least one. Give a file with one text per line."
+            "0 texts were given, and a cosine needs at least one.",
+            hint="Give a file with one text per line.",
         )
     pad_id = encoder.config.pad_id
-    vectors, hidden = encode_rows(encoder, rows, pad_id), list(_hidden(encoder, rows[:LAYER_TEXTS]))
+    vectors = encode_rows(encoder, rows, pad_id)
+    hidden = list(_hidden_states(encoder, rows[:LAYER_TEXTS]))
     exact_scores = score(encoder) if score else {}
     with rounded(encoder, scheme):
-        after, cosines = (
-            encode_rows(encoder, rows, pad_id),
-            _layer_cosines(hidden, _hidden(encoder, rows[:LAYER_TEXTS])),
-        )
+        after = encode_rows(encoder, rows, pad_id)
+        cosines = layer_cosines(hidden, _hidden_states(encoder, rows[:LAYER_TEXTS]))
         rounded_scores = score(encoder) if score else {}
     with rounded(encoder, scheme, activations=True):
         both = encode_rows(encoder, rows, pad_id)
@@ -218,46 +223,10 @@ def _width_cost(dim: int, vectors: Tensor, after: Tensor, both: Tensor) -> Width
     )
 
 
-def _hidden(encoder: Encoder, rows: Sequence[Ids]) -> Iterator[dict[str, Tensor]]:
-    """Of each text the (T, D) outputs of the table and of each layer."""
-    named = [
-        ("embedding", encoder.embed_tokens),
-        *((f"layer {number}", layer) for number, layer in enumerate(encoder.layers)),
-    ]
+def _hidden_states(encoder: Encoder, rows: Sequence[Ids]) -> Iterator[dict[str, Tensor]]:
+    """Give the (T, D) outputs of the table and of each layer, for each text."""
     for row in rows:
         ids = torch.tensor([row], device=encoder.norm.weight.device)
-        with _kept(named) as outputs:
+        with kept_outputs(layers_of(encoder)) as outputs:
             encoder(ids, torch.ones_like(ids, dtype=torch.bool))
         yield outputs
-
-
-@contextmanager
-def _kept(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, Tensor]]:
-    """What each module gives inside the block, of the first text of the batch."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            outputs[name] = output[0].clone()
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _layer_cosines(
-    before: Sequence[dict[str, Tensor]], after: Iterator[dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """By layer, the cosine of each token of each text."""
-    found: dict[str, list[Tensor]] = {}
-    for exact, other in zip(before, after, strict=True):
-        for layer in exact:
-            found.setdefault(layer, []).append(
-                torch.cosine_similarity(exact[layer], other[layer], dim=-1)
-            )
-    return {layer: torch.cat(parts) for layer, parts in found.items()}

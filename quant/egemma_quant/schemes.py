@@ -15,7 +15,7 @@ from torch import Tensor
 
 from egemma_core.checks import one_of
 from egemma_core.errors import ConfigError
-from egemma_quant.published import GgmlFormat, into_codes
+from egemma_quant.ggml import GgmlFormat, into_codes
 
 ROLES = ("embedding", "attention", "feed_forward", "projection")
 

@@ -21,9 +21,11 @@ from executorch.runtime import Method, Runtime
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import Encoder
-from egemma_export.executorch_graph import DelegateEncoder, Embedding
+from egemma_export.executorch_graph import DelegateEncoder
+from egemma_export.executorch_weights import Embedding
 from egemma_export.read_executorch import read_pte_weights
 from egemma_export.to_executorch import LoweringReport, write_pte
+from egemma_quant.roles import quantize_encoder
 from egemma_quant.schemes import (
     INT4,
     INT4_BLOCK,
@@ -37,7 +39,7 @@ from egemma_quant.schemes import (
     WeightFormat,
     quantize,
 )
-from egemma_quant.weights import quantize_encoder, with_weights
+from tests.tiny import with_weights
 
 # A window of 4 on texts of up to 48 tokens, so that the sliding rule, its edges and empty windows
 # all matter.

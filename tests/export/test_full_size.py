@@ -15,7 +15,7 @@ from egemma_export.pipeline import ExportConfig, export
 from egemma_export.read_executorch import read_pte_weights
 from egemma_export.read_onnx import read_onnx_weights
 from egemma_export.targets import TARGETS
-from egemma_quant.weights import quantize_encoder
+from egemma_quant.roles import quantize_encoder
 
 pytestmark = [pytest.mark.full_size, pytest.mark.timeout(1500)]
 

@@ -24,8 +24,9 @@ from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import Encoder
 from egemma_export.read_onnx import read_onnx_weights
 from egemma_export.to_onnx import write_onnx
+from egemma_quant.roles import quantize_encoder
 from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Scheme, WeightFormat
-from egemma_quant.weights import quantize_encoder, with_weights
+from tests.tiny import with_weights
 
 CONFIG = EncoderConfig(
     vocab_size=200,

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from egemma_core import bundle as bundle_module
+from egemma_core import checkpoint as checkpoint_module
 from egemma_core.bundle import read_bundle
 from egemma_core.config import FULL
 from egemma_core.errors import BundleError, CheckpointError, ConfigError, ExportError
@@ -251,6 +253,40 @@ def test_a_failed_export_leaves_the_bundle_that_was_there(checkpoint: Path, tmp_
         run(checkpoint, tmp_path / "b", "onnx-fp32")
 
 
+def test_each_weight_and_each_file_of_the_bundle_is_read_once_for_its_hash(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    honest = checkpoint_module.sha256_of
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return honest(path)
+
+    monkeypatch.setattr(checkpoint_module, "sha256_of", counted)
+    monkeypatch.setattr(bundle_module, "sha256_of", counted)
+    run(checkpoint, tmp_path / "b", "onnx-fp32")
+    weights = [path.relative_to(checkpoint) for path in hashed if path.is_relative_to(checkpoint)]
+    assert sorted(path.as_posix() for path in weights) == [
+        "2_Dense/model.safetensors",
+        "3_Dense/model.safetensors",
+        "model.safetensors",
+    ]
+    # golden.json is two files: before and after the measurement that it holds.
+    ours = [path.name for path in hashed if not path.is_relative_to(checkpoint)]
+    assert sorted(ours) == [
+        "golden.json",
+        "golden.json",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.model",
+    ]
+    for path in (tmp_path / "b").iterdir():
+        if path.name != "manifest.json":
+            entry = read_bundle(tmp_path / "b").manifest.files[path.name]
+            assert entry == {"bytes": path.stat().st_size, "sha256": honest(path)}
+
+
 def test_the_bundle_answers_as_the_float_model_through_the_sdk(
     checkpoint: Path, exported: Exported
 ) -> None:
@@ -277,7 +313,7 @@ def test_the_bundle_answers_as_the_float_model_through_the_sdk(
 def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="android-int4"):
         ExportConfig(target="tflite", model="m", out=tmp_path)
-    with pytest.raises(ConfigError, match="between -1 and 1"):
+    with pytest.raises(ConfigError, match="min_cosine_float=2 must be a number of at least -1"):
         ExportConfig(target="onnx-fp32", model="m", out=tmp_path, min_cosine_float=2)
     with pytest.raises(CheckpointError, match="no such folder"):
         export(ExportConfig(target="onnx-fp32", model=str(tmp_path / "absent"), out=tmp_path / "b"))
@@ -299,7 +335,7 @@ def test_list_targets_says_what_is_done_instead(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--target", "tflite", "--model", "x"], "target='tflite' is unknown"),
+        (["--target", "tflite", "--model", "x"], "target='tflite' must be one of ['android-int4'"),
         (["--target", "onnx-fp32", "--model", "no/such/folder"], "no such folder"),
         (["--target", "onnx-fp32", "--model", "/etc/hostname"], "no such folder"),
     ],

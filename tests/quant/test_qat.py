@@ -13,8 +13,9 @@ from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ConfigError
 from egemma_core.nn.encoder import Encoder
 from egemma_quant.qat import round_tokens, rounded, rounded_activations
+from egemma_quant.roles import quantize_encoder
 from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Scheme, quantize
-from egemma_quant.weights import quantize_encoder, with_weights
+from tests.tiny import with_weights
 
 CONFIG = EncoderConfig(
     vocab_size=200,

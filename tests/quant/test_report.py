@@ -15,9 +15,10 @@ from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_quant.cli import main
 from egemma_quant.report import measure
+from egemma_quant.roles import quantize_encoder
 from egemma_quant.schemes import INT4, INT8, Q4_0, SCHEMES, Scheme, quantize
-from egemma_quant.weights import quantize_encoder, with_weights
 from tests.quant.test_qat import make_encoder
+from tests.tiny import with_weights
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "egemma-small"
 ROWS = [(2, 5, 9, 1), (2, 77, 130, 8, 8, 45, 1), (2, 1), tuple(range(3, 40))]

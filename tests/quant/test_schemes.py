@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from egemma_core.errors import ConfigError
-from egemma_quant.published import GgmlFormat
+from egemma_quant.ggml import GgmlFormat
 from egemma_quant.schemes import (
     INT4_BLOCK,
     INT4_CHANNEL,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
+from egemma_quant.roles import quantize_encoder
 from egemma_quant.schemes import INT4
-from egemma_quant.weights import quantize_encoder
 from egemma_train.loop import run
 from egemma_train.loop_config import LoopConfig
 from egemma_train.objectives.contrast import Contrast

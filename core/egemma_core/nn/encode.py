@@ -1,6 +1,4 @@
-"""Token rows through an encoder: rows of similar length go together, in chunks of a bounded number
-of padded tokens.
-"""
+"""Token rows through an encoder, in chunks of rows of similar length."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from egemma_core.errors import ConfigError
+from egemma_core.checks import whole_number
 
 Ids = tuple[int, ...]
 # (rows, T) int64 ids padded on the right, (rows, T) bool, true on real tokens
@@ -17,23 +15,26 @@ Chunk = tuple[Tensor, Tensor]
 
 
 def pad(rows: Sequence[Ids], pad_id: int, device: torch.device | str = "cpu") -> Chunk:
-    """(rows, T) ids and mask of the longest row's length."""
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor(
-        [[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.int64
-    )
-    mask = torch.arange(longest)[None, :] < torch.tensor([len(row) for row in rows])[:, None]
+    """Return (rows, T) ids and their mask, padded on the right to the longest row."""
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    padded = [[*row, *[pad_id] * (longest - len(row))] for row in rows]
+    # fmt: off
+    ids = torch.tensor(padded, dtype=torch.int64)                                # (rows, T)
+    mask = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]       # (rows, T)
+    # fmt: on
     return ids.to(device), mask.to(device)
 
 
 def by_length(rows: Sequence[Ids], chunk_tokens: int) -> list[list[int]]:
-    """Which rows go together: indices in order of length, cut so that no chunk is larger than
-    `chunk_tokens` once padded.
+    """Return which rows go together: their indices, in order of length.
 
-    A row that is longer than that goes alone.
+    No chunk is larger than `chunk_tokens` once padded; a row that is longer than that goes alone.
+
+    Raises:
+        ConfigError: `chunk_tokens` is no whole number of at least 1.
     """
-    if chunk_tokens < 1:
-        raise ConfigError(f"chunk_tokens={chunk_tokens}: must be positive.")
+    whole_number("chunk_tokens", chunk_tokens, 1)
     chunks: list[list[int]] = []
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
         if chunks and (len(chunks[-1]) + 1) * len(rows[index]) <= chunk_tokens:
@@ -50,11 +51,14 @@ def encode_rows(
     chunk_tokens: int = 4096,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """(rows, D) vectors in the order of `rows`."""
-    order = by_length(rows, chunk_tokens)
-    parts = torch.cat(
-        [encoder(*pad([rows[index] for index in chunk], pad_id, device)) for chunk in order]
-    )
-    return parts[
-        torch.tensor([index for chunk in order for index in chunk]).argsort().to(parts.device)
-    ]
+    """Return (rows, D) vectors in the order of `rows`.
+
+    Args:
+        encoder: ids (rows, T) and mask to (rows, D).
+        chunk_tokens: the most tokens that go through it at once, padding included.
+    """
+    chunks = by_length(rows, chunk_tokens)
+    parts = [encoder(*pad([rows[index] for index in chunk], pad_id, device)) for chunk in chunks]
+    vectors = torch.cat(parts)
+    order = torch.tensor([index for chunk in chunks for index in chunk])
+    return vectors[order.argsort().to(vectors.device)]

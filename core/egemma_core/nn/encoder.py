@@ -36,8 +36,10 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Differentiated by hand: torch would keep two float32 copies of x, and go over them more often
-    (the norms were a fifth of a step).
+    """The norm, differentiated by hand.
+
+    torch would keep two float32 copies of x, and go over them more often (the norms were a fifth of
+    a step).
     """
 
     @staticmethod
@@ -52,29 +54,24 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse, weight = ctx.saved_tensors
         normed, slope = x.float() * inverse, outer.float()
-        by_weight = (
-            (slope * normed).flatten(0, -2).sum(0).to(weight.dtype)
-            if ctx.needs_input_grad[1]
-            else None
-        )
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            by_weight = (slope * normed).flatten(0, -2).sum(0).to(weight.dtype)
         slope = slope * (1.0 + weight.float())
-        # what changes the length alone does not come out
-        share = (slope * normed).mean(-1, keepdim=True)
+        share = (slope * normed).mean(-1, keepdim=True)  # changes the length alone: not passed on
         return slope.addcmul_(normed, share, value=-1).mul_(inverse).to(x.dtype), by_weight, None
 
 
 class Attention(nn.Module):
-    """Bidirectional attention with normed queries and keys, rotary positions and shared key/value
-    heads.
+    """Bidirectional attention with normed queries and keys, rotary positions, shared keys and
+    values.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.channels = (
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
+        self.heads = config.num_heads
+        self.kv_heads = config.num_kv_heads
+        self.channels = config.head_dim
         self.scale = config.query_scale
         self.q_proj = nn.Linear(config.width, self.heads * self.channels, bias=False)
         self.k_proj = nn.Linear(config.width, self.kv_heads * self.channels, bias=False)
@@ -95,8 +92,7 @@ class Attention(nn.Module):
         value = value.repeat_interleave(H // K, dim=1)                        # (B, H, T, C)
         # fmt: on
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # backward, the CPU's bfloat16 attention takes almost three times as long as its float32
-            # one
+            # The CPU's bfloat16 attention takes almost three times as long backward as its float32.
             with torch.autocast("cpu", enabled=False):
                 mixed = F.scaled_dot_product_attention(
                     query.float(),
@@ -107,13 +103,19 @@ class Attention(nn.Module):
                 )
         else:
             mixed = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=bias, scale=self.scale
+                query,
+                key,
+                value,
+                attn_mask=bias,
+                scale=self.scale,
             )
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
         return out
 
 
 class FeedForward(nn.Module):
+    """GeGLU: down(gelu(gate(x)) * up(x)), GELU in its tanh form."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.ffn_width, bias=False)
@@ -145,8 +147,7 @@ class Encoder(nn.Module):
     """Token ids to unit vectors.
 
     Example:
-        >>> vectors = Encoder(config)(ids, mask)   # (B, T) int64, (B, T) bool -> (B, dim) float32,
-                                                   each of length 1
+        >>> vectors = Encoder(config)(ids, mask)  # (B, T) int64, (B, T) bool -> (B, dim) float32
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -159,7 +160,7 @@ class Encoder(nn.Module):
         self.dense = nn.ModuleList(nn.Linear(into, out, bias=False) for into, out in config.dense)
 
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T, D) last hidden states after the final norm, in the weights' dtype."""
+        """Return (B, T, D) last hidden states after the final norm, in the weights' dtype."""
         T = ids.shape[1]
         x = self.embed_tokens(ids)  # (B, T, D)
         # Gemma rounds sqrt(D) to the weights' dtype: 27.7128 becomes 27.75 in bfloat16.
@@ -168,19 +169,19 @@ class Encoder(nn.Module):
         full_rotary = rotary_tables(T, self.config.head_dim, self.config.rope_theta_full, x)
         sliding_rotary = rotary_tables(T, self.config.head_dim, self.config.rope_theta_sliding, x)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            x = (
-                layer(x, full_rotary, full_bias)
-                if kind == FULL
-                else layer(x, sliding_rotary, sliding_bias)
-            )
+            if kind == FULL:
+                x = layer(x, full_rotary, full_bias)
+            else:
+                x = layer(x, sliding_rotary, sliding_bias)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def biases(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What full and sliding layers add to their scores; see `attention_biases`."""
+        """Return what full and sliding layers add to their scores; see `attention_biases`."""
         return attention_biases(mask, self.config.window, dtype)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """
+        """Return one unit vector per text.
+
         Args:
             ids: (B, T) int64 token ids, each below V.
             mask: (B, T) bool or int, true on real tokens; at least one per row.
@@ -196,11 +197,11 @@ class Encoder(nn.Module):
 
 
 def attention_biases(mask: Tensor, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What is added to the scores of full and of sliding layers: 0 where token i may see token j,
-    MASKED elsewhere.
+    """Return what full and sliding layers add to their scores.
 
-    Every real key is seen by full layers; sliding layers see real keys with |i - j| <= window.
-    Distances are between indices, so the side of the padding does not matter.
+    It is 0 where token i may see token j, MASKED elsewhere. Every real key is seen by full layers;
+    sliding layers see real keys with |i - j| <= window. Distances are between indices, so the side
+    of the padding does not matter.
 
     Args:
         mask: (B, T) bool.
@@ -210,15 +211,17 @@ def attention_biases(mask: Tensor, window: int, dtype: torch.dtype) -> tuple[Ten
     """
     B, T = mask.shape
     position = torch.arange(T, device=mask.device)
+    # fmt: off
     near = (position[:, None] - position[None, :]).abs() <= window  # (T, T)
-    real = mask[:, None, None, :].expand(B, 1, T, T)  # (B, 1, T, T)
+    real = mask[:, None, None, :].expand(B, 1, T, T)                # (B, 1, T, T)
+    # fmt: on
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     masked = torch.full((), MASKED, dtype=dtype, device=mask.device)
     return torch.where(real, zero, masked), torch.where(real & near, zero, masked)
 
 
 def rotary_tables(tokens: int, channels: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, C) cosines and sines, computed in float32, in the dtype and on the device of `like`."""
+    """Return (T, C) cosines and sines, taken in float32, as `like` in dtype and device."""
     pair = torch.arange(0, channels, 2, device=like.device, dtype=torch.int64)
     position = torch.arange(tokens, device=like.device).float()
     # fmt: off
@@ -230,13 +233,14 @@ def rotary_tables(tokens: int, channels: int, theta: float, like: Tensor) -> tup
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding on (B, heads, T, C): channel c turns with channel c + C/2."""
+    """Turn (B, heads, T, C) by position: channel c together with channel c + C/2."""
     return _Rotation.apply(x, *rotary)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Rotation(torch.autograd.Function):
-    """Differentiated by hand: the way back needs the tables alone, where torch would keep two
-    copies of x.
+    """The turn, differentiated by hand.
+
+    The way back needs the tables alone, where torch would keep two copies of x.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Weights from a checkpoint into an `Encoder`, and back into the published layout."""
+"""Weights from a checkpoint folder into an `Encoder`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from egemma_core.checkpoint import Checkpoint
+from egemma_core.checkpoint import WEIGHTS, Checkpoint
 from egemma_core.errors import CheckpointError
 from egemma_core.nn.encoder import Encoder
 
@@ -16,7 +16,7 @@ _DTYPES = ("F32", "BF16")
 
 
 def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Encoder:
-    """The encoder of a checkpoint, in evaluation mode.
+    """Return the encoder of a checkpoint, in evaluation mode.
 
     Args:
         dtype: float32 or bfloat16. float16 is refused: this family's activations reach 800,000,
@@ -27,17 +27,19 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise CheckpointError(
-            f"dtype={dtype}: EmbeddingGemma computes in float32 or bfloat16 only; its activations "
-            "overflow float16."
+            f"dtype={dtype} cannot be computed in: EmbeddingGemma's activations overflow float16.",
+            hint="Choose float32 or bfloat16.",
         )
     with torch.device("meta"):
         encoder = Encoder(checkpoint.config).to(dtype)
     wanted = {name: weight.shape for name, weight in encoder.named_parameters()}
-    found = _read(checkpoint.folder / "model.safetensors", dtype)
+    found = read_tensors(checkpoint.folder / WEIGHTS, dtype)
     for position, folder in enumerate(checkpoint.dense_folders):
-        tensors = _read(folder / "model.safetensors", dtype)
+        tensors = read_tensors(folder / WEIGHTS, dtype)
         if set(tensors) != {"linear.weight"}:
-            raise CheckpointError(f"{folder}: holds {sorted(tensors)}, wanted only linear.weight.")
+            raise CheckpointError(
+                f"{folder} holds {sorted(tensors)}; it must hold linear.weight and nothing else."
+            )
         found[f"dense.{position}.weight"] = tensors["linear.weight"]
 
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
@@ -62,14 +64,22 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     return encoder.eval().requires_grad_(False)
 
 
-def _read(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_tensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file, in one dtype.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds a tensor of another type than float32 or
+            bfloat16.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {}
             for name in file.keys():  # noqa: SIM118  # not a dict
                 kind = file.get_slice(name).get_dtype()
                 if kind not in _DTYPES:
-                    raise CheckpointError(f"{path}: {name} is {kind}; only {_DTYPES} are read.")
+                    raise CheckpointError(
+                        f"{path}: {name} is {kind}; only {' and '.join(_DTYPES)} are read."
+                    )
                 tensors[name] = file.get_tensor(name).to(dtype)
             return tensors
     except (OSError, SafetensorError) as error:

@@ -5,14 +5,11 @@ opens too.
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,13 +17,22 @@ from torch import Tensor
 from egemma_core.checkpoint import TOKENIZER, WEIGHTS
 from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import CheckpointError, ConfigError
+from egemma_core.files import publish_folder
 from egemma_core.nn.encoder import Encoder
+from egemma_core.nn.hf_tokenizer import tokenizer_json
 from egemma_core.prompts import Prompts
 
 # The published layout has no attention pooling: sentence-transformers and egemma-export refuse such
 # a folder by its mode.
 _POOLING_MODES = {"mean": "mean", "first": "cls", "last": "lasttoken", "attention": "attention"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# What sentence-transformers calls its modules, before and behind the dense ones.
+_TRANSFORMER = "base.modules.transformer.Transformer"
+_POOLING = "sentence_transformer.modules.pooling.Pooling"
+_DENSE = "base.modules.dense.Dense"
+_NORMALIZE = "base.modules.normalize.Normalize"
+_FLOW = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+_METADATA = {"format": "pt"}  # transformers refuses weight files without it
 
 
 def save_checkpoint(
@@ -37,7 +43,7 @@ def save_checkpoint(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write `folder` whole or not at all. `open_checkpoint` and `load_encoder` read it back.
+    """Write `folder` whole or not at all; `open_checkpoint` and `load_encoder` read it back.
 
     Args:
         tokenizer_path: a SentencePiece BPE model; it is copied, and rewritten as the tokenizer.json
@@ -48,11 +54,11 @@ def save_checkpoint(
         ConfigError: another dtype.
         CheckpointError: `folder` exists, or a weight is not finite.
     """
-    config = encoder.config
     if dtype not in _DTYPE_NAMES:
-        raise ConfigError(f"dtype={dtype}: one of {[str(known) for known in _DTYPE_NAMES]}.")
+        known = [str(known) for known in _DTYPE_NAMES]
+        raise ConfigError(f"dtype={dtype} cannot be stored.", hint=f"Choose one of {known}.")
     if folder.exists():
-        raise CheckpointError(f"{folder} exists. Remove it, or save to another folder.")
+        raise CheckpointError(f"{folder} exists.", hint="Remove it, or save to another folder.")
     weights = {
         name: weight.detach().to("cpu", dtype).contiguous()
         for name, weight in encoder.named_parameters()
@@ -64,46 +70,48 @@ def save_checkpoint(
         )
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(temporary, config, weights, tokenizer_path, prompts)
-        temporary.chmod(0o755)  # mkdtemp closes its folders to others, and safetensors its files
-        for path in temporary.rglob(WEIGHTS):
+        for name, content in _layout(encoder.config, prompts, _DTYPE_NAMES[dtype]).items():
+            _write_json(scratch / name, content, indent=2)
+        shutil.copyfile(tokenizer_path, scratch / TOKENIZER)
+        _write_json(scratch / "tokenizer.json", tokenizer_json(tokenizer_path), indent=None)
+        _write_weights(scratch, weights)
+        scratch.chmod(0o755)  # mkdtemp closes its folders to others, and safetensors its files
+        for path in scratch.rglob(WEIGHTS):
             path.chmod(0o644)
-        os.rename(temporary, folder)
+        publish_folder(scratch, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write(
-    folder: Path,
-    config: EncoderConfig,
-    weights: dict[str, Tensor],
-    tokenizer_path: Path,
-    prompts: Prompts,
-) -> None:
-    dense = {name: weight for name, weight in weights.items() if name.startswith("dense.")}
-    metadata = {"format": "pt"}  # transformers refuses files without it
-    save_file(
-        {name: weight for name, weight in weights.items() if name not in dense},
-        folder / WEIGHTS,
-        metadata=metadata,
-    )
-    shutil.copyfile(tokenizer_path, folder / TOKENIZER)
-    _json(folder / "config.json", _transformer(config, _DTYPE_NAMES[weights["norm.weight"].dtype]))
-    _json(
-        folder / "config_sentence_transformers.json",
-        {
+def _write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write the weights of the dense head into folders of their own, the others beside them."""
+    dense = [name for name in weights if name.startswith("dense.")]
+    backbone = {name: weight for name, weight in weights.items() if name not in dense}
+    save_file(backbone, folder / WEIGHTS, metadata=_METADATA)
+    for position, name in enumerate(dense):
+        path = folder / _dense_folder(position) / WEIGHTS
+        save_file({"linear.weight": weights[name]}, path, metadata=_METADATA)
+
+
+def _dense_folder(position: int) -> str:
+    return f"{position + 2}_Dense"  # 0 is the transformer, 1 the pooling
+
+
+def _layout(config: EncoderConfig, prompts: Prompts, dtype: str) -> dict[str, Any]:
+    """Return the content of each JSON file, by its path in the folder."""
+    kinds = [_TRANSFORMER, _POOLING, *[_DENSE] * len(config.dense), _NORMALIZE]
+    return {
+        "config.json": transformer_json(config, dtype),
+        "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
             "prompts": dict(prompts.by_name),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
             "matryoshka_dims": list(config.dims),
         },
-    )
-    _json(
-        folder / "sentence_bert_config.json",
-        {
+        "sentence_bert_config.json": {
             "transformer_task": "feature-extraction",
             "max_seq_length": config.max_tokens,
             "modality_config": {
@@ -111,51 +119,32 @@ def _write(
             },
             "module_output_name": "token_embeddings",
         },
-    )
-    _json(
-        folder / "1_Pooling/config.json",
-        {
+        "1_Pooling/config.json": {
             "embedding_dimension": config.width,
             "pooling_mode": _POOLING_MODES[config.pooling],
             "include_prompt": True,
         },
-    )
-    flow = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
-    types = ["base.modules.transformer.Transformer", "sentence_transformer.modules.pooling.Pooling"]
-    for position, (into, out) in enumerate(config.dense):
-        place = folder / f"{len(types)}_Dense"
-        _json(
-            place / "config.json",
-            {
+        **{
+            f"{_dense_folder(position)}/config.json": {
                 "in_features": into,
                 "out_features": out,
                 "bias": False,
                 "activation_function": "torch.nn.modules.linear.Identity",
-                **flow,
-            },
-        )
-        save_file(
-            {"linear.weight": dense[f"dense.{position}.weight"]}, place / WEIGHTS, metadata=metadata
-        )
-        types.append("base.modules.dense.Dense")
-    _json(folder / f"{len(types)}_Normalize/config.json", flow)
-    types.append("base.modules.normalize.Normalize")
-    _json(
-        folder / "modules.json",
-        [
+                **_FLOW,
+            }
+            for position, (into, out) in enumerate(config.dense)
+        },
+        f"{len(kinds) - 1}_Normalize/config.json": _FLOW,
+        "modules.json": [
             {
                 "idx": index,
                 "name": str(index),
                 "path": f"{index}_{kind.rsplit('.', 1)[1]}" if index else "",
                 "type": f"sentence_transformers.{kind}",
             }
-            for index, kind in enumerate(types)
+            for index, kind in enumerate(kinds)
         ],
-    )
-    _json(folder / "tokenizer.json", tokenizer_json(tokenizer_path), indent=None)
-    _json(
-        folder / "tokenizer_config.json",
-        {
+        "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<bos>",
             "eos_token": "<eos>",
@@ -165,11 +154,11 @@ def _write(
             "model_max_length": config.max_tokens,
             "clean_up_tokenization_spaces": False,
         },
-    )
+    }
 
 
-def _transformer(config: EncoderConfig, dtype: str) -> dict[str, Any]:
-    """config.json, as transformers 5 writes it."""
+def transformer_json(config: EncoderConfig, dtype: str) -> dict[str, Any]:
+    """Return the content of config.json, as transformers 5 writes it."""
     return {
         "architectures": ["Gemma3TextModel"],
         "model_type": "gemma3_text",
@@ -205,104 +194,7 @@ def _transformer(config: EncoderConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def tokenizer_json(path: Path) -> dict[str, Any]:
-    """A SentencePiece BPE model in the `tokenizers` format: same ids, [BOS] pieces [EOS] around a
-    text.
-
-    SentencePiece stores pieces in merge order and not what was merged. Every split of a piece into
-    two pieces is a merge, in the order of the piece it makes and, for several splits of one, of its
-    parts.
-
-    Source: transformers, convert_slow_tokenizer.generate_merges and GemmaTokenizer.
-    """
-    model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    pieces = [model.id_to_piece(token) for token in range(model.vocab_size())]
-    ids = {piece: token for token, piece in enumerate(pieces)}
-    controls = [
-        token for token in range(len(pieces)) if model.is_control(token) or model.is_unknown(token)
-    ]
-    others = [
-        token for token in range(len(pieces)) if token not in controls and not model.is_byte(token)
-    ]
-    # SentencePiece scores what it merged -0, -1, -2, ... and pieces that a user defined +0; its
-    # Python class tells no more.
-    normal = [token for token in others if math.copysign(1, model.get_score(token)) < 0]
-    user_defined = sorted(set(others) - set(normal))
-    mergeable = {pieces[token] for token in normal}
-    merges = []
-    for token in sorted(normal, key=model.get_score, reverse=True):
-        piece = pieces[token]
-        splits = [
-            (piece[:at], piece[at:])
-            for at in range(1, len(piece))
-            if piece[:at] in mergeable and piece[at:] in mergeable
-        ]
-        merges += sorted(splits, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-
-    def added(token: int, special: bool) -> dict[str, Any]:
-        return {
-            "id": token,
-            "content": pieces[token],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": not special,
-            "special": special,
-        }  # runs of blanks are found after they became "▁"
-
-    bos, eos = pieces[model.bos_id()], pieces[model.eos_id()]
-    special = {
-        bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]},
-        eos: {"id": eos, "ids": [model.eos_id()], "tokens": [eos]},
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            *(added(token, True) for token in controls),
-            *(added(token, False) for token in user_defined),
-        ],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "special_tokens": special,
-            "single": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": eos, "type_id": 0}},
-            ],
-            "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 0}},
-                {"SpecialToken": {"id": eos, "type_id": 0}},
-            ],
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[model.unk_id()],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": merges,
-        },
-    }
-
-
-def _json(path: Path, content: Any, indent: int | None = 2) -> None:
+def _write_json(path: Path, content: Any, *, indent: int | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")

@@ -29,9 +29,9 @@ from egemma_core.config import EncoderConfig, read_transformer
 from egemma_core.errors import BundleError, CheckpointError, ConfigError
 from egemma_core.files import publish_folder
 from egemma_core.nn.encoder import Encoder
-from egemma_core.nn.load import _read as read_tensors
-from egemma_core.nn.save import _transformer as transformer_json
-from egemma_core.nn.save import tokenizer_json
+from egemma_core.nn.hf_tokenizer import tokenizer_json
+from egemma_core.nn.load import read_tensors
+from egemma_core.nn.save import transformer_json
 from egemma_core.prompts import EMBEDDING_GEMMA, Prompts
 from egemma_core.tokens import tokenizer_of
 

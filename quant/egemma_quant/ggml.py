@@ -1,9 +1,9 @@
-"""The grids of ggml, for which Google publishes trained weights: `...-qat-q4_0-unquantized`,
-`...-qat-q8_0-unquantized`.
+"""The grids of ggml, for which Google publishes trained weights.
 
-These checkpoints hold float weights that were trained for blocks of 32 with one float16 scale. Any
-other grid rounds them as no training prepared them for, so the grid is asked for by name (scheme
-"q4_0" or "q8_0"), and `hint` says when it was not.
+The checkpoints are called `...-qat-q4_0-unquantized` and `...-qat-q8_0-unquantized`. They hold
+float weights that were trained for blocks of 32 with one float16 scale. Any other grid rounds them
+as no training prepared them for, so the grid is asked for by name (scheme "q4_0" or "q8_0"), and
+`hint` says when it was not.
 
 Source: ggml-quants.c, quantize_row_q4_0_ref and quantize_row_q8_0_ref; the Python package gguf,
 with which the tests compare.
@@ -26,8 +26,9 @@ _NAME = re.compile(r"qat-(q[48]_0)", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class GgmlFormat:
-    """How one matrix is stored by ggml: Q4_0 (codes in [-8, 7], the scale may be negative) or Q8_0
-    (codes in [-127, 127]).
+    """How ggml stores one matrix.
+
+    Q4_0 has codes in [-8, 7] and scales of either sign, Q8_0 codes in [-127, 127].
     """
 
     bits: int
@@ -36,8 +37,8 @@ class GgmlFormat:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or self.group_size != 32:
             raise ConfigError(
-                f"bits={self.bits}, group_size={self.group_size}: ggml's Q4_0 and Q8_0 have blocks "
-                "of 32."
+                f"bits={self.bits}, group_size={self.group_size}: ggml's Q4_0 and Q8_0 have 4 and "
+                "8 bits, and blocks of 32."
             )
 
 
@@ -68,8 +69,8 @@ def into_codes(groups: Tensor, bits: int, codes: Tensor) -> Tensor:
     if not torch.isfinite(stored).all():
         raise ConfigError(
             f"a block of weights as large as {float(largest.max()):.3g} has a scale beyond "
-            "float16, in which ggml stores it; "
-            "choose a scheme of ours, such as int4."
+            "float16, in which ggml stores it.",
+            hint="Choose a scheme of ours, such as int4.",
         )
     # Codes are taken by the scale before float16 rounds it. Where nothing of it is left, all values
     # are 0 with any code.
@@ -84,26 +85,25 @@ def into_codes(groups: Tensor, bits: int, codes: Tensor) -> Tensor:
 
 
 def published_grid(checkpoint: Checkpoint) -> str | None:
-    """ "q4_0" or "q8_0" if the model's names say that it was trained for that grid: its folder, hub
-    id, config.json or README's header.
+    """Return the grid that the model was trained for, "q4_0" or "q8_0"; None where no name says so.
 
+    The names are its folder's, its hub id, and those in config.json and in the README's header.
     Weights cannot tell: "unquantized" ones lie off every grid.
     """
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     names = [checkpoint.source, checkpoint.folder.name, str(config.get("_name_or_path", ""))]
     readme = checkpoint.folder / "README.md"
-    # only the header between two lines of dashes: the text below may name every sibling
     if readme.is_file():
-        header = re.match(
-            r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL
-        )
+        text = readme.read_text(encoding="utf-8", errors="replace")
+        # Only the header between two lines of dashes: the text below may name every sibling.
+        header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
         names.append(header.group(1) if header else "")
     found = {match.lower() for name in names for match in _NAME.findall(name)}
     return found.pop() if len(found) == 1 else None
 
 
 def hint(checkpoint: Checkpoint, scheme: str) -> str | None:
-    """What to say if the model was trained for another grid than that of `scheme`."""
+    """Return what to say where the model was trained for another grid than that of `scheme`."""
     grid = published_grid(checkpoint)
     if grid is None or grid == scheme:
         return None

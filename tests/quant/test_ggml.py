@@ -13,7 +13,7 @@ import torch
 
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.errors import ConfigError
-from egemma_quant.published import GgmlFormat, hint, published_grid
+from egemma_quant.ggml import GgmlFormat, hint, published_grid
 from egemma_quant.schemes import Q4_0, Q8_0, quantize
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "egemma-small"

@@ -12,9 +12,10 @@ import torch
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
+from egemma_quant.roles import quantize_encoder, role_of
 from egemma_quant.schemes import INT4, MIXED
-from egemma_quant.weights import quantize_encoder, role_of, with_weights
 from models.make_checkpoint import write_checkpoint
+from tests.tiny import with_weights
 
 pytest.importorskip(
     "sentence_transformers", reason="it writes the folders; pip install 'egemma[dev]'"
