@@ -27,7 +27,8 @@ class WordsModel:
     """Keeps the contract of `egemma.Embedder`, without a model file."""
 
     def __init__(self) -> None:
-        self.dims, self.dim, self.max_tokens = DIMS, DIMS[0], MAX_TOKENS
+        self.dims: tuple[int, ...] = DIMS
+        self.dim, self.max_tokens = DIMS[0], MAX_TOKENS
         self.fingerprint = hashlib.sha256(b"the words model of egemma's contract, 1").hexdigest()
         self.tasks = PROMPTS.tasks
         self._tokenizer = builtin_tokenizer()
