@@ -30,13 +30,13 @@ from egemma import (  # noqa: E402
     IndexMismatchError,
     InputError,
     PromptError,
-    RuntimeUnavailableError,
     TokenLimitError,
 )
 from egemma.embedder import WINDOW_TEXTS  # noqa: E402
+from egemma_core.errors import MissingDependencyError  # noqa: E402
 from egemma_server.bulk import embed_parquet  # noqa: E402
 from egemma_server.bulk.job import JOB_FILE, read_job  # noqa: E402
-from egemma_server.bulk.shards import check_shard  # noqa: E402
+from egemma_server.bulk.shard_files import check_shard  # noqa: E402
 from egemma_server.bulk.source import describe_file, place_of, read_rows  # noqa: E402
 from tests.sdk.conftest import run_python  # noqa: E402
 from tests.sdk.test_privacy import CALLS, sealed  # noqa: E402
@@ -185,8 +185,7 @@ def test_queries_are_embedded_behind_the_prompt_of_their_task(
     run(write(tmp_path / "in.parquet", texts), role="query", task="clustering")
     assert (
         np.abs(
-            vectors(read(tmp_path / "out"))
-            - embedder.embed_queries(texts, task="clustering").vectors
+            vectors(read(tmp_path / "out")) - embedder.embed_query(texts, task="clustering").vectors
         ).max()
         < BOUND
     )
@@ -416,7 +415,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_files(
     assert kills
     run(source, shard_rows=16)
     assert contents(tmp_path / "out") == contents(tmp_path / "in-one-go")
-    assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert not list((tmp_path / "out").glob(".*.part"))
 
 
 @pytest.mark.parametrize(
@@ -610,8 +609,8 @@ def test_columns_that_are_missing_or_of_another_type_are_refused_before_the_work
     source = write(tmp_path / "in.parquet", 10, year=pa.array(range(10)))
     for settings, word in [
         ({"text_column": "body"}, r"no columns 'body'.*'text', 'year'"),
-        ({"text_column": "year"}, "int64, wanted is string"),
-        ({"title_column": "year"}, "wanted is string"),
+        ({"text_column": "year"}, "int64, and must be string"),
+        ({"title_column": "year"}, "must be string"),
         ({"keep": ["absent"]}, "absent"),
         ({"id_column": "absent"}, "absent"),
     ]:
@@ -681,13 +680,13 @@ def test_titles_are_refused_where_the_model_has_no_place_for_them(
 
 FULL_DISK = """
 import resource, signal, sys
-from egemma import IndexFileError
+from egemma_core.errors import OutputError
 from egemma_server.bulk import embed_parquet
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # every longer write fails, as on a full disk
 try:
     embed_parquet(sys.argv[1], sys.argv[2], bundle=sys.argv[3], threads_per_worker=1, shard_rows=64)
-except IndexFileError as error:
+except OutputError as error:
     print(error)
 """
 
@@ -699,7 +698,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(
     done = run_python(FULL_DISK, source, tmp_path / "out", onnx_bundle)
     assert "shard-000000.parquet cannot be written" in done.stdout, done.stderr
     assert shards(tmp_path / "out") == []
-    assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert not list((tmp_path / "out").glob(".*.part"))
     assert run(source).rows == 100
 
 
@@ -722,7 +721,7 @@ def test_a_missing_library_is_named(
             f"egemma_server.bulk.{module}.find_spec",
             lambda name: None if name == missing else object(),
         )
-    with pytest.raises(RuntimeUnavailableError, match=extra):
+    with pytest.raises(MissingDependencyError, match=extra):
         run(source, engine="ray", workers=1)
 
 
