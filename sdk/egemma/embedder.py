@@ -252,7 +252,7 @@ class Embedder:
         return self._threads
 
     @overload
-    def embed_query(
+    def embed_query(  # type: ignore[overload-overlap]  # a str is an iterable of str too
         self, text: str, *, task: str = ..., dim: int | None = ..., overflow: Overflow = ...
     ) -> Embedding: ...
     @overload
@@ -462,9 +462,7 @@ class Embedder:
         with self._lock:
             return self._check_usable().run(ids, mask)
 
-    def _encode(
-        self, text: str, overflow: Overflow, name: str | None, position: int
-    ) -> Tokens:
+    def _encode(self, text: str, overflow: Overflow, name: str | None, position: int) -> Tokens:
         try:
             return self._tokenizer.encode(text, overflow=overflow)
         except (TokenLimitError, InputError) as error:
