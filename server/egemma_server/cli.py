@@ -158,7 +158,7 @@ def _bulk(args: argparse.Namespace) -> None:
 
 
 class _ShowVersion(argparse.Action):
-    """Looks the version up when it is asked for, which takes longer than all of `--help`."""
+    """Look the version up only when it is asked for: that takes longer than all of `--help`."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from egemma import __version__

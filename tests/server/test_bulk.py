@@ -20,6 +20,7 @@ import pytest
 pa = pytest.importorskip("pyarrow", reason="bulk embedding needs the bulk extra")
 pq = pytest.importorskip("pyarrow.parquet", reason="bulk embedding needs the bulk extra")
 
+import egemma_server.bulk.shards  # noqa: E402
 import egemma_server.bulk.source  # noqa: E402
 from egemma import (  # noqa: E402
     ConfigError,
@@ -33,7 +34,7 @@ from egemma import (  # noqa: E402
     TokenLimitError,
 )
 from egemma.embedder import WINDOW_TEXTS  # noqa: E402
-from egemma_core.errors import MissingDependencyError  # noqa: E402
+from egemma_core.errors import MissingDependencyError, OutputError  # noqa: E402
 from egemma_server.bulk import embed_parquet  # noqa: E402
 from egemma_server.bulk.job import JOB_FILE, read_job  # noqa: E402
 from egemma_server.bulk.shard_files import check_shard  # noqa: E402
@@ -274,6 +275,47 @@ def test_bad_rows_may_stay_without_a_vector_and_say_why(
     with pytest.raises(InputError, match=r"row 3 of the file.*null"):
         run(source)  # what was let pass is not forgotten
     assert run(source, on_error="null").embedded == 0
+
+
+def test_every_long_text_of_a_window_is_put_aside_and_says_its_length(
+    run: Any, tmp_path: Path, embedder: Embedder
+) -> None:
+    texts: list[Any] = texts_of(100)
+    long = [0, 5, 6, 99]
+    for row in long:
+        texts[row] = f"{TOO_LONG}{'water ' * row}"
+    texts[7] = None
+    source = write(tmp_path / "in.parquet", texts)
+    assert run(source, on_error="null", shard_rows=100).errors == 5
+    errors = read(tmp_path / "out").column("error").to_pylist()
+    for row in long:
+        prompt = embedder.document_prompt()
+        tokens = embedder.count_tokens(f"{prompt}{texts[row]}")
+        assert errors[row].startswith(f"the text has {tokens} tokens")
+    assert [row for row in range(100) if errors[row] is not None] == sorted([*long, 7])
+    with pytest.raises(TokenLimitError) as caught:
+        run(write(tmp_path / "two.parquet", [*texts_of(70), TOO_LONG]), "two")
+    assert caught.value.position == 70  # of the file
+    assert "on_error='null'" in caught.value.hint
+
+
+def test_a_bundle_is_read_once_and_its_model_loaded_once_or_not_at_all(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("read_bundle", "Embedder"):
+        original = getattr(egemma_server.bulk.shards, name)
+
+        def count(*given: Any, name: str = name, original: Any = original, **more: Any) -> Any:
+            calls.append(name)
+            return original(*given, **more)
+
+        monkeypatch.setattr(egemma_server.bulk.shards, name, count)
+    source = write(tmp_path / "in.parquet")
+    run(source)
+    assert calls == ["read_bundle", "Embedder"]
+    run(source)
+    assert calls == ["read_bundle", "Embedder", "read_bundle"]
 
 
 def test_a_run_that_failed_at_a_bad_row_goes_on_with_on_error_null(
@@ -567,6 +609,28 @@ def test_two_runs_do_not_share_a_folder(run: Any, tmp_path: Path) -> None:
         run(source)
     other.close()
     run(source)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(run: Any, tmp_path: Path) -> None:
+    dead = run_python("import os; print(os.getpid())").stdout.strip()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{JOB_FILE}.{dead}.0a1b2c3d.part").write_text("half")
+    source = write(tmp_path / "in.parquet")
+    assert run(source).rows == 100
+    shards(tmp_path / "out")[1].rename(
+        tmp_path / "out" / f".shard-000001.parquet.{dead}.0a1b2c3d.part"
+    )
+    assert run(source).embedded == 1
+    assert not list((tmp_path / "out").glob(".*.part"))
+
+
+def test_a_folder_that_cannot_be_written_is_an_output_error(run: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.parquet")
+    with pytest.raises(OutputError, match="cannot be made"):
+        run(source, "in.parquet/out")
+    (tmp_path / "out" / JOB_FILE).mkdir(parents=True)
+    with pytest.raises(IndexFileError, match="cannot be read"):
+        run(source)
 
 
 def test_output_and_input_are_apart(run: Any, tmp_path: Path) -> None:

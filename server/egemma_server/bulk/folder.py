@@ -96,7 +96,7 @@ def begin_job(out: Path, job: Job) -> None:
         path.name
         for path in out.iterdir()
         if path.name not in own
-        and not path.name.startswith(_LOCK)
+        and not path.name.startswith((_LOCK, f".{JOB_FILE}."))
         and (stored is None or path.suffix == ".parquet")
     )
     if foreign:

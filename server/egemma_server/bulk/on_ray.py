@@ -100,8 +100,8 @@ def _from_anywhere(worker: WorkerConfig) -> WorkerConfig:
 class RayWorker:
     """What Ray makes one of in each worker process.
 
-    An error is given back as a value: raised, Ray would wrap it and try again. The model is loaded
-    with the first shard, so that an error in loading it is given back too.
+    An error is given back as a value: raised, it would arrive wrapped in one of Ray's. The model is
+    loaded with the first shard, so that an error in loading it is given back too.
     """
 
     def __init__(self, config: WorkerConfig) -> None:

@@ -66,9 +66,9 @@ _WAY_OUT = "Open it with that model, or re-embed the texts into a store of anoth
 
 
 class PostgresIndex:
-    """An open store.
+    """An open store in PostgreSQL.
 
-    Make one with `PostgresIndex.open`. May be used from several threads, which then take turns.
+    Make one with `PostgresIndex.open`. It may be used from several threads, which then take turns.
 
     Several processes may have the same store open. Every call is one transaction: a search sees one
     state, and a write happens as a whole or not at all.

@@ -22,7 +22,7 @@ _INLINE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Run:
-    """Statements of one transaction.
+    """What executes the statements of one transaction.
 
     Their text is made of constants, checked names and whole numbers; what users gave is a
     parameter.
@@ -37,9 +37,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """The quoted names of a store's tables; `check_name` let nothing in that needs more than
-    quotes.
-    """
+    """The names of a store's tables, in quotes; `check_name` lets nothing in that needs more."""
 
     documents: str
     facts: str

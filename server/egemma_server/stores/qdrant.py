@@ -56,10 +56,11 @@ _WAY_OUT = "Open it with that model, or re-embed the texts into a store of anoth
 
 
 class QdrantIndex:
-    """An open store. Make one with `QdrantIndex.open`.
+    """An open store in Qdrant.
 
-    Qdrant has no transactions: after an error in the middle of a call a part of its documents may
-    be stored. Each is stored as a whole, and repeating the call completes it.
+    Make one with `QdrantIndex.open`. Qdrant has no transactions: after an error in the middle of a
+    call a part of its documents may be stored. Each is stored as a whole, and repeating the call
+    completes it.
     """
 
     def __init__(
@@ -215,9 +216,7 @@ class QdrantIndex:
             return bool(documents.read_rows(self._collection, [id_]))
 
     def ids(self, where: Mapping[Any, Any] | None = None) -> list[str]:
-        """Return the ids of all documents, or of those that a filter is true for, in their own
-        order.
-        """
+        """Return the ids of all documents, or of those that a filter is true for, sorted."""
         condition = None if where is None else parse(where)
         with self._checked("read"):
             return documents.read_ids(self._collection, condition)

@@ -112,7 +112,7 @@ def read_rows(collection: Collection, ids: Sequence[str]) -> dict[str, Row]:
 
 
 def read_ids(collection: Collection, condition: Condition | None) -> list[str]:
-    """Return the ids of the documents that a filter is true for, in their own order."""
+    """Return the ids of the documents that a filter is true for, sorted."""
     passing = _Filter.of(condition)
     found: list[str] = []
     offset = None
