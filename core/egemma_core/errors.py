@@ -23,7 +23,7 @@ The class in brackets is a second parent, for code that catches what Python itse
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Self = TypeVar("Self", bound="EgemmaError")
 
@@ -46,10 +46,23 @@ class EgemmaError(Exception):
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError, a second parent, would show quotes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without `__init__`, whose arguments a child may have changed: what it set is all kept.
+        return _restored, (type(self), self.args, self.__dict__)
+
     def at(self: Self, place: str) -> Self:
         """Return this error, of the same class, with `place` in front: a file, a line, a row."""
         copy = type(self)(f"{place}: {self.found}", hint=self.hint, position=self.position)
         return copy.with_traceback(self.__traceback__)
+
+
+def _restored(
+    kind: type[EgemmaError], arguments: tuple[Any, ...], attributes: dict[str, Any]
+) -> EgemmaError:
+    """Return an error as it was pickled, of its own class."""
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(attributes)
+    return error
 
 
 class InputError(EgemmaError, ValueError):

@@ -251,15 +251,28 @@ class Embedder:
     def threads(self) -> int:
         return self._threads
 
+    @overload
+    def embed_query(  # type: ignore[overload-overlap]  # a str is an iterable of str too
+        self, text: str, *, task: str = ..., dim: int | None = ..., overflow: Overflow = ...
+    ) -> Embedding: ...
+    @overload
     def embed_query(
         self,
-        text: str,
+        text: Iterable[str],
+        *,
+        task: str = ...,
+        dim: int | None = ...,
+        overflow: Overflow = ...,
+    ) -> Embeddings: ...
+    def embed_query(
+        self,
+        text: str | Iterable[str],
         *,
         task: str = DEFAULT_TASK,
         dim: int | None = None,
         overflow: Overflow = "error",
-    ) -> Embedding:
-        """The vector of something searched for.
+    ) -> Embedding | Embeddings:
+        """The vector of something searched for, or the vectors of several such texts.
 
         Args:
             task: one of `tasks`; it decides the prompt in front of the text.
@@ -271,6 +284,8 @@ class Embedder:
             TokenLimitError, InputError, PromptError, DimensionError: the text or a setting cannot
                 be used.
         """
+        if not isinstance(text, (str, bytes)) and isinstance(text, Iterable):
+            return self.embed_queries(text, task=task, dim=dim, overflow=overflow)
         self._check_one(text)
         return self._embed([self._prompts.query(task) + text], dim, overflow, name=None)[0]
 
@@ -427,8 +442,7 @@ class Embedder:
         self._check_usable()
         width = check_dim(dim, self.dims)
         tokens = [
-            self._encode(text, overflow, None if name is None else f"{name} {first + number}")
-            for number, text in enumerate(texts)
+            self._encode(text, overflow, name, first + number) for number, text in enumerate(texts)
         ]
         vectors = np.empty((len(tokens), width), np.float32)
         for batch in self._plan(tokens):
@@ -448,13 +462,15 @@ class Embedder:
         with self._lock:
             return self._check_usable().run(ids, mask)
 
-    def _encode(self, text: str, overflow: Overflow, where: str | None) -> Tokens:
+    def _encode(self, text: str, overflow: Overflow, name: str | None, position: int) -> Tokens:
         try:
             return self._tokenizer.encode(text, overflow=overflow)
         except (TokenLimitError, InputError) as error:
-            if where is None:
+            if name is None:
                 raise
-            raise type(error)(f"{where}: {error}") from error
+            raise type(error)(
+                f"{name} {position}: {error.found}", hint=error.hint, position=position
+            ) from error
 
     def _plan(self, tokens: Sequence[Tokens]) -> list[list[int]]:
         if self._manifest.batch == "one":

@@ -9,13 +9,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from egemma_core.bundle import TOKENIZER
+from egemma_core.bundle import TOKENIZER, Manifest
 from egemma_core.errors import ConfigError, IndexMismatchError
-
-if TYPE_CHECKING:
-    from egemma.embedder import Embedder
 
 PARTS = ("weights", "tokenizer", "prompts", "architecture", "scheme")
 
@@ -47,8 +44,8 @@ class ModelIdentity:
             )
 
     @classmethod
-    def of(cls, embedder: Embedder) -> ModelIdentity:
-        manifest = embedder.manifest
+    def of(cls, manifest: Manifest) -> ModelIdentity:
+        """Return the identity of the model that a bundle's manifest describes."""
         contents = {
             "weights": manifest.source.get("weights"),
             "tokenizer": manifest.files[TOKENIZER]["sha256"],
@@ -58,12 +55,12 @@ class ModelIdentity:
         }
         name = (
             f"{manifest.source.get('model', 'an unnamed model')} {manifest.target} "
-            f"({embedder.fingerprint[:12]})"
+            f"({manifest.fingerprint[:12]})"
         )
         return cls(
-            fingerprint=embedder.fingerprint,
+            fingerprint=manifest.fingerprint,
             name=name,
-            dims=embedder.dims,
+            dims=manifest.dims,
             parts={part: _digest(content) for part, content in contents.items()},
         )
 

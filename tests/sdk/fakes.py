@@ -70,12 +70,14 @@ class WordEmbedder:
 
     def embed_query(
         self,
-        text: str,
+        text: str | Iterable[str],
         *,
         task: str = DEFAULT_TASK,
         dim: int | None = None,
         overflow: str = "error",
-    ) -> Embedding:
+    ) -> Embedding | Embeddings:
+        if not isinstance(text, str):
+            return self.embed_queries(text, task=task, dim=dim, overflow=overflow)
         return self.embed_queries([text], task=task, dim=dim, overflow=overflow)[0]
 
     def embed_queries(

@@ -20,6 +20,7 @@ import pytest
 pa = pytest.importorskip("pyarrow", reason="bulk embedding needs the bulk extra")
 pq = pytest.importorskip("pyarrow.parquet", reason="bulk embedding needs the bulk extra")
 
+import egemma_server.bulk.shards  # noqa: E402
 import egemma_server.bulk.source  # noqa: E402
 from egemma import (  # noqa: E402
     ConfigError,
@@ -30,13 +31,13 @@ from egemma import (  # noqa: E402
     IndexMismatchError,
     InputError,
     PromptError,
-    RuntimeUnavailableError,
     TokenLimitError,
 )
 from egemma.embedder import WINDOW_TEXTS  # noqa: E402
+from egemma_core.errors import MissingDependencyError, OutputError  # noqa: E402
 from egemma_server.bulk import embed_parquet  # noqa: E402
 from egemma_server.bulk.job import JOB_FILE, read_job  # noqa: E402
-from egemma_server.bulk.shards import check_shard  # noqa: E402
+from egemma_server.bulk.shard_files import check_shard  # noqa: E402
 from egemma_server.bulk.source import describe_file, place_of, read_rows  # noqa: E402
 from tests.sdk.conftest import run_python  # noqa: E402
 from tests.sdk.test_privacy import CALLS, sealed  # noqa: E402
@@ -185,8 +186,7 @@ def test_queries_are_embedded_behind_the_prompt_of_their_task(
     run(write(tmp_path / "in.parquet", texts), role="query", task="clustering")
     assert (
         np.abs(
-            vectors(read(tmp_path / "out"))
-            - embedder.embed_queries(texts, task="clustering").vectors
+            vectors(read(tmp_path / "out")) - embedder.embed_query(texts, task="clustering").vectors
         ).max()
         < BOUND
     )
@@ -275,6 +275,47 @@ def test_bad_rows_may_stay_without_a_vector_and_say_why(
     with pytest.raises(InputError, match=r"row 3 of the file.*null"):
         run(source)  # what was let pass is not forgotten
     assert run(source, on_error="null").embedded == 0
+
+
+def test_every_long_text_of_a_window_is_put_aside_and_says_its_length(
+    run: Any, tmp_path: Path, embedder: Embedder
+) -> None:
+    texts: list[Any] = texts_of(100)
+    long = [0, 5, 6, 99]
+    for row in long:
+        texts[row] = f"{TOO_LONG}{'water ' * row}"
+    texts[7] = None
+    source = write(tmp_path / "in.parquet", texts)
+    assert run(source, on_error="null", shard_rows=100).errors == 5
+    errors = read(tmp_path / "out").column("error").to_pylist()
+    for row in long:
+        prompt = embedder.document_prompt()
+        tokens = embedder.count_tokens(f"{prompt}{texts[row]}")
+        assert errors[row].startswith(f"the text has {tokens} tokens")
+    assert [row for row in range(100) if errors[row] is not None] == sorted([*long, 7])
+    with pytest.raises(TokenLimitError) as caught:
+        run(write(tmp_path / "two.parquet", [*texts_of(70), TOO_LONG]), "two")
+    assert caught.value.position == 70  # of the file
+    assert "on_error='null'" in caught.value.hint
+
+
+def test_a_bundle_is_read_once_and_its_model_loaded_once_or_not_at_all(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("read_bundle", "Embedder"):
+        original = getattr(egemma_server.bulk.shards, name)
+
+        def count(*given: Any, name: str = name, original: Any = original, **more: Any) -> Any:
+            calls.append(name)
+            return original(*given, **more)
+
+        monkeypatch.setattr(egemma_server.bulk.shards, name, count)
+    source = write(tmp_path / "in.parquet")
+    run(source)
+    assert calls == ["read_bundle", "Embedder"]
+    run(source)
+    assert calls == ["read_bundle", "Embedder", "read_bundle"]
 
 
 def test_a_run_that_failed_at_a_bad_row_goes_on_with_on_error_null(
@@ -416,7 +457,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_files(
     assert kills
     run(source, shard_rows=16)
     assert contents(tmp_path / "out") == contents(tmp_path / "in-one-go")
-    assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert not list((tmp_path / "out").glob(".*.part"))
 
 
 @pytest.mark.parametrize(
@@ -570,6 +611,28 @@ def test_two_runs_do_not_share_a_folder(run: Any, tmp_path: Path) -> None:
     run(source)
 
 
+def test_what_a_killed_run_left_half_written_is_removed(run: Any, tmp_path: Path) -> None:
+    dead = run_python("import os; print(os.getpid())").stdout.strip()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{JOB_FILE}.{dead}.0a1b2c3d.part").write_text("half")
+    source = write(tmp_path / "in.parquet")
+    assert run(source).rows == 100
+    shards(tmp_path / "out")[1].rename(
+        tmp_path / "out" / f".shard-000001.parquet.{dead}.0a1b2c3d.part"
+    )
+    assert run(source).embedded == 1
+    assert not list((tmp_path / "out").glob(".*.part"))
+
+
+def test_a_folder_that_cannot_be_written_is_an_output_error(run: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.parquet")
+    with pytest.raises(OutputError, match="cannot be made"):
+        run(source, "in.parquet/out")
+    (tmp_path / "out" / JOB_FILE).mkdir(parents=True)
+    with pytest.raises(IndexFileError, match="cannot be read"):
+        run(source)
+
+
 def test_output_and_input_are_apart(run: Any, tmp_path: Path) -> None:
     write(tmp_path / "out" / "in.parquet")
     with pytest.raises(ConfigError, match="output folder"):
@@ -610,8 +673,8 @@ def test_columns_that_are_missing_or_of_another_type_are_refused_before_the_work
     source = write(tmp_path / "in.parquet", 10, year=pa.array(range(10)))
     for settings, word in [
         ({"text_column": "body"}, r"no columns 'body'.*'text', 'year'"),
-        ({"text_column": "year"}, "int64, wanted is string"),
-        ({"title_column": "year"}, "wanted is string"),
+        ({"text_column": "year"}, "int64, and must be string"),
+        ({"title_column": "year"}, "must be string"),
         ({"keep": ["absent"]}, "absent"),
         ({"id_column": "absent"}, "absent"),
     ]:
@@ -681,13 +744,13 @@ def test_titles_are_refused_where_the_model_has_no_place_for_them(
 
 FULL_DISK = """
 import resource, signal, sys
-from egemma import IndexFileError
+from egemma_core.errors import OutputError
 from egemma_server.bulk import embed_parquet
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # every longer write fails, as on a full disk
 try:
     embed_parquet(sys.argv[1], sys.argv[2], bundle=sys.argv[3], threads_per_worker=1, shard_rows=64)
-except IndexFileError as error:
+except OutputError as error:
     print(error)
 """
 
@@ -699,7 +762,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(
     done = run_python(FULL_DISK, source, tmp_path / "out", onnx_bundle)
     assert "shard-000000.parquet cannot be written" in done.stdout, done.stderr
     assert shards(tmp_path / "out") == []
-    assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert not list((tmp_path / "out").glob(".*.part"))
     assert run(source).rows == 100
 
 
@@ -722,7 +785,7 @@ def test_a_missing_library_is_named(
             f"egemma_server.bulk.{module}.find_spec",
             lambda name: None if name == missing else object(),
         )
-    with pytest.raises(RuntimeUnavailableError, match=extra):
+    with pytest.raises(MissingDependencyError, match=extra):
         run(source, engine="ray", workers=1)
 
 

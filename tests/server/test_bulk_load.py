@@ -99,7 +99,7 @@ def test_loading_again_changes_nothing(run: Any, tmp_path: Path, index: Index) -
 def test_an_index_without_an_embedder_is_filled_too(
     run: Any, tmp_path: Path, embedder: Embedder
 ) -> None:
-    with Index.open(tmp_path / "index.db", ModelIdentity.of(embedder)) as index:
+    with Index.open(tmp_path / "index.db", ModelIdentity.of(embedder.manifest)) as index:
         assert load_parquet(index, run(write(tmp_path / "in.parquet"))).rows == 100
     with Index.open(tmp_path / "index.db", embedder) as index:
         assert len(index.search("water", k=3)) == 3
@@ -116,7 +116,7 @@ def test_whole_numbers_are_ids_in_decimal_and_other_ids_are_refused(
     )
     load_parquet(index, run(source, id_column="number"))
     assert index.get(["9"])[0].text == texts_of(10)[9]
-    with pytest.raises(InputError, match="ids are double"):
+    with pytest.raises(InputError, match="the ids are double"):
         load_parquet(index, run(source, "other", id_column="share"))
 
 
@@ -182,7 +182,7 @@ def test_an_id_that_comes_twice_is_refused_wherever_the_rows_are(
     source = write(
         tmp_path / "in.parquet", key=pa.array(["same", *(f"k{row}" for row in range(98)), "same"])
     )
-    with pytest.raises(InputError, match="id 'same' comes 2 times"):
+    with pytest.raises(InputError, match="the id 'same' comes 2 times"):
         load_parquet(index, run(source, id_column="key"))
     assert len(index) == 0
 

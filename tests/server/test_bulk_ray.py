@@ -5,6 +5,7 @@ happens when a process is lost.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -12,27 +13,44 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 pa = pytest.importorskip("pyarrow", reason="bulk embedding needs the bulk extra")
 pytest.importorskip("ray", reason="bulk embedding on Ray needs the ray extra")
 
+import egemma_core.errors  # noqa: E402
 from egemma import BundleError, ConfigError, EgemmaError, TokenLimitError  # noqa: E402
+from egemma.ingest.parse import UnreadableFileError  # noqa: E402
 from egemma_server.bulk import embed_parquet  # noqa: E402
 from egemma_server.bulk.job import Job, read_job  # noqa: E402
 from egemma_server.bulk.on_ray import MOST_ATTEMPTS, RayWorker, ray_running  # noqa: E402
+from egemma_server.bulk.shards import WorkerConfig  # noqa: E402
 from tests.sdk.conftest import run_python  # noqa: E402
 from tests.server.test_bulk import TOO_LONG, contents, shards, texts_of, write  # noqa: E402
 from tests.tiny import tiny_bundle  # noqa: E402
 
 GONE_WITHIN_S = 60
+
+
+def every_error() -> list[type[EgemmaError]]:
+    """Every class of errors that the core has, and one that only the SDK knows."""
+    found = [EgemmaError, UnreadableFileError]
+    found += [
+        kind
+        for kind in vars(egemma_core.errors).values()
+        if isinstance(kind, type) and issubclass(kind, EgemmaError) and kind is not EgemmaError
+    ]
+    return found
+
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
 
 
-# Every process of this Ray runs this as it starts: a worker dies at a shard of an output folder
-# that says so.
+# Every process of this Ray runs this as it starts: a worker dies, or cannot read a file, at a shard
+# of an output folder that says so.
 DYING = """
 import os
 import egemma_server.bulk.shards
@@ -41,6 +59,9 @@ embed = egemma_server.bulk.shards.ShardEmbedder.embed
 def die(self, shard, progress=None):
     if (self.out / ".dies").exists() and (self.out / ".dies").read_text() == shard.name:
         os._exit(9)
+    if (self.out / ".unreadable").exists():
+        from egemma.ingest.parse import UnreadableFileError
+        raise UnreadableFileError(shard.file.name, "damaged", "its pages are torn")
     return embed(self, shard, progress)
 
 egemma_server.bulk.shards.ShardEmbedder.embed = die
@@ -153,9 +174,10 @@ def test_a_worker_refuses_another_model_at_the_same_path(
     job = read_job(tmp_path / "out")
     assert job is not None
     other = tiny_bundle(tmp_path / "other", tokenizer=tiny_spm, changes={"fingerprint": "f" * 64})
-    answer = worker(job, source, tmp_path / "out", other)({"number": [0]})["answer"]
-    assert BundleError.__name__ in answer[0]
-    assert "Put the same bundle on every machine" in answer[0]
+    answer = worker(job, source, tmp_path / "out", other)({"number": [0]})
+    error = pickle.loads(answer["error"][0])
+    assert type(error) is BundleError
+    assert error.hint == "Put the same bundle on every machine."
 
 
 @pytest.mark.usefixtures("ray")
@@ -180,6 +202,44 @@ def test_a_shard_that_kills_its_worker_is_tried_again_and_then_given_up(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("ray")
+def test_an_error_of_any_class_arrives_from_a_worker_as_itself(
+    run: Any, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(source, "out", progress=interrupt)
+    (tmp_path / "out" / ".unreadable").touch()
+    with pytest.raises(UnreadableFileError) as caught:
+        run(source, "out", engine="ray", workers=2)
+    assert type(caught.value) is UnreadableFileError
+    assert str(caught.value) == f"{caught.value.path}: its pages are torn."
+    assert caught.value.path in ("a.parquet", "b.parquet")
+    assert (caught.value.reason, caught.value.detail) == ("damaged", "its pages are torn")
+    (tmp_path / "out" / ".unreadable").unlink()
+    assert run(source, "out", engine="ray", workers=2).rows == 500
+
+
+@pytest.mark.parametrize("kind", every_error(), ids=lambda kind: kind.__name__)
+def test_a_worker_gives_an_error_of_each_class_back_with_all_it_carries(
+    run: Any, source: Path, tmp_path: Path, kind: type[EgemmaError], onnx_bundle: Path
+) -> None:
+    error = kind.__new__(kind, "three were found. Give two.")
+    vars(error).update(found="three were found.", hint="Give two.", position=2, reason="other")
+
+    def fail(shard: Any) -> None:
+        raise error
+
+    run(source, "out")
+    job = read_job(tmp_path / "out")
+    assert job is not None
+    one = worker(job, source, tmp_path / "out", onnx_bundle)
+    one._embedder = cast(Any, SimpleNamespace(embed=fail))
+    back = pickle.loads(one({"number": [3]})["error"][0])
+    assert type(back) is kind
+    assert str(back) == "three were found. Give two."
+    assert vars(back) == vars(error)
+
+
 def partway(done: int, _: int) -> None:
     if done >= 128:
         raise KeyboardInterrupt
@@ -192,17 +252,26 @@ def interrupt(done: int, _: int) -> None:
 
 def worker(job: Job, source: Path, out: Path, bundle: Path) -> RayWorker:
     (out / ".attempts").mkdir(exist_ok=True)
-    return RayWorker(job.to_json(), str(source), str(out), str(bundle), 1, 256, "fail")
+    config = WorkerConfig(
+        job=job,
+        folder=source,
+        out=out,
+        bundle=bundle,
+        threads=1,
+        memory_mb=256,
+        on_error="fail",
+    )
+    return RayWorker(pickle.loads(pickle.dumps(config)))
 
 
 OLD_RAY = """
 import ray, sys
-from egemma import RuntimeUnavailableError
+from egemma_core.errors import MissingDependencyError
 from egemma_server.bulk import embed_parquet
 ray.__version__ = "2.58.1"
 try:
     embed_parquet(sys.argv[1], sys.argv[2], bundle=sys.argv[3], engine="ray", workers=1)
-except RuntimeUnavailableError as error:
+except MissingDependencyError as error:
     print(error)
 """
 

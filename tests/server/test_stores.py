@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
+from egemma.index import Hits
 from egemma.where import (
     MAX_COMPARISONS,
     MAX_FILTER_DEPTH,
@@ -35,18 +37,20 @@ from egemma.where import (
 from egemma_core.errors import (
     ConfigError,
     DimensionError,
-    IndexFileError,
     IndexMismatchError,
     InputError,
-    RuntimeUnavailableError,
+    MissingDependencyError,
+    NotFoundError,
+    StoreError,
     TokenLimitError,
 )
 from egemma_core.vectors import normalize
-from egemma_server.stores import PostgresIndex, QdrantIndex
-from egemma_server.stores import qdrant as qdrant_module
+from egemma_server.request import SearchRequest
+from egemma_server.stores import PostgresIndex, QdrantIndex, qdrant_documents
 from egemma_server.stores.postgres_where import filterable, to_postgres
 from egemma_server.stores.qdrant_where import NUMBERS, TERMS, terms_of, to_qdrant
-from egemma_server.stores.rows import MAX_ID_BYTES, words_of
+from egemma_server.stores.rows import MAX_ID_BYTES
+from egemma_server.words import words_of
 from tests.sdk.fakes import DIMS, TEXTS, WordEmbedder, open_index
 from tests.sdk.test_where import comparisons, filters, filters_that_meet, metadata_of_documents
 
@@ -277,8 +281,9 @@ def test_an_id_that_is_stored_is_replaced_and_removed_with_all_it_had(store: Any
     assert sorted(store.ids()) == ["c", "d"]
     assert found(store.search("parrot", mode="text")) == []
     assert "a" not in found(store.search("Birds a green parrot", 10))
-    with pytest.raises(InputError, match="no document 'a'"):
+    with pytest.raises(NotFoundError, match="no document 'a'") as caught:
         store.get(["c", "a"])
+    assert caught.value.position == 1
 
 
 def test_what_was_added_is_there_after_opening_again(kept: Door) -> None:
@@ -299,6 +304,16 @@ def test_what_was_added_is_there_after_opening_again(kept: Door) -> None:
         assert again.facts().fingerprint == hashlib.sha256(b"words-1").hexdigest()
 
 
+def test_a_document_is_asked_for_as_in_a_mapping(store: Any) -> None:
+    store.add(TEXTS, ids=["cat", "dog", "rain", "a 'b"])
+    assert ("cat" in store, "a 'b" in store, "never" in store) == (True, True, False)
+    assert [id_ in store for id_ in ("", "x\0", "x\ud800", 3, None)] == [False] * 5
+    assert store["dog"] == store.get(["dog"])[0]
+    with pytest.raises(KeyError):
+        store["never"]
+    assert not hasattr(store, "put")
+
+
 def test_nothing_is_found_in_an_empty_store_and_nothing_is_added_by_an_empty_call(
     store: Any,
 ) -> None:
@@ -306,16 +321,16 @@ def test_nothing_is_found_in_an_empty_store_and_nothing_is_added_by_an_empty_cal
     assert store.remove([]) == 0
     for mode in ("vector", "text", "hybrid"):
         assert found(store.search("cat", mode=mode)) == []
-    assert store.search_many([], 3) == []
+    assert store.search([], 3) == []
     assert store.ids() == []
 
 
 def test_vectors_from_elsewhere_can_be_stored_without_texts_or_a_model(door: Door) -> None:
     vectors = unit(1, 20)
-    with door.open(ModelIdentity.of(cast(Any, WordEmbedder()))) as store:
+    with door.open(ModelIdentity.of(WordEmbedder().manifest)) as store:
         ids = [f"v{number}" for number in range(20)]
         assert store.add_vectors(vectors, ids=ids) == ids
-        assert found(store.search_vector(vectors[7], 1)) == ["v7"]
+        assert found(store.search(vectors[7], 1)) == ["v7"]
         assert store.get(["v7"])[0].text == ""
         for call in (lambda: store.add(["x"]), lambda: store.search("x")):
             with pytest.raises(ConfigError, match="without a model"):
@@ -343,7 +358,7 @@ def test_a_store_keeps_what_the_embedder_said_of_a_vector(store: Any) -> None:
 def test_every_width_gives_the_hits_and_scores_of_numpy(store: Any, dim: int | None) -> None:
     vectors, queries = unit(2, 400), unit(3, 5)
     store.add_vectors(vectors, ids=[str(row) for row in range(400)])
-    for query, hits in zip(queries, store.search_vectors(queries, 12, dim=dim), strict=True):
+    for query, hits in zip(queries, store.search(queries, 12, dim=dim), strict=True):
         wanted = exact(vectors, query, dim or DIMS[0], 12)
         assert found(hits) == [str(row) for row, _ in wanted]
         assert [hit.score for hit in hits] == pytest.approx(
@@ -358,8 +373,8 @@ def test_a_short_query_vector_is_taken_at_its_own_width_and_any_length(store: An
     vectors, query = unit(4, 100), unit(5, 1)[0]
     store.add_vectors(vectors, ids=[str(row) for row in range(100)])
     wanted = [str(row) for row, _ in exact(vectors, query, 32, 5)]
-    assert found(store.search_vector(query[:32] * 17, 5)) == wanted
-    assert found(store.search_vector(query.astype(np.float64), 5, dim=32)) == wanted
+    assert found(store.search(query[:32] * 17, 5)) == wanted
+    assert found(store.search(query.astype(np.float64), 5, dim=32)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -477,10 +492,34 @@ def test_more_hits_that_hold_all_words_rank_higher(store: Any) -> None:
 def test_searching_many_is_searching_each(store: Any) -> None:
     store.add(some_texts(30))
     for mode in ("vector", "text", "hybrid"):
-        many = store.search_many(["cat owl", "seal"], 4, mode=mode)
+        many = store.search(["cat owl", "seal"], 4, mode=mode)
         assert [list(hits) for hits in many] == [
             list(store.search(query, 4, mode=mode)) for query in ("cat owl", "seal")
         ]
+
+
+def test_one_query_gives_hits_and_several_give_a_list_of_them(store: Any) -> None:
+    store.add(TEXTS, ids=list("abcd"))
+    vectors = np.stack([WordEmbedder().vector(text) for text in ("cat", "moon")])
+    for one in ("cat", vectors[0]):
+        assert isinstance(store.search(one, 2), Hits)
+    for several in (["cat", "moon"], ("cat", "moon"), vectors):
+        hits = store.search(several, 2)
+        assert [found(each) for each in hits] == [
+            found(store.search("cat", 2)),
+            found(store.search("moon", 2)),
+        ]
+    assert [found(each) for each in store.search(vectors[:1], 2)] == [found(store.search("cat", 2))]
+    assert store.search(vectors[:0], 2) == []
+
+
+def test_a_request_is_frozen_and_says_what_is_wanted() -> None:
+    request = SearchRequest(query=["Cat owl", "cat"], k=3, mode="hybrid", where={"a": 1})
+    assert (request.num_queries, request.num_candidates, request.several) == (2, 100, True)
+    assert request.words == (("cat", "owl"), ("cat",))
+    assert request.ranked({"a": 0.9, "b": 0.8}, {"b": 2.0})[0][0] == "b"
+    with pytest.raises(FrozenInstanceError):
+        request.k = 4  # type: ignore[misc]
 
 
 # Filters mean the same.
@@ -669,7 +708,7 @@ def test_qdrant_decides_the_common_filters_by_itself(where: dict[Any, Any]) -> N
 def test_what_qdrant_cannot_decide_is_looked_for_through_all_pages(
     qdrant: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qdrant_module, "_PAGE_POINTS", 7)
+    monkeypatch.setattr(qdrant_documents, "_PAGE_POINTS", 7)
     vectors, query = unit(6, 100), unit(7, 1)[0]
     with qdrant.open() as store:
         store.add_vectors(
@@ -680,7 +719,7 @@ def test_what_qdrant_cannot_decide_is_looked_for_through_all_pages(
         wanted = exact(vectors, query, DIMS[0], 100, lambda row: row % 25 == 24)
         assert len(wanted) == 4
         for k in (1, 3, 10):
-            assert found(store.search_vector(query, k, where={"path": {"$startswith": "b/"}})) == [
+            assert found(store.search(query, k, where={"path": {"$startswith": "b/"}})) == [
                 str(row) for row, _ in wanted[:k]
             ]
         assert store.ids({"path": {"$startswith": "b/"}}) == sorted(str(row) for row, _ in wanted)
@@ -714,7 +753,7 @@ def test_a_store_that_somebody_made_anew_for_another_model_is_not_mixed(door: Do
                 )
         else:
             door.place.delete_collection(door.name)
-        with pytest.raises(IndexFileError):
+        with pytest.raises(StoreError):
             store.search("cat")
         with door.open("words-2") as other:
             other.add(TEXTS)
@@ -731,7 +770,7 @@ def test_a_store_that_somebody_made_anew_for_another_model_is_not_mixed(door: Do
 
 def test_a_store_that_is_not_there_is_made_only_when_asked(door: Door) -> None:
     for model in ("words-1", None):
-        with pytest.raises(IndexFileError, match="there is no"):
+        with pytest.raises(StoreError, match="there is no"):
             door.open(model, create=model is None)
     with door.open():
         pass
@@ -751,7 +790,7 @@ def test_tables_and_collections_of_others_are_left_alone(door: Door) -> None:
         door.place.create_collection(
             door.name, vectors_config=models.VectorParams(size=64, distance=models.Distance.COSINE)
         )
-    with pytest.raises(IndexFileError, match=r"no egemma store|does not say which model"):
+    with pytest.raises(StoreError, match=r"no egemma store|does not say which model"):
         door.open()
 
 
@@ -783,7 +822,7 @@ def test_a_vector_that_this_model_cannot_have_made_is_refused(
     [
         (np.full(DIMS[0], np.nan, np.float32), InputError),
         (np.zeros(DIMS[0], np.float32), InputError),
-        (unit(0, 1), InputError),
+        (unit(0, 1)[None], InputError),
         (np.ones(DIMS[0], np.int32), InputError),
         (unit(0, 1, 20)[0], DimensionError),
     ],
@@ -792,7 +831,7 @@ def test_a_query_without_direction_or_of_no_trained_width_is_refused(
     store: Any, vector: NDArray[Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        store.search_vector(vector)
+        store.search(vector)
 
 
 @pytest.mark.parametrize(
@@ -819,11 +858,16 @@ def test_a_query_without_direction_or_of_no_trained_width_is_refused(
         (lambda store: store.add(["x"], metadata=[{"a": 2**64}]), InputError, "64 bits"),
         (lambda store: store.add(["w " * 100]), TokenLimitError, "tokens"),
         (lambda store: store.add(["x"], overflow="chunk"), ConfigError, "split_text"),
-        (lambda store: store.put([]), ConfigError, "one vector for each document"),
         (lambda store: store.add_vectors(unit(0, 2), ids=["a", "a"]), InputError, "twice"),
         (lambda store: store.remove("abc"), InputError, "list of ids"),
         (lambda store: store.search(" "), InputError, "word"),
-        (lambda store: store.search_many("abc"), InputError, "list"),
+        (lambda store: store.search({"abc"}), InputError, "list"),
+        (lambda store: store.search(["abc", 3]), InputError, "list"),
+        (lambda store: store.search(b"abc"), InputError, "list"),
+        (lambda store: store.search(unit(0, 1)[0], mode="text"), ConfigError, "mode='text'"),
+        (lambda store: store.search(unit(0, 2), mode="hybrid"), ConfigError, "mode='hybrid'"),
+        (lambda store: store["never"], NotFoundError, "no document 'never'"),
+        (lambda store: store[3], InputError, "int"),
         (lambda store: store.search("x", 0), ConfigError, "k=0"),
         (lambda store: store.search("x", dim=48), DimensionError, "48"),
         (lambda store: store.search("x", mode="fuzzy"), ConfigError, "fuzzy"),
@@ -902,7 +946,7 @@ def test_a_closed_store_says_so(door: Door) -> None:
     store = door.open()
     store.close()
     store.close()
-    with pytest.raises(IndexFileError, match="closed"):
+    with pytest.raises(StoreError, match="closed"):
         store.search("cat")
 
 
@@ -1007,7 +1051,7 @@ def test_a_search_from_another_thread_sees_all_of_a_write_or_nothing(postgres: D
         def read() -> None:
             try:
                 while not done.is_set():
-                    seen.add(len(reader.search_vector(vectors[0], 100)))
+                    seen.add(len(reader.search(vectors[0], 100)))
             except BaseException as error:
                 failures.append(error)
 
@@ -1044,17 +1088,17 @@ def test_the_graph_is_used_when_asked_for_and_never_else(dsn: str, half: bool) -
             vectors, ids=ids, metadata=[{"rare": row % 400 == 0} for row in range(2000)]
         )
         with pytest.raises(ConfigError, match="build_graph"):
-            store.search_vector(queries[0], approximate=True)
+            store.search(queries[0], approximate=True)
         store.build_graph(dim=32)
         stored = vectors.astype(np.float16) if half else vectors
         for query in queries:
             wanted = exact(stored, query, DIMS[0], 10)
-            hits = store.search_vector(query, 10)
+            hits = store.search(query, 10)
             assert found(hits) == [str(row) for row, _ in wanted]
             assert [hit.score for hit in hits] == pytest.approx(
                 [score for _, score in wanted], abs=2e-6
             )
-            assert found(store.search_vector(query, 10, dim=32)) == [
+            assert found(store.search(query, 10, dim=32)) == [
                 str(row) for row, _ in exact(stored, query, 32, 10)
             ]
         store.close()
@@ -1062,7 +1106,7 @@ def test_the_graph_is_used_when_asked_for_and_never_else(dsn: str, half: bool) -
     with door.open() as store:
         recalled = 0
         for query in queries:
-            near = store.search_vector(query, 10, approximate=True, shortlist=500)
+            near = store.search(query, 10, approximate=True, shortlist=500)
             assert (
                 near.how.approximate,
                 near.how.scan_width,
@@ -1076,15 +1120,15 @@ def test_the_graph_is_used_when_asked_for_and_never_else(dsn: str, half: bool) -
         assert recalled >= 90
         # A filter that few pass leaves no hit out.
         assert sorted(
-            found(store.search_vector(queries[0], 10, approximate=True, where={"rare": True}))
+            found(store.search(queries[0], 10, approximate=True, where={"rare": True}))
         ) == sorted(["0", "400", "800", "1200", "1600"])
         with pytest.raises(InputError, match="16 channels, the graph"):
-            store.search_vector(queries[0][:16], approximate=True)
+            store.search(queries[0][:16], approximate=True)
         store.close()
         assert graph_scans(dsn, door.name) > 10
     with door.open() as store:
         store.build_graph(dim=16)
-        assert store.search_vector(queries[0], 10, approximate=True).how.scan_width == 16
+        assert store.search(queries[0], 10, approximate=True).how.scan_width == 16
 
 
 def test_a_vector_without_direction_at_a_width_scores_zero_there(postgres: Door) -> None:
@@ -1093,7 +1137,7 @@ def test_a_vector_without_direction_at_a_width_scores_zero_there(postgres: Door)
     vectors = normalize(vectors)
     with postgres.open() as store:
         store.add_vectors(vectors, ids=["a", "b", "c"])
-        scores = {hit.id: hit.score for hit in store.search_vector(vectors[0], 3, dim=16)}
+        scores = {hit.id: hit.score for hit in store.search(vectors[0], 3, dim=16)}
         assert scores["b"] == 0
         assert scores["a"] == pytest.approx(1, abs=1e-6)
 
@@ -1124,14 +1168,14 @@ def test_a_graph_that_cannot_work_is_refused(postgres: Door, settings_: dict[str
         store.build_graph(**settings_)
 
 
-def test_a_server_that_does_not_answer_is_an_index_error() -> None:
+def test_a_server_that_does_not_answer_is_a_store_error() -> None:
     pytest.importorskip("psycopg")
-    with pytest.raises(IndexFileError, match="cannot be reached") as caught:
+    with pytest.raises(StoreError, match="cannot be reached") as caught:
         PostgresIndex.open("postgresql://user:secret@127.0.0.1:9/none", cast(Any, WordEmbedder()))
     assert "secret" not in str(caught.value)
 
 
-def test_a_lost_connection_is_an_index_error(postgres: Door) -> None:
+def test_a_lost_connection_is_a_store_error(postgres: Door) -> None:
     import psycopg
 
     with postgres.open() as store:
@@ -1141,7 +1185,7 @@ def test_a_lost_connection_is_an_index_error(postgres: Door) -> None:
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> "
                 "pg_backend_pid() AND backend_type = 'client backend'"
             )
-        with pytest.raises(IndexFileError, match="open it again"):
+        with pytest.raises(StoreError, match="open it again"):
             store.search("cat")
     with postgres.open() as store:
         assert len(store) == 4
@@ -1156,7 +1200,7 @@ def test_a_store_of_a_later_format_is_refused(postgres: Door) -> None:
         connection.execute(
             f"UPDATE \"{postgres.name}_facts\" SET value = '2' WHERE name = 'format'".encode()
         )
-    with pytest.raises(IndexFileError, match="format '2'"):
+    with pytest.raises(StoreError, match="format '2'"):
         postgres.open()
 
 
@@ -1168,11 +1212,11 @@ def test_a_collection_has_the_widths_it_was_made_for(qdrant: Door) -> None:
     with qdrant.open(widths=(32,)) as store:
         store.add_vectors(vectors, ids=[str(row) for row in range(50)])
         for dim in (64, 32):
-            assert found(store.search_vector(vectors[3], 5, dim=dim)) == [
+            assert found(store.search(vectors[3], 5, dim=dim)) == [
                 str(row) for row, _ in exact(vectors, vectors[3], dim, 5)
             ]
         with pytest.raises(ConfigError, match=r"dim=16.*\(64, 32\)"):
-            store.search_vector(vectors[3], dim=16)
+            store.search(vectors[3], dim=16)
     with pytest.raises(DimensionError):
         qdrant.open(name="other", widths=(48,))
 
@@ -1185,7 +1229,7 @@ def test_a_collection_that_could_not_be_finished_is_not_left_behind(
 
     with monkeypatch.context() as patched:
         patched.setattr(qdrant.place, "create_payload_index", refuse)
-        with pytest.raises(IndexFileError, match="scoring"):
+        with pytest.raises(StoreError, match="scoring"):
             qdrant.open()
     assert not qdrant.place.collection_exists(qdrant.name)
     with qdrant.open() as store:
@@ -1194,7 +1238,7 @@ def test_a_collection_that_could_not_be_finished_is_not_left_behind(
 
 
 def test_a_folder_is_opened_by_one_at_a_time(qdrant_folder: Door) -> None:
-    with qdrant_folder.open(), pytest.raises(IndexFileError, match="already accessed"):
+    with qdrant_folder.open(), pytest.raises(StoreError, match="already accessed"):
         qdrant_folder.open()
     with qdrant_folder.open() as again:
         assert len(again) == 0
@@ -1207,9 +1251,9 @@ def test_a_location_that_is_none_is_refused(location: Any) -> None:
         QdrantIndex.open(location, cast(Any, WordEmbedder()))
 
 
-def test_a_qdrant_server_that_does_not_answer_is_an_index_error() -> None:
+def test_a_qdrant_server_that_does_not_answer_is_a_store_error() -> None:
     pytest.importorskip("qdrant_client")
-    with pytest.raises(IndexFileError, match="cannot be opened"):
+    with pytest.raises(StoreError, match="cannot be opened"):
         QdrantIndex.open("http://127.0.0.1:9", cast(Any, WordEmbedder()))
 
 
@@ -1227,5 +1271,5 @@ def test_a_missing_library_is_named_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, module: str, opened: Callable[[], Any], extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RuntimeUnavailableError, match=extra):
+    with pytest.raises(MissingDependencyError, match=extra):
         opened()

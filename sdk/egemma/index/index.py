@@ -160,7 +160,7 @@ class Index:
         identity = (
             embedder
             if isinstance(embedder, ModelIdentity) or embedder is None
-            else ModelIdentity.of(embedder)
+            else ModelIdentity.of(embedder.manifest)
         )
         if identity is not None and identity.dim > MAX_WIDTH:
             raise ConfigError(
@@ -871,7 +871,7 @@ class Index:
 
     def _go_on_with(self, embedder: Embedder) -> None:
         """The file is of this model now. Call under both locks."""
-        self._embedder, self._identity = embedder, ModelIdentity.of(embedder)
+        self._embedder, self._identity = embedder, ModelIdentity.of(embedder.manifest)
 
     def _open_path(self) -> Path:
         self._check_open()

@@ -150,7 +150,9 @@ def run(
         )
     if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= _TOGETHER:
         raise ConfigError(f"batch={batch!r}: a whole number from 1 to {_TOGETHER}.")
-    target = _Target(embedder=embedder, identity=ModelIdentity.of(embedder), overflow=overflow)
+    target = _Target(
+        embedder=embedder, identity=ModelIdentity.of(embedder.manifest), overflow=overflow
+    )
     embedded = resumed = 0
     with opened(path, "migrate", write=True) as connection:
         with transaction(connection):

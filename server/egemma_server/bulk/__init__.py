@@ -11,6 +11,7 @@ hold.
 """
 
 from egemma_server.bulk.load import LoadReport, load_parquet
-from egemma_server.bulk.run import BulkReport, embed_parquet
+from egemma_server.bulk.report import BulkReport
+from egemma_server.bulk.run import embed_parquet
 
 __all__ = ["BulkReport", "LoadReport", "embed_parquet", "load_parquet"]

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from egemma.identity import ModelIdentity, check_same_model
+from egemma_core.checks import one_of, whole_number
 from egemma_core.errors import ConfigError, IndexFileError
 from egemma_core.tokens import Overflow
 from egemma_server.bulk.source import SourceFile
@@ -29,6 +26,7 @@ MADE_COLUMNS = ("vector", "num_tokens", "truncated", "error")
 ID_COLUMN = "id"  # what ids are called that the input does not have
 DEFAULT_SHARD_ROWS = 4096  # a kill costs each worker the shard that it was in
 MAX_SHARDS = 1_000_000
+MAX_SHARD_ROWS = 1_000_000
 ROLES = ("document", "query")
 
 
@@ -50,28 +48,25 @@ class BulkSettings:
     shard_rows: int = DEFAULT_SHARD_ROWS
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ConfigError(f"role={self.role!r}: one of {ROLES}.")
+        one_of("role", self.role, ROLES)
+        one_of("overflow", self.overflow, get_args(Overflow))
+        rows = whole_number("shard_rows", self.shard_rows, 1, MAX_SHARD_ROWS)
+        object.__setattr__(self, "shard_rows", rows)  # an int, whatever kind of number came in
         if self.role == "query" and self.title_column is not None:
             raise ConfigError(
-                f"title_column={self.title_column!r} with role='query': only documents have "
-                "titles. Leave it out."
+                f"title_column={self.title_column!r} was given with role='query', but only "
+                "documents have titles.",
+                hint="Leave title_column out.",
             )
         if self.role == "document" and self.task is not None:
             raise ConfigError(
-                f"task={self.task!r} with role='document': a document is embedded the same for all "
-                "tasks. Leave it out."
+                f"task={self.task!r} was given with role='document', but a document is embedded "
+                "the same for all tasks.",
+                hint="Leave task out.",
             )
-        if self.overflow not in get_args(Overflow):
-            raise ConfigError(f"overflow={self.overflow!r}: one of {get_args(Overflow)}.")
-        if (
-            isinstance(self.shard_rows, bool)
-            or not isinstance(self.shard_rows, int)
-            or not 1 <= self.shard_rows <= 1_000_000
-        ):
-            raise ConfigError(
-                f"shard_rows={self.shard_rows!r}: a whole number from 1 to 1,000,000."
-            )
+        self._check_columns()
+
+    def _check_columns(self) -> None:
         named = [
             column
             for column in (self.id_column, self.title_column, self.text_column)
@@ -79,26 +74,33 @@ class BulkSettings:
         ]
         if not all(isinstance(column, str) and column for column in (*named, *self.keep)):
             raise ConfigError(
-                f"columns {named} and keep={self.keep!r}: names are non-empty str, keep is a list "
-                "of them."
+                f"the columns {named} and keep={self.keep!r} hold what is no name.",
+                hint="Give each column's name as a str that is not empty, and keep as a list.",
             )
         columns = self.output_columns
         if len(set(columns)) != len(columns):
             twice = next(column for column in columns if columns.count(column) > 1)
             raise ConfigError(
-                f"the output would have two columns {twice!r}. Name each input column once; "
-                f"{', '.join(MADE_COLUMNS)} are made here, "
-                f"and {ID_COLUMN!r} where no id_column is given: rename such a column of the input."
+                f"the output would have two columns {twice!r}. The run itself makes "
+                f"{', '.join(MADE_COLUMNS)}, and {ID_COLUMN!r} where no id_column is given.",
+                hint="Name each input column once, and rename one that is called like these.",
             )
 
     @property
+    def text_columns(self) -> list[str]:
+        """The columns that hold what is embedded, which must be strings."""
+        named = [self.text_column, self.title_column]
+        return [column for column in named if column is not None]
+
+    @property
     def input_columns(self) -> list[str]:
-        """Columns that are read."""
+        """The columns that are read from the input, in the order of the output."""
         named = [self.id_column, self.title_column, self.text_column, *self.keep]
         return [column for column in named if column is not None]
 
     @property
     def output_columns(self) -> list[str]:
+        """The columns of the output, in their order."""
         texts = (
             [column for column in (self.title_column, self.text_column) if column is not None]
             if self.keep_text
@@ -118,16 +120,18 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """The name of its output file."""
         return f"shard-{self.number:06d}.parquet"
 
     @property
     def rows(self) -> int:
+        """How many rows it has."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run, complete; equal ids mean files of equal content."""
+    """What one run embeds, and with which model; equal ids mean output files of equal content."""
 
     identity: ModelIdentity
     target: str  # of the bundle, for people
@@ -149,14 +153,16 @@ class Job:
 
     @property
     def rows(self) -> int:
+        """How many rows the input has."""
         return sum(file.rows for file in self.files)
 
     @property
     def dim(self) -> int:
+        """The width of the vectors that are written."""
         return self.settings.dim or self.identity.dim
 
     def shards(self) -> list[Shard]:
-        """The work, in the order of the input; the same job always gives the same shards.
+        """Return the shards in the order of the input; the same job always has the same ones.
 
         Raises:
             ConfigError: more than MAX_SHARDS.
@@ -164,8 +170,8 @@ class Job:
         size = self.settings.shard_rows
         if sum(-(-file.rows // size) for file in self.files) > MAX_SHARDS:
             raise ConfigError(
-                f"{self.rows} rows in shards of {size} are more than {MAX_SHARDS} files. Raise "
-                "shard_rows."
+                f"{self.rows} rows in shards of {size} would be more than {MAX_SHARDS} files.",
+                hint="Raise shard_rows.",
             )
         ranges = [(file, start) for file in self.files for start in range(0, file.rows, size)]
         return [
@@ -174,6 +180,7 @@ class Job:
         ]
 
     def to_json(self) -> str:
+        """Return what the job file holds."""
         body = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -188,17 +195,22 @@ class Job:
 
     @classmethod
     def from_json(cls, text: str, where: object) -> Job:
-        """
+        """Return the job that `to_json` wrote.
+
+        Args:
+            where: the file that `text` is from, for the message.
+
         Raises:
-            IndexFileError: not what `to_json` writes.
+            IndexFileError: `text` is not what `to_json` writes.
         """
         try:
             body = json.loads(text)
             if body.get("format") != FORMAT or body.get("format_version") != FORMAT_VERSION:
                 raise IndexFileError(
-                    f"{where}: format {body.get('format')!r} {body.get('format_version')!r}, this "
-                    f"egemma reads {FORMAT!r} "
-                    f"{FORMAT_VERSION}. Open it with the egemma that wrote it."
+                    f"{where} has the format {body.get('format')!r} "
+                    f"{body.get('format_version')!r}, and this egemma reads {FORMAT!r} "
+                    f"{FORMAT_VERSION}.",
+                    hint="Use the egemma that wrote it.",
                 )
             settings = BulkSettings(**body["settings"] | {"keep": tuple(body["settings"]["keep"])})
             job = cls(
@@ -219,16 +231,16 @@ class Job:
             ConfigError,
         ) as error:
             raise IndexFileError(
-                f"{where} is damaged: {error}. Embed into another folder."
+                f"{where} is damaged: {error}.", hint="Embed into another folder."
             ) from error
         return job
 
 
 def read_job(out: Path) -> Job | None:
-    """The job of a folder, or None where none was begun.
+    """Return the job of a folder, or None where none was begun.
 
     Raises:
-        IndexFileError: the file cannot be read or is damaged.
+        IndexFileError: the job file cannot be read or is damaged.
     """
     path = out / JOB_FILE
     try:
@@ -237,12 +249,13 @@ def read_job(out: Path) -> Job | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise IndexFileError(
-            f"{path} cannot be read: {error}. Embed into another folder."
+            f"{path} cannot be read: {error}.", hint="Embed into another folder."
         ) from error
 
 
 def check_same_job(out: Path, stored: Job, mine: Job) -> None:
-    """
+    """Refuse to go on with a folder that another job was begun in.
+
     Raises:
         IndexMismatchError: the folder holds vectors of another model.
         ConfigError: it holds a run with other settings or another input.
@@ -258,8 +271,8 @@ def check_same_job(out: Path, stored: Job, mine: Job) -> None:
     ]
     if settings:
         raise ConfigError(
-            f"{out} was begun with {', '.join(settings)}. Give the same settings, or another "
-            "output folder."
+            f"{out} was begun with {', '.join(settings)}.",
+            hint="Give the same settings, or another output folder.",
         )
     before, now = ({file.name: file for file in job.files} for job in (stored, mine))
     changes = [
@@ -272,36 +285,6 @@ def check_same_job(out: Path, stored: Job, mine: Job) -> None:
             f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         )
         raise ConfigError(
-            f"{out} was begun with another input: {shown}. Restore it, or give another output "
-            "folder."
+            f"{out} was begun with another input: {shown}.",
+            hint="Restore the input, or give another output folder.",
         )
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the place of `path`, durably, when the block ends well, and leaves
-    nothing otherwise.
-
-    Raises:
-        IndexFileError: the disk is full or the folder cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with scratch.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        finally:
-            scratch.unlink(missing_ok=True)
-    except OSError as error:
-        raise IndexFileError(
-            f"{path} cannot be written: {error}. Finished shards are kept: run again when it can "
-            "be."
-        ) from error

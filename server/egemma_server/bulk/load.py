@@ -11,8 +11,8 @@ import numpy as np
 
 from egemma.identity import check_same_model
 from egemma_core.errors import ConfigError, DimensionError, IndexFileError, InputError
-from egemma_server.bulk.job import JOB_FILE, Job, Shard, read_job
-from egemma_server.bulk.shards import check_shard
+from egemma_server.bulk.job import ID_COLUMN, JOB_FILE, Job, Shard, read_job
+from egemma_server.bulk.shard_files import check_shard
 from egemma_server.bulk.source import opened, require_pyarrow
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class LoadReport:
     skipped: int  # rows without a vector, which stay out
 
     def to_dict(self) -> dict[str, int]:
+        """Return all of it, as JSON takes it."""
         return asdict(self)
 
 
@@ -61,43 +62,22 @@ def load_parquet(
     """
     require_pyarrow()
     folder = Path(folder)
-    job = read_job(folder)
-    if job is None:
-        raise IndexFileError(
-            f"{folder} has no {JOB_FILE}: it is not the output of a bulk run. Give such a folder."
-        )
-    check_same_model(
-        folder,
-        job.identity,
-        index.identity,
-        "Embed the texts again with the index's model, or load into another index.",
-    )
-    if job.settings.role != "document":
-        raise ConfigError(
-            f"{folder} holds vectors of queries; what is to be found is embedded with "
-            "role='document'. Embed the texts again."
-        )
-    if job.dim != index.identity.dim:
-        raise DimensionError(
-            f"{folder} holds vectors of {job.dim}, an index keeps the full {index.identity.dim}. "
-            "Embed the texts again with "
-            "dim=None."
-        )
+    job = _job_for(index, folder)
     shards = job.shards()
     truncated = errors = 0
     for shard in shards:
         result = check_shard(folder / shard.name, job, shard, read_data=True)
         if result is None:
             raise IndexFileError(
-                f"{folder / shard.name} is missing or damaged. Run the same embedding again: only "
-                "what is missing is done."
+                f"{folder / shard.name} is missing or damaged.",
+                hint="Run the same embedding again: only what is missing is done.",
             )
         truncated, errors = truncated + result.truncated, errors + result.errors
     if errors and not skip_errors:
         raise InputError(
-            f'{folder}: {errors} of {job.rows} rows have no vector; their column "error" says why. '
-            "Mend the input and embed it again, "
-            "or pass skip_errors=True to leave them out."
+            f'{errors} of {job.rows} rows have no vector in {folder}; their column "error" says '
+            "why.",
+            hint="Mend the input and embed it again, or pass skip_errors=True to leave them out.",
         )
     _check_ids(folder, job, shards)
     done = added = 0
@@ -110,7 +90,36 @@ def load_parquet(
     return LoadReport(rows=added, truncated=truncated, skipped=errors)
 
 
+def _job_for(index: Index, folder: Path) -> Job:
+    """Return the job of a folder whose vectors this index can keep; raises as `load_parquet`."""
+    job = read_job(folder)
+    if job is None:
+        raise IndexFileError(
+            f"{folder} has no {JOB_FILE}: it is not the output of a bulk run.",
+            hint="Give such a folder.",
+        )
+    check_same_model(
+        folder,
+        job.identity,
+        index.identity,
+        "Embed the texts again with the index's model, or load into another index.",
+    )
+    if job.settings.role != "document":
+        raise ConfigError(
+            f"{folder} holds vectors of queries, and what is to be found is embedded with "
+            "role='document'.",
+            hint="Embed the texts again.",
+        )
+    if job.dim != index.identity.dim:
+        raise DimensionError(
+            f"{folder} holds vectors of {job.dim}, an index keeps the full {index.identity.dim}.",
+            hint="Embed the texts again with dim=None.",
+        )
+    return job
+
+
 def _add(index: Index, job: Job, batch: Any, where: str) -> int:
+    """Put a batch of a shard into the index; return how many rows of it have a vector."""
     import pyarrow.compute as pc
 
     settings = job.settings
@@ -142,7 +151,7 @@ def _add(index: Index, job: Job, batch: Any, where: str) -> int:
             truncated=column["truncated"].to_pylist(),
         )
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise error.at(where) from error
     return int(batch.num_rows)
 
 
@@ -155,14 +164,14 @@ def _batches(folder: Path, shard: Shard) -> Iterator[tuple[int, Any]]:
 
 
 def _id_column(job: Job) -> str:
-    return job.settings.id_column or "id"
+    return job.settings.id_column or ID_COLUMN
 
 
 def _id_strings(column: Any) -> list[str]:
-    """Ids as an index takes them; whole numbers in decimal.
+    """Return ids as an index takes them: strings, and whole numbers in decimal.
 
     Raises:
-        InputError: neither str nor whole numbers.
+        InputError: they are something else.
     """
     import pyarrow as pa
 
@@ -172,8 +181,8 @@ def _id_strings(column: Any) -> list[str]:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return list(column.to_pylist())
     raise InputError(
-        f"ids are {column.type}: an index takes strings, or whole numbers. Embed with another "
-        "id_column."
+        f"the ids are {column.type}, and an index takes strings or whole numbers.",
+        hint="Embed with another id_column.",
     )
 
 
@@ -200,7 +209,7 @@ def _check_ids(folder: Path, job: Job, shards: list[Shard]) -> None:
         counts = pc.value_counts(ids)
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
         raise InputError(
-            f"{folder}: id {twice[0]['values'].as_py()!r} comes {twice[0]['counts'].as_py()} "
-            "times, the last would replace the others. "
-            "Make the ids unique, or embed without id_column."
+            f"the id {twice[0]['values'].as_py()!r} comes {twice[0]['counts'].as_py()} times in "
+            f"{folder}; the last would replace the others.",
+            hint="Make the ids unique, or embed without id_column.",
         )

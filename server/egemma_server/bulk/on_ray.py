@@ -7,9 +7,9 @@ small, and what a worker has finished is on the disk, whatever happens to Ray.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import pickle
 import secrets
 import shutil
 import signal
@@ -18,14 +18,15 @@ import tempfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from egemma_core import errors
-from egemma_core.errors import ConfigError, EgemmaError, RuntimeUnavailableError
-from egemma_server.bulk.job import ATTEMPTS, Job, Shard
-from egemma_server.bulk.shards import ShardEmbedder
+from egemma.embedder import BUILTIN
+from egemma_core.errors import ConfigError, EgemmaError, MissingDependencyError, OutputError
+from egemma_server.bulk.job import ATTEMPTS, Shard
+from egemma_server.bulk.shards import ShardEmbedder, WorkerConfig, open_bundle
 
 # Ray's own least is 75 MiB; shard numbers need a few kB.
 OBJECT_STORE_BYTES = 80 << 20
@@ -37,31 +38,24 @@ _MOST_BLOCKS = 10_000
 
 
 def embed_on_ray(
-    job: Job,
-    folder: Path,
-    out: Path,
-    bundle: str | Path,
-    pending: Sequence[Shard],
-    *,
-    workers: int,
-    threads: int,
-    memory_mb: int,
-    on_error: str,
+    worker: WorkerConfig, pending: Sequence[Shard], num_workers: int
 ) -> Generator[int]:
-    """Embed shards; gives the number of each as it is finished, in any order.
+    """Embed shards, and give the number of each as it is finished, in any order.
 
     Raises:
-        RuntimeUnavailableError: Ray is not installed.
+        MissingDependencyError: Ray is not installed, or is too old.
         ConfigError: the cluster has no machine with so many CPUs.
-        EgemmaError: as `ShardEmbedder`; or a worker was lost again and again.
+        EgemmaError: what a worker raised, of its own class; or a worker was lost again and again.
     """
     if find_spec("ray") is None:
-        raise RuntimeUnavailableError(
-            "engine='ray' needs Ray. Install it with `pip install 'egemma[ray]'`."
+        raise MissingDependencyError(
+            "engine='ray' needs Ray, which is not installed.",
+            hint="Install it with `pip install 'egemma[ray]'`.",
         )
-    shutil.rmtree(out / ATTEMPTS, ignore_errors=True)
-    (out / ATTEMPTS).mkdir()
-    with ray_running(cpus=workers * threads, threads=threads):
+    attempts = worker.out / ATTEMPTS
+    shutil.rmtree(attempts, ignore_errors=True)
+    attempts.mkdir()
+    with ray_running(cpus=num_workers * worker.threads, threads=worker.threads):
         import ray.data
         from ray.exceptions import RayError
 
@@ -69,110 +63,106 @@ def embed_on_ray(
             [{"number": shard.number} for shard in pending],
             override_num_blocks=min(len(pending), _MOST_BLOCKS),
         )
-        model = bundle if bundle == "builtin" else str(Path(bundle).resolve())
         answers = numbers.map_batches(
             RayWorker,
             batch_size=1,
-            num_cpus=threads,
+            num_cpus=worker.threads,
             compute=ray.data.ActorPoolStrategy(
-                size=min(workers, len(pending)), max_tasks_in_flight_per_actor=1
+                size=min(num_workers, len(pending)), max_tasks_in_flight_per_actor=1
             ),
-            fn_constructor_args=(
-                job.to_json(),
-                str(folder),
-                str(out),
-                str(model),
-                threads,
-                memory_mb,
-                on_error,
-            ),
+            fn_constructor_args=(_from_anywhere(worker),),
         )
         try:
             with _quiet():
                 for batch in answers.iter_batches(
                     batch_size=1, prefetch_batches=0, batch_format="numpy"
                 ):
-                    answer = json.loads(str(batch["answer"][0]))
-                    if "error" in answer:
-                        raise getattr(errors, answer["error"])(answer["message"])
-                    yield int(answer["number"])
+                    error = pickle.loads(batch["error"][0])
+                    if error is not None:
+                        raise error
+                    yield int(batch["number"][0])
         except RayError as error:
             reason = str(error).strip().splitlines()
             raise EgemmaError(
-                f"the run on Ray broke off: {reason[-1] if reason else type(error).__name__}. "
-                "Finished shards are kept: run again "
-                "to continue."
+                f"the run on Ray broke off: {reason[-1] if reason else type(error).__name__}.",
+                hint="Finished shards are kept: run again to continue.",
             ) from error
-    shutil.rmtree(out / ATTEMPTS, ignore_errors=True)
+    shutil.rmtree(attempts, ignore_errors=True)
+
+
+def _from_anywhere(worker: WorkerConfig) -> WorkerConfig:
+    """Return the config with a path of the bundle that does not depend on the current folder."""
+    if worker.bundle == BUILTIN:
+        return worker
+    return replace(worker, bundle=Path(worker.bundle).resolve())
 
 
 class RayWorker:
     """What Ray makes one of in each worker process.
 
-    The model is loaded with the first shard: an error then has a way back.
+    An error is given back as a value: raised, it would arrive wrapped in one of Ray's. The model is
+    loaded with the first shard, so that an error in loading it is given back too.
     """
 
-    def __init__(
-        self,
-        job: str,
-        folder: str,
-        out: str,
-        bundle: str,
-        threads: int,
-        memory_mb: int,
-        on_error: str,
-    ) -> None:
-        self._job = Job.from_json(job, "the job from the driver")
-        self._shards = {shard.number: shard for shard in self._job.shards()}
-        self._folder, self._out, self._bundle = Path(folder), Path(out), bundle
-        self._threads, self._memory_mb, self._on_error = threads, memory_mb, on_error
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._shards = {shard.number: shard for shard in config.job.shards()}
         self._embedder: ShardEmbedder | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"answer": [self._answer(int(number)) for number in batch["number"]]}
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Embed shards by their numbers.
 
-    def _answer(self, number: int) -> str:
+        Returns:
+            "number", and "error": what was raised, pickled; None where the shard is finished.
+        """
+        numbers = [int(number) for number in batch["number"]]
+        return {
+            "number": numbers,
+            "error": [pickle.dumps(self._embed(self._shards[number])) for number in numbers],
+        }
+
+    def _embed(self, shard: Shard) -> EgemmaError | None:
         try:
-            self._count_attempt(number)
+            self._count_attempt(shard)
             if self._embedder is None:
-                self._embedder = ShardEmbedder(
-                    self._job,
-                    self._folder,
-                    self._out,
-                    self._bundle,
-                    threads=self._threads,
-                    memory_mb=self._memory_mb,
-                    on_error=self._on_error,
-                )
-            self._embedder.embed(self._shards[number])
+                self._embedder = ShardEmbedder(self._config, open_bundle(self._config.bundle))
+            self._embedder.embed(shard)
         except EgemmaError as error:
-            return json.dumps({"error": type(error).__name__, "message": str(error)})
-        return json.dumps({"number": number})
+            return error
+        return None
 
-    def _count_attempt(self, number: int) -> None:
-        shard = self._shards[number]
-        path = self._out / ATTEMPTS / shard.name
+    def _count_attempt(self, shard: Shard) -> None:
+        path = self._config.out / ATTEMPTS / shard.name
         try:
             with path.open("ab") as file:
                 file.write(b".")
             attempts = path.stat().st_size
         except OSError as error:
-            raise errors.IndexFileError(
-                f"{path} cannot be written: {error}. Every machine must be able to write to the "
-                "output folder."
+            raise OutputError(
+                f"{path} cannot be written: {error}.",
+                hint="Let every machine write to the output folder.",
             ) from error
         if attempts > MOST_ATTEMPTS:
             raise EgemmaError(
                 f"{shard.file.name}, rows {shard.start} to {shard.stop}: the worker that embeds "
-                f"them died {MOST_ATTEMPTS} times. "
-                "Give it more memory, or look for the text with engine='local'."
+                f"them died {MOST_ATTEMPTS} times.",
+                hint="Give it more memory, or look for the text with engine='local'.",
             )
 
 
 @contextmanager
 def ray_running(*, cpus: int, threads: int) -> Iterator[None]:
-    """Ray: the one that this process is connected to; else that of RAY_ADDRESS; else one on this
-    machine, started for this run and stopped after it.
+    """Run a block with Ray: the one that this process is connected to, else that of RAY_ADDRESS,
+    else one that is started on this machine for the block and stopped after it.
+
+    Args:
+        cpus: of a Ray that is started here.
+        threads: of each worker; some machine of the cluster must have so many CPUs.
+
+    Raises:
+        MissingDependencyError: Ray is too old to be started safely.
+        ConfigError: no machine of the cluster has so many CPUs.
+        EgemmaError: Ray did not start.
     """
     loaded = sys.modules.get("ray")
     if loaded is not None and loaded.is_initialized():
@@ -188,17 +178,17 @@ def ray_running(*, cpus: int, threads: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        _keep_to_ourselves()
+        _require_token()
     import ray
 
     if (
         not address
         and tuple(int(part) for part in ray.__version__.split(".")[:2]) < FIRST_WITH_TOKEN
     ):
-        raise RuntimeUnavailableError(
-            f"Ray {ray.__version__} would let whoever reaches this machine run code. Install a "
-            "newer one with "
-            "`pip install --upgrade 'egemma[ray]'`, or connect to a cluster of your own."
+        raise MissingDependencyError(
+            f"Ray {ray.__version__} would let whoever reaches this machine run code.",
+            hint="Install a newer one with `pip install --upgrade 'egemma[ray]'`, or connect to a "
+            "cluster of your own.",
         )
     scratch = None if address else tempfile.mkdtemp(prefix="egemma-ray-")
     try:
@@ -220,7 +210,10 @@ def ray_running(*, cpus: int, threads: int) -> Iterator[None]:
                     else scratch,
                 )
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise EgemmaError(f"Ray did not start: {error}") from error
+            raise EgemmaError(
+                f"Ray did not start: {error}.",
+                hint="Check RAY_ADDRESS and the free memory and disk, or use engine='local'.",
+            ) from error
         _check_cluster(ray, threads)
         yield
     finally:
@@ -231,11 +224,12 @@ def ray_running(*, cpus: int, threads: int) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _keep_to_ourselves() -> None:
-    """Ray's processes listen on every network interface, and whoever reaches them can run code.
+def _require_token() -> None:
+    """Let only processes of this run talk to the Ray that it starts.
 
-    A token that only our own processes know keeps others out; Ray asks for one on its own since
-    2.59, and would otherwise leave it in the home folder.
+    Ray's processes listen on every network interface, and whoever reaches them can run code. A
+    token that only our own processes know keeps others out; Ray asks for one on its own since 2.59,
+    and would otherwise leave it in the home folder.
     """
     own = (
         "RAY_AUTH_TOKEN" in os.environ
@@ -255,13 +249,13 @@ def _check_cluster(ray: Any, threads: int) -> None:
     if most < threads:
         raise ConfigError(
             f"threads_per_worker={threads}, but no machine of the Ray cluster has more than {most} "
-            "CPUs: a worker would wait for "
-            "ever. Lower it."
+            "CPUs: a worker would wait for ever.",
+            hint="Lower threads_per_worker.",
         )
 
 
 def _shared_memory_bytes() -> int:
-    """Free in /dev/shm; containers often have 64 MB of it."""
+    """Return how much of /dev/shm is free; containers often have 64 MB of it."""
     try:
         return shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -270,7 +264,7 @@ def _shared_memory_bytes() -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray Data without its log lines and bars on our stderr; they would tear our own."""
+    """Keep Ray Data's log lines and bars off our stderr, where they would tear our own."""
     import ray.data
 
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")

@@ -5,11 +5,8 @@ Both engines call this, so both write the same.
 
 from __future__ import annotations
 
-import io
-import json
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,32 +14,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.embedder import BUILTIN, BUILTIN_FOLDER, WINDOW_TEXTS, Embedder
-from egemma_core.bundle import read_bundle
-from egemma_core.errors import BundleError, ConfigError, EgemmaError, InputError, TokenLimitError
+from egemma.embedder import BUILTIN, BUILTIN_FOLDER, WINDOW_TEXTS, Embedder, Embeddings
+from egemma_core.bundle import Bundle, read_bundle
+from egemma_core.errors import BundleError, EgemmaError, InputError, TokenLimitError
 from egemma_core.prompts import DEFAULT_TASK
-from egemma_server.bulk.job import Job, Shard, replacing
-from egemma_server.bulk.source import opened, place_of, read_rows
+from egemma_server.bulk.job import ID_COLUMN, Job, Shard
+from egemma_server.bulk.shard_files import ShardResult, write_shard
+from egemma_server.bulk.source import place_of, read_rows
 
-METADATA_KEY = b"egemma"
-ON_ERROR = ("fail", "null")
-_NOT_UTF8 = "the text is not valid UTF-8"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardResult:
-    """What a finished shard holds."""
-
-    number: int
-    rows: int
-    tokens: int  # of the whole texts, prompts included
-    truncated: int  # rows of which the model read only the beginning
-    errors: int  # rows without a vector
+Cell = str | bytes | None  # of a column of strings; bytes where it is not valid UTF-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """Some rows, embedded."""
+class WorkerConfig:
+    """What a process needs to embed shards of a job; it can be pickled."""
+
+    job: Job
+    folder: Path  # of the input
+    out: Path  # where shards go
+    bundle: str | Path  # a bundle folder, or "builtin"
+    threads: int
+    memory_mb: int
+    on_error: str  # "fail": raise at the first row that cannot be embedded; "null": write it empty
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EmbeddedRows:
+    """Some rows of a shard, embedded."""
 
     vectors: NDArray[np.float32]  # (B, dim), zero where there is an error
     num_tokens: list[int | None]
@@ -50,58 +48,57 @@ class _Rows:
     errors: list[str | None]
 
 
+def open_bundle(bundle: str | Path) -> Bundle:
+    """Read and check a bundle folder, or the bundle that comes with the package for "builtin".
+
+    Raises:
+        BundleError: there is no bundle, or a damaged one.
+    """
+    return read_bundle(BUILTIN_FOLDER if bundle == BUILTIN else bundle)
+
+
 class ShardEmbedder:
-    """A bundle, open, and the job that it works on.
+    """An open model, and the job that it works on.
 
     Args:
-        folder: of the input.
-        out: where shards go.
-        on_error: "fail" raises at the first row that cannot be embedded, "null" writes it without a
-            vector.
+        bundle: what `open_bundle` read from the config's bundle.
+
+    Raises:
+        BundleError: the bundle is not the one that the run began with.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        folder: Path,
-        out: Path,
-        bundle: str | Path,
-        *,
-        threads: int | None,
-        memory_mb: int,
-        on_error: str,
-    ) -> None:
-        self.job, self.folder, self.out, self.on_error = job, folder, out, on_error
-        opened_bundle = read_bundle(BUILTIN_FOLDER if bundle == BUILTIN else bundle)
-        if opened_bundle.manifest.fingerprint != job.identity.fingerprint:
+    def __init__(self, config: WorkerConfig, bundle: Bundle) -> None:
+        self.job, self.folder, self.out = config.job, config.folder, config.out
+        self._on_error = config.on_error
+        if bundle.manifest.fingerprint != self.job.identity.fingerprint:
             raise BundleError(
-                f"{bundle} is not {job.identity.name}, which this run began with. Put the same "
-                "bundle on every machine."
+                f"{config.bundle} is not {self.job.identity.name}, which this run began with.",
+                hint="Put the same bundle on every machine.",
             )
-        self._tokenizer, self._prompts = opened_bundle.tokenizer(), opened_bundle.prompts
-        self._embedder = Embedder(opened_bundle, threads=threads, memory_mb=memory_mb)
+        self._tokenizer, self._prompts = bundle.tokenizer(), bundle.prompts
+        self._embedder = Embedder(bundle, threads=config.threads, memory_mb=config.memory_mb)
 
     def embed(self, shard: Shard, progress: Callable[[int], None] | None = None) -> ShardResult:
-        """Write one shard; `progress` is told of rows as they are done.
+        """Embed one shard and write its file.
+
+        Args:
+            progress: is called with the number of rows of each window that is done.
 
         Raises:
             InputError, TokenLimitError: a row cannot be embedded; the file, row group and row are
                 named.
-            IndexFileError: the shard cannot be written.
+            OutputError: the shard cannot be written.
         """
         settings = self.job.settings
         table = read_rows(self.folder, shard.file, shard.start, shard.stop, settings.input_columns)
-        texts, titles = self._strings(table, settings.text_column, shard), None
+        texts = _strings(table, settings.text_column)
+        titles: list[Cell] = [None] * shard.rows
         if settings.title_column is not None:
-            titles = self._strings(table, settings.title_column, shard)
+            titles = _strings(table, settings.title_column)
         parts = []
         for start in range(0, shard.rows, WINDOW_TEXTS):
             stop = min(start + WINDOW_TEXTS, shard.rows)
-            parts.append(
-                self._embed_rows(
-                    shard, start, texts[start:stop], None if titles is None else titles[start:stop]
-                )
-            )
+            parts.append(self._embed_rows(shard, start, texts[start:stop], titles[start:stop]))
             if progress is not None:
                 progress(stop - start)
         output = self._table(table, shard, texts, titles, parts)
@@ -112,10 +109,11 @@ class ShardEmbedder:
             truncated=sum(bool(cut) for part in parts for cut in part.truncated),
             errors=sum(error is not None for part in parts for error in part.errors),
         )
-        _write(self.out / shard.name, output, self.job, shard, result)
+        write_shard(self.out / shard.name, output, self.job, shard, result)
         return result
 
     def close(self) -> None:
+        """Free the model's memory."""
         self._embedder.close()
 
     def __enter__(self) -> ShardEmbedder:
@@ -129,54 +127,33 @@ class ShardEmbedder:
     ) -> None:
         self.close()
 
-    def _strings(self, table: Any, column: str, shard: Shard) -> list[str | bytes | None]:
-        """A column as Python strings; what is not valid UTF-8 stays bytes."""
-        import pyarrow as pa
-
-        values = (
-            table.column(column).cast(pa.large_string())
-            if pa.types.is_dictionary(table.schema.field(column).type)
-            else table.column(column)
-        )
-        try:
-            return list(values.to_pylist())
-        except UnicodeDecodeError:
-            raw = values.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-            return [_decoded(value) for value in raw]
-
     def _embed_rows(
-        self,
-        shard: Shard,
-        start: int,
-        texts: Sequence[str | bytes | None],
-        titles: Sequence[str | bytes | None] | None,
-    ) -> _Rows:
+        self, shard: Shard, start: int, texts: Sequence[Cell], titles: Sequence[Cell]
+    ) -> _EmbeddedRows:
         """Embed rows of a shard from `start` on, each in its place.
 
-        Those that can be told at a glance are put aside first. A text that is too long shows only
-        when the model's own code refuses it: then every text is looked at, which costs a second
-        time of tokenizing, where there is such a text.
+        Rows whose fault can be seen are put aside first. A text that is too long is found by the
+        embedder, which says where it is.
         """
-        named: Sequence[str | bytes | None] = [None] * len(texts) if titles is None else titles
         problems: dict[int, EgemmaError] = {}
-        for row, (text, title) in enumerate(zip(texts, named, strict=True)):
-            if (problem := _problem(text, title)) is not None:
-                problems[row] = InputError(problem)
-        good = [row for row in range(len(texts)) if row not in problems]
+        for row, (text, title) in enumerate(zip(texts, titles, strict=True)):
+            if (visible := _visible_problem(text, title)) is not None:
+                problems[row] = visible
         self._refuse(shard, start, problems)
+        good = [row for row in range(len(texts)) if row not in problems]
         try:
             embedded = self._embed(texts, titles, good)
-        except (TokenLimitError, InputError):
-            late = {
-                row: error
-                for row in good
-                if (error := self._encoding_problem(texts[row], named[row])) is not None
-            }
-            if not late:
+        except (TokenLimitError, InputError) as error:
+            if error.position is None:
                 raise
-            self._refuse(shard, start, late)
-            problems |= late
-            good = [row for row in good if row not in late]
+            # Those before it were read. Of those after it each is read once more: embedding again
+            # after each of many bad rows would read the window as often as there are bad rows.
+            found = self._encoding_problems(texts, titles, good[error.position :])
+            if not found:
+                raise
+            self._refuse(shard, start, found)
+            problems |= found
+            good = [row for row in good if row not in found]
             embedded = self._embed(texts, titles, good)
         vectors = np.zeros((len(texts), self.job.dim), np.float32)
         vectors[good] = embedded.vectors
@@ -185,15 +162,17 @@ class ShardEmbedder:
         for row, count, cut in zip(good, embedded.num_tokens, embedded.truncated, strict=True):
             num_tokens[row], truncated[row] = count, cut
         errors = [str(problems[row]) if row in problems else None for row in range(len(texts))]
-        return _Rows(vectors=vectors, num_tokens=num_tokens, truncated=truncated, errors=errors)
+        return _EmbeddedRows(
+            vectors=vectors, num_tokens=num_tokens, truncated=truncated, errors=errors
+        )
 
     def _embed(
-        self, texts: Sequence[Any], titles: Sequence[Any] | None, rows: Sequence[int]
-    ) -> Any:
+        self, texts: Sequence[Any], titles: Sequence[Any], rows: Sequence[int]
+    ) -> Embeddings:
         settings = self.job.settings
         chosen = [texts[row] for row in rows]
         if settings.role == "query":
-            return self._embedder.embed_queries(
+            return self._embedder.embed_query(
                 chosen,
                 task=settings.task or DEFAULT_TASK,
                 dim=settings.dim,
@@ -201,225 +180,152 @@ class ShardEmbedder:
             )
         return self._embedder.embed_documents(
             chosen,
-            titles=None if titles is None else [titles[row] for row in rows],
+            titles=[titles[row] for row in rows],
             dim=settings.dim,
             overflow=settings.overflow,
         )
 
-    def _encoding_problem(self, text: Any, title: Any) -> EgemmaError | None:
+    def _encoding_problems(
+        self, texts: Sequence[Any], titles: Sequence[Any], rows: Sequence[int]
+    ) -> dict[int, EgemmaError]:
+        """Return what is wrong with each of these rows that the tokenizer refuses.
+
+        Where a bad row ends the run, the first one is enough.
+        """
         settings = self.job.settings
-        prompt = (
-            self._prompts.query(settings.task or DEFAULT_TASK)
-            if settings.role == "query"
-            else self._prompts.document(title)
-        )
-        try:
-            self._tokenizer.encode(prompt + text, overflow=settings.overflow)
-        except (TokenLimitError, InputError) as error:
-            return error
-        return None
+        found: dict[int, EgemmaError] = {}
+        for row in rows:
+            prompt = (
+                self._prompts.query(settings.task or DEFAULT_TASK)
+                if settings.role == "query"
+                else self._prompts.document(titles[row])
+            )
+            try:
+                self._tokenizer.encode(prompt + texts[row], overflow=settings.overflow)
+            except (TokenLimitError, InputError) as error:
+                found[row] = error
+                if self._on_error == "fail":
+                    break
+        return found
 
     def _refuse(self, shard: Shard, start: int, problems: dict[int, EgemmaError]) -> None:
-        if problems and self.on_error == "fail":
+        if problems and self._on_error == "fail":
             row = min(problems)
             where = place_of(self.folder, shard.file, shard.start + start + row)
             raise type(problems[row])(
-                f"{where}: {problems[row]} Or go on with on_error='null', which keeps the row "
-                "without a vector and "
-                "says why."
+                f"{where}: {problems[row]}",
+                hint="Or go on with on_error='null', which keeps the row without a vector and "
+                "says why.",
+                position=shard.start + start + row,
             ) from problems[row]
 
     def _table(
         self,
         source: Any,
         shard: Shard,
-        texts: Sequence[Any],
-        titles: Sequence[Any] | None,
-        parts: Sequence[_Rows],
+        texts: Sequence[Cell],
+        titles: Sequence[Cell],
+        parts: Sequence[_EmbeddedRows],
     ) -> Any:
+        """Return the shard's output as a pyarrow.Table."""
         import pyarrow as pa
 
-        settings, columns = self.job.settings, {}
+        settings = self.job.settings
         cleaned = {settings.text_column: texts, settings.title_column: titles}
+        columns: dict[str, Any] = {}
         if settings.id_column is None:
-            columns["id"] = pa.array(
-                [f"{shard.file.name}:{row}" for row in range(shard.start, shard.stop)], pa.string()
-            )
+            ids = [f"{shard.file.name}:{row}" for row in range(shard.start, shard.stop)]
+            columns[ID_COLUMN] = pa.array(ids, pa.string())
         for name in settings.output_columns:
-            if name not in source.column_names:
-                continue
-            column = source.column(name)
-            values = cleaned.get(name)
-            # the error column says so
-            if values is not None and any(isinstance(value, bytes) for value in values):
-                column = pa.chunked_array(
-                    [[None if isinstance(value, bytes) else value for value in values]], pa.string()
-                ).cast(column.type)
-            try:
-                column.validate(full=True)
-            except pa.ArrowInvalid as error:
-                raise InputError(
-                    f"{shard.file.name}, rows {shard.start} to {shard.stop}: column {name!r} is "
-                    f"damaged: {error}. Mend the file, "
-                    "or leave the column out."
-                ) from error
-            if name == settings.id_column and column.null_count:
-                row = column.is_null().to_pylist().index(True)
-                raise InputError(
-                    f"{place_of(self.folder, shard.file, shard.start + row)}: {name!r} is null. "
-                    "Give every row an id."
-                )
-            columns[name] = column
-        errors = [error for part in parts for error in part.errors]
-        flat = np.concatenate([part.vectors for part in parts]).reshape(-1)
-        columns["vector"] = pa.FixedSizeListArray.from_arrays(
-            pa.array(flat, pa.float32()),
-            self.job.dim,
-            mask=pa.array([error is not None for error in errors]),
-        )
-        columns["num_tokens"] = pa.array(
-            [count for part in parts for count in part.num_tokens], pa.int32()
-        )
-        columns["truncated"] = pa.array(
-            [cut for part in parts for cut in part.truncated], pa.bool_()
-        )
-        columns["error"] = pa.array(errors, pa.string())
+            if name in source.column_names:
+                columns[name] = self._kept_column(source, name, shard, cleaned.get(name))
+        columns |= _made_columns(parts, self.job.dim)
         return pa.table({name: columns[name] for name in settings.output_columns})
 
+    def _kept_column(
+        self, source: Any, name: str, shard: Shard, values: Sequence[Cell] | None
+    ) -> Any:
+        """Return a column of the input as it goes into the output.
 
-def check_shard(path: Path, job: Job, shard: Shard, *, read_data: bool) -> ShardResult | None:
-    """What a finished shard holds, or None where its file is damaged and must be made again.
+        Args:
+            values: of a column of texts or titles; what is bytes in it becomes null.
+        """
+        import pyarrow as pa
 
-    Args:
-        read_data: read every page and compare its checksum; otherwise the end of the file only.
+        column = source.column(name)
+        if values is not None and any(isinstance(value, bytes) for value in values):
+            # the error column says so
+            valid = [None if isinstance(value, bytes) else value for value in values]
+            column = pa.chunked_array([valid], pa.string()).cast(column.type)
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{shard.file.name}, rows {shard.start} to {shard.stop}: column {name!r} is "
+                f"damaged: {error}.",
+                hint="Mend the file, or leave the column out.",
+            ) from error
+        if name == self.job.settings.id_column and column.null_count:
+            row = shard.start + column.is_null().to_pylist().index(True)
+            raise InputError(
+                f"{place_of(self.folder, shard.file, row)}: {name!r} is null.",
+                hint="Give every row an id.",
+                position=row,
+            )
+        return column
 
-    Raises:
-        ConfigError: a sound file, but of another run.
-    """
+
+def _made_columns(parts: Sequence[_EmbeddedRows], dim: int) -> dict[str, Any]:
+    """Return the columns that the run makes: vectors, and what is known of each."""
     import pyarrow as pa
 
-    try:
-        with opened(path) as file:
-            facts = _facts(file.schema_arrow)
-            if facts is None:
-                return None
-            if facts["job"] != job.id or facts["result"]["number"] != shard.number:
-                raise ConfigError(
-                    f"{path} belongs to another run, though its folder is of this one. Give "
-                    "another output folder."
-                )
-            result = ShardResult(**facts["result"])
-            if (
-                file.metadata.num_rows != shard.rows
-                or result.rows != shard.rows
-                or _columns(file.schema_arrow) != facts["columns"]
-            ):
-                return None
-            if read_data:
-                rows = 0
-                for batch in file.iter_batches(batch_size=1024, use_threads=False):
-                    rows += batch.num_rows
-                if rows != shard.rows:
-                    return None
-    except (InputError, pa.ArrowException, OSError):
-        return None
-    return result
-
-
-def _facts(schema: Any) -> dict[str, Any] | None:
-    """What `_metadata` wrote beside a shard's schema, or None where a bit of it changed; Parquet
-    has no checksum there.
-    """
-    try:
-        facts: dict[str, Any] = json.loads(schema.metadata[METADATA_KEY])
-        crc32 = facts.pop("crc32")
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return None
-    return facts if crc32 == zlib.crc32(_canonical(facts)) else None
-
-
-def _metadata(
-    job: Job, shard: Shard, result: ShardResult, columns: list[str]
-) -> dict[bytes, bytes]:
-    facts = {
-        "fingerprint": job.identity.fingerprint,
-        "model": job.identity.name,
-        "target": job.target,
-        "dim": job.dim,
-        "prompt": job.prompt,
-        "role": job.settings.role,
-        "task": job.settings.task,
-        "overflow": job.settings.overflow,
-        "text_column": job.settings.text_column,
-        "title_column": job.settings.title_column,
-        "id_column": job.settings.id_column,
-        "job": job.id,
-        "source": shard.file.name,
-        "source_sha256": shard.file.sha256,
-        "first_row": shard.start,
-        "columns": columns,
-        "result": asdict(result),
+    errors = [error for part in parts for error in part.errors]
+    flat = np.concatenate([part.vectors for part in parts]).reshape(-1)
+    without = pa.array([error is not None for error in errors])
+    num_tokens = [count for part in parts for count in part.num_tokens]
+    truncated = [cut for part in parts for cut in part.truncated]
+    return {
+        "vector": pa.FixedSizeListArray.from_arrays(
+            pa.array(flat, pa.float32()), dim, mask=without
+        ),
+        "num_tokens": pa.array(num_tokens, pa.int32()),
+        "truncated": pa.array(truncated, pa.bool_()),
+        "error": pa.array(errors, pa.string()),
     }
-    return {METADATA_KEY: json.dumps(facts | {"crc32": zlib.crc32(_canonical(facts))}).encode()}
 
 
-def _columns(schema: Any) -> list[str]:
-    return [f"{name}: {kind}" for name, kind in zip(schema.names, schema.types, strict=True)]
+def _strings(table: Any, name: str) -> list[Cell]:
+    """Return a column as Python strings; what is not valid UTF-8 stays bytes."""
+    import pyarrow as pa
+
+    column = table.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(pa.large_string())
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        raw = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+        return [_decoded(value) for value in raw]
 
 
-def _canonical(facts: dict[str, Any]) -> bytes:
-    return json.dumps(facts, sort_keys=True).encode()
-
-
-def _write(path: Path, table: Any, job: Job, shard: Shard, result: ShardResult) -> None:
-    import pyarrow.parquet as pq
-
-    leaves, columns = _as_written(table)
-    table = table.replace_schema_metadata(_metadata(job, shard, result, columns))
-    with replacing(path) as file:
-        # Vectors do not shrink: zstd takes 8 % off them and five times as long as writing.
-        pq.write_table(
-            table,
-            file,
-            row_group_size=max(1, job.settings.shard_rows),
-            use_dictionary=False,
-            write_page_checksum=True,
-            compression={leaf: "none" if leaf.startswith("vector.") else "zstd" for leaf in leaves},
-        )
-
-
-def _as_written(table: Any) -> tuple[list[str], list[str]]:
-    """Parquet's own names of a table's columns, those inside a list or struct with their path; and
-    names and types as read back.
-    """
-    import pyarrow.parquet as pq
-
-    sample = io.BytesIO()
-    pq.write_table(table.slice(0, 0), sample)
-    with pq.ParquetFile(sample) as file:
-        schema = file.metadata.schema
-        return [
-            schema.column(number).path for number in range(file.metadata.num_columns)
-        ], _columns(file.schema_arrow)
-
-
-def _problem(text: str | bytes | None, title: str | bytes | None) -> str | None:
-    """Why a row cannot be embedded, where that shows without the tokenizer."""
-    if text is None:
-        return "the text is null. Fix the row."
-    if isinstance(text, bytes):
-        return f"{_NOT_UTF8}. Decode the source with errors='replace'."
-    if not text.strip():
-        return "the text is blank, there is nothing to embed. Fix the row."
-    if isinstance(title, bytes):
-        return "the title is not valid UTF-8. Decode the source with errors='replace'."
-    return None
-
-
-def _decoded(value: bytes | None) -> str | bytes | None:
+def _decoded(value: bytes | None) -> Cell:
     if value is None:
         return None
     try:
         return value.decode()
     except UnicodeDecodeError:
         return value
+
+
+def _visible_problem(text: Cell, title: Cell) -> InputError | None:
+    """Return why a row cannot be embedded, where that shows without the tokenizer."""
+    decode = "Decode the source with errors='replace'."
+    if text is None:
+        return InputError("the text is null.", hint="Fix the row.")
+    if isinstance(text, bytes):
+        return InputError("the text is not valid UTF-8.", hint=decode)
+    if not text.strip():
+        return InputError("the text is blank, there is nothing to embed.", hint="Fix the row.")
+    if isinstance(title, bytes):
+        return InputError("the title is not valid UTF-8.", hint=decode)
+    return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from egemma_core.checkpoint import sha256_of
-from egemma_core.errors import ConfigError, InputError, RuntimeUnavailableError
+from egemma_core.errors import ConfigError, InputError, MissingDependencyError
 
 Source = str | Path | Sequence[str | Path]
 _READ_ROWS = 1024
@@ -32,18 +32,20 @@ class SourceFile:
 
 
 def require_pyarrow() -> None:
-    """
+    """Refuse to go on without pyarrow.
+
     Raises:
-        RuntimeUnavailableError: pyarrow is not installed.
+        MissingDependencyError: pyarrow is not installed.
     """
     if find_spec("pyarrow") is None:
-        raise RuntimeUnavailableError(
-            "Parquet needs pyarrow. Install it with `pip install 'egemma[bulk]'`."
+        raise MissingDependencyError(
+            "Parquet needs pyarrow, which is not installed.",
+            hint="Install it with `pip install 'egemma[bulk]'`.",
         )
 
 
 def find_files(source: Source) -> tuple[Path, list[str]]:
-    """The folder that all input files share, and their names in it, sorted.
+    """Find the input files; return the folder that all share, and their names in it, sorted.
 
     Args:
         source: a file, a folder (every `*.parquet` in it, at any depth; as everywhere with Parquet,
@@ -62,32 +64,36 @@ def find_files(source: Source) -> tuple[Path, list[str]]:
         )
         if not names:
             raise InputError(
-                f"{source} holds no *.parquet file. Give the folder or the files that hold the "
-                "texts."
+                f"{source} holds no *.parquet file.",
+                hint="Give the folder or the files that hold the texts.",
             )
         return folder, names
     given = [source] if isinstance(source, (str, Path)) else list(source)
     if not given:
-        raise InputError("the list of input files is empty: give at least one Parquet file.")
+        raise InputError(
+            "the list of input files is empty.", hint="Give at least one Parquet file."
+        )
     paths = [Path(os.path.abspath(path)) for path in given]
     for path in paths:
         if not path.is_file():
             raise InputError(
-                f"{path} is no file. Give a Parquet file, a folder of them, or a list of files."
+                f"{path} is no file.",
+                hint="Give a Parquet file, a folder of them, or a list of files.",
             )
     if len(set(paths)) != len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise InputError(
-            f"{twice} is given twice; its texts would be embedded twice. Give it once."
+            f"{twice} is given twice; its texts would be embedded twice.", hint="Give it once."
         )
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     return folder, sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def describe_file(folder: Path, name: str) -> SourceFile:
-    """
+    """Return name, size, hash and number of rows of an input file.
+
     Raises:
-        InputError: not a Parquet file.
+        InputError: it is not a Parquet file.
     """
     path = folder / name
     with opened(path) as file:
@@ -110,7 +116,7 @@ def check_columns(
         others: columns of any type.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: a file lacks a column, or has another type there.
     """
     import pyarrow as pa
 
@@ -122,8 +128,8 @@ def check_columns(
             found = len(schema.get_all_field_indices(column))
             if found != 1:
                 raise ConfigError(
-                    f"{name} has {found or 'no'} columns {column!r}, wanted is one. Its columns "
-                    f"are {schema.names}."
+                    f"{name} has {found or 'no'} columns {column!r}, and must have one.",
+                    hint=f"Its columns are {schema.names}.",
                 )
             kind = schema.field(column).type
             bare = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -133,18 +139,18 @@ def check_columns(
                 or pa.types.is_string_view(bare)
             ):
                 raise ConfigError(
-                    f"{name}: column {column!r} is {kind}, wanted is string. Cast it, or name "
-                    "another column."
+                    f"{name}: column {column!r} is {kind}, and must be string.",
+                    hint="Cast it, or name another column.",
                 )
             if kind != first.setdefault(column, kind):
                 raise ConfigError(
-                    f"{name}: column {column!r} is {kind}, but {first[column]} in {names[0]}. Cast "
-                    "one of them."
+                    f"{name}: column {column!r} is {kind}, but {first[column]} in {names[0]}.",
+                    hint="Cast one of them.",
                 )
 
 
 def read_rows(folder: Path, file: SourceFile, start: int, stop: int, columns: Sequence[str]) -> Any:
-    """Rows [start, stop) of a file as a pyarrow.Table with these columns.
+    """Return rows [start, stop) of a file as a pyarrow.Table with these columns.
 
     Raises:
         InputError: the file is damaged, or no longer the one that the run began with.
@@ -156,8 +162,8 @@ def read_rows(folder: Path, file: SourceFile, start: int, stop: int, columns: Se
     with opened(path) as parquet:
         if path.stat().st_size != file.file_bytes or parquet.metadata.num_rows != file.rows:
             raise InputError(
-                f"{file.name} changed since the run began. Let nobody write to the input, and run "
-                "again into another folder."
+                f"{file.name} changed since the run began.",
+                hint="Let nobody write to the input, and run again into another folder.",
             )
         groups, position = [], 0
         first_row = None
@@ -185,15 +191,17 @@ def read_rows(folder: Path, file: SourceFile, start: int, stop: int, columns: Se
             table.validate(full=False)
     if table.num_rows != stop - start:
         raise InputError(
-            f"{file.name} is damaged: rows {start} to {stop} were promised, {table.num_rows} could "
-            "be read. Copy it again."
+            f"{file.name} is damaged: rows {start} to {stop} were promised, and {table.num_rows} "
+            "could be read.",
+            hint="Copy it again.",
         )
     return table
 
 
 def place_of(folder: Path, file: SourceFile, row: int) -> str:
-    """Where a row is, for an error: `part.parquet, row group 2, row 17 (row 2017 of the file)`; all
-    count from 0.
+    """Return where a row is, for a message; everything is counted from 0.
+
+    Such as `part.parquet, row group 2, row 17 (row 2017 of the file)`.
     """
     with opened(folder / file.name) as parquet:
         first = 0
@@ -207,10 +215,10 @@ def place_of(folder: Path, file: SourceFile, row: int) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A pyarrow.parquet.ParquetFile.
+    """Open a file as a pyarrow.parquet.ParquetFile for a block.
 
     Raises:
-        InputError: no such file, or not Parquet.
+        InputError: there is no such file, or it is not Parquet.
     """
     import pyarrow.parquet as pq
 
@@ -229,4 +237,6 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable Parquet: {error}. Copy it again.") from error
+        raise InputError(
+            f"{path} is not readable Parquet: {error}.", hint="Copy it again."
+        ) from error

@@ -4,12 +4,13 @@ filters, the same check of the model.
     from egemma_server.stores import PostgresIndex
 
     with PostgresIndex.open("postgresql://localhost/notes", embedder) as index:
-        index.add(["Hold the green button for ten seconds."], ids=["reset"], metadata=[{"lang":
-        "en"}]) hits = index.search("how do I reset it", where={"lang": "en"})
+        index.add(["Hold the button for ten seconds."], ids=["reset"], metadata=[{"lang": "en"}])
+        hits = index.search("how do I reset it", where={"lang": "en"})
 
 A document is one text with one vector: what is longer than the model reads is cut with
-`egemma.chunks.split_text` first. Files, ingestion, migration and backup stay with the local index
-or with the server's own tools.
+`egemma.chunks.split_text` first. Every vector is compared, unless `approximate=True` lets the
+server's own approximate index find the candidates. Files, ingestion, migration and backup stay with
+the local index or with the server's own tools.
 """
 
 from __future__ import annotations

@@ -1,20 +1,14 @@
-"""The tables of a store in PostgreSQL, and what goes between them and Python: statements, vectors,
-words, errors.
-"""
+"""The tables of a store in PostgreSQL: how they are made and opened, and what its errors mean."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from numpy.typing import NDArray
-
 from egemma.identity import ModelIdentity
-from egemma_core.errors import IndexFileError, InputError, RuntimeUnavailableError
-from egemma_server.stores.rows import words_of
+from egemma_core.errors import InputError, MissingDependencyError, StoreError
 
 if TYPE_CHECKING:
     from psycopg import Connection
@@ -24,13 +18,11 @@ FORMAT_VERSION = 1
 MIN_PGVECTOR = (0, 8)
 # vectors up to here stay in their row: a scan need not fetch each from another table
 _INLINE_BYTES = 4096
-_MAX_POSITION = 16383  # the largest of a tsvector
-_MAX_POSITIONS = 255  # of one word in a tsvector
 
 
 @dataclass(frozen=True)
 class Run:
-    """Statements of one transaction.
+    """What executes the statements of one transaction.
 
     Their text is made of constants, checked names and whole numbers; what users gave is a
     parameter.
@@ -39,33 +31,74 @@ class Run:
     connection: Connection[Any]
 
     def __call__(self, statement: str, *parameters: Any) -> Any:
+        """Execute a statement and return its cursor."""
         return self.connection.execute(statement.encode(), parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """Quoted names; `check_name` let nothing in that would need more than the quotes."""
+    """The names of a store's tables, in quotes; `check_name` lets nothing in that needs more."""
 
     documents: str
     facts: str
-    graph: str
-    graph_name: str
+    graph: str  # an index of the documents' vectors
 
     @classmethod
     def of(cls, name: str) -> Names:
+        """Return the names of a store's tables."""
         return cls(
-            documents=f'"{name}_documents"',
-            facts=f'"{name}_facts"',
-            graph=f'"{name}_graph"',
-            graph_name=f'"{name}_graph"',
+            documents=f'"{name}_documents"', facts=f'"{name}_facts"', graph=f'"{name}_graph"'
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """What statements about a store's tables are made of."""
+
+    names: Names
+    dim: int  # of the stored vectors
+    half: bool  # 2 bytes a channel instead of 4
+    vector: Callable[[bytes], Any]  # a parameter of type vector, of its binary form
+    stored_vector: Callable[[bytes], Any]  # of the type in which documents have theirs
+
+    def head(self, dim: int) -> str:
+        """Return what a graph of this width is made of; a search must say it in the same words."""
+        return f"subvector(embedding, 1, {dim})::{'halfvec' if self.half else 'vector'}({dim})"
+
+
+def tables_of(
+    connection: Connection[Any], name: str, identity: ModelIdentity, *, half: bool
+) -> Tables:
+    """Return the tables of an open store; registers pgvector's types with the connection.
+
+    Raises:
+        StoreError: the database's pgvector is too old.
+    """
+    vector = _vector_type(connection, "vector")
+    return Tables(
+        names=Names.of(name),
+        dim=identity.dim,
+        half=half,
+        vector=vector,
+        stored_vector=_vector_type(connection, "halfvec") if half else vector,
+    )
 
 
 def open_tables(
     connection: Connection[Any], name: str, identity: ModelIdentity | None, *, half: bool
 ) -> tuple[ModelIdentity, bool]:
-    """Read what the store says about itself, or make its tables where there are none and `identity`
-    is given.
+    """Read what a store says about itself, or make its tables where there are none.
+
+    Args:
+        identity: the model of a new store; None to make none.
+        half: of a new store.
+
+    Returns:
+        The model whose vectors are stored, and whether they have 2 bytes a channel.
+
+    Raises:
+        StoreError: there is no store, or one that is not understood; or the database lacks
+            pgvector.
     """
     names, run = Names.of(name), Run(connection)
     if identity is not None:
@@ -75,9 +108,9 @@ def open_tables(
         if not _is_there(run, names.facts):
             _create_tables(run, name, identity, half=half)
     if not _is_there(run, names.facts):
-        raise IndexFileError(
-            f"there is no {place_of(name)} in this database. Pass an embedder and create=True, or "
-            "another name."
+        raise StoreError(
+            f"there is no {place_of(name)} in this database.",
+            hint="Pass an embedder and create=True, or another name.",
         )
     return read_facts(connection, names)
 
@@ -87,9 +120,10 @@ def _create_tables(run: Run, name: str, identity: ModelIdentity, *, half: bool) 
 
     names = Names.of(name)
     if _is_there(run, names.documents):
-        raise IndexFileError(
+        raise StoreError(
             f"the database has a table {names.documents}, but no {names.facts} beside it: that is "
-            "no egemma store. Pass another name."
+            "no egemma store.",
+            hint="Pass another name.",
         )
     try:
         with run.connection.transaction():
@@ -99,10 +133,9 @@ def _create_tables(run: Run, name: str, identity: ModelIdentity, *, half: bool) 
         psycopg.errors.UndefinedFile,
         psycopg.errors.InsufficientPrivilege,
     ) as error:
-        raise RuntimeUnavailableError(
-            f"the database lacks pgvector: {said(error)}. Install it on the server, and let an "
-            "administrator run "
-            "CREATE EXTENSION vector."
+        raise StoreError(
+            f"the database lacks pgvector: {on_one_line(error)}.",
+            hint="Install it on the server, and let an administrator run CREATE EXTENSION vector.",
         ) from error
     kind, channel_bytes = ("halfvec", 2) if half else ("vector", 4)
     run(
@@ -125,19 +158,24 @@ def _create_tables(run: Run, name: str, identity: ModelIdentity, *, half: bool) 
 
 
 def read_facts(connection: Connection[Any], names: Names) -> tuple[ModelIdentity, bool]:
+    """Return the model whose vectors a store holds, and whether they have 2 bytes a channel.
+
+    Raises:
+        StoreError: the store is of another format, or damaged.
+    """
     facts = dict(Run(connection)(f"SELECT name, value FROM {names.facts}").fetchall())
     version = facts.get("format")
     if version != str(FORMAT_VERSION):
-        raise IndexFileError(
-            f"{names.facts} has format {version!r}; this egemma reads {FORMAT_VERSION}. Update "
-            "egemma, or pass another name."
+        raise StoreError(
+            f"{names.facts} has format {version!r}, and this egemma reads {FORMAT_VERSION}.",
+            hint="Update egemma, or pass another name.",
         )
     try:
         return ModelIdentity.from_json(facts["model"]), facts["half"] == "1"
     except (KeyError, ValueError) as error:
-        raise IndexFileError(
-            f"{names.facts} does not say which model the vectors are of: {error}. Add the "
-            "documents to a new store."
+        raise StoreError(
+            f"{names.facts} does not say which model the vectors are of: {error}.",
+            hint="Add the documents to a new store.",
         ) from error
 
 
@@ -145,10 +183,43 @@ def _is_there(run: Run, quoted: str) -> bool:
     return bool(run("SELECT to_regclass(%s) IS NOT NULL", quoted).fetchone()[0])
 
 
-def vector_type(connection: Connection[Any], kind: str) -> Callable[[bytes], Any]:
-    """What makes a parameter of pgvector's type from its binary form; registered with the
-    connection.
-    """
+def graph_dim(run: Run, names: Names) -> int | None:
+    """Return the width that a store's graph goes by, or None where there is no graph."""
+    row = run(
+        f"SELECT value FROM {names.facts} WHERE name = 'graph_dim' AND "
+        f"to_regclass({literal(names.graph)}) IS NOT NULL"
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+def build_graph(run: Run, tables: Tables, dim: int, m: int, ef_construction: int) -> None:
+    """Make, or make anew, pgvector's HNSW graph of the vectors' beginnings of this width."""
+    names = tables.names
+    kind = "halfvec" if tables.half else "vector"
+    run(f"DROP INDEX IF EXISTS {names.graph}")
+    run(
+        f"CREATE INDEX {names.graph} ON {names.documents} USING hnsw "
+        f"(({tables.head(dim)}) {kind}_cosine_ops) "
+        f"WITH (m = {m}, ef_construction = {ef_construction})"
+    )
+    run(
+        f"INSERT INTO {names.facts} (name, value) VALUES ('graph_dim', %s) "
+        "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+        str(dim),
+    )
+
+
+def engine_of(run: Run) -> str:
+    """Return the names and versions of what computes."""
+    server, extension = run(
+        "SELECT current_setting('server_version'), extversion FROM pg_extension "
+        "WHERE extname = 'vector'"
+    ).fetchone()
+    return f"PostgreSQL {server.split()[0]}, pgvector {extension}"
+
+
+def _vector_type(connection: Connection[Any], kind: str) -> Callable[[bytes], Any]:
+    """Return what makes a parameter of pgvector's type from its binary form."""
     from psycopg.adapt import Dumper
     from psycopg.pq import Format
     from psycopg.types import TypeInfo
@@ -162,10 +233,10 @@ def vector_type(connection: Connection[Any], kind: str) -> Callable[[bytes], Any
         or version is None
         or tuple(int(part) for part in version[0].split(".")[:2]) < MIN_PGVECTOR
     ):
-        raise RuntimeUnavailableError(
-            f"the database has pgvector {version and version[0]}: at least "
-            f"{'.'.join(map(str, MIN_PGVECTOR))} is needed. "
-            "Update it on the server, then run ALTER EXTENSION vector UPDATE."
+        raise StoreError(
+            f"the database has pgvector {version and version[0]}, and at least "
+            f"{'.'.join(map(str, MIN_PGVECTOR))} is needed.",
+            hint="Update it on the server, then run ALTER EXTENSION vector UPDATE.",
         )
 
     type_oid = info.oid
@@ -185,64 +256,63 @@ def vector_type(connection: Connection[Any], kind: str) -> Callable[[bytes], Any
     return Packed
 
 
-def packed_vectors(vectors: NDArray[Any], *, half: bool) -> list[bytes]:
-    """pgvector's binary form: channels and a zero as 16 bits each, then the channels, all with the
-    high byte first.
-    """
-    head = struct.pack(">HH", vectors.shape[1], 0)
-    return [head + row.tobytes() for row in vectors.astype(">f2" if half else ">f4")]
-
-
-def tsvector(text: str) -> str:
-    """The words of a text with their places, as PostgreSQL reads a tsvector; none holds a quote."""
-    places: dict[str, list[int]] = {}
-    for place, word in enumerate(words_of(text), start=1):
-        places.setdefault(word, []).append(min(place, _MAX_POSITION))
-    return " ".join(
-        f"'{word}':{','.join(map(str, numbers[:_MAX_POSITIONS]))}"
-        for word, numbers in places.items()
-    )
-
-
 def place_of(name: str) -> str:
+    """Return what messages call a store."""
     return f"PostgreSQL store {name!r}"
 
 
 def literal(text: str) -> str:
-    """A quoted name as an SQL text."""
+    """Return a quoted name as an SQL text."""
     return f"'{text}'"
 
 
-def said(error: BaseException) -> str:
-    """What the server or the client says, on one line."""
+def on_one_line(error: BaseException) -> str:
+    """Return what the server or the client says, on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
 def typed_errors(place: str, doing: str) -> Iterator[None]:
+    """Turn the errors of a block's statements into ours.
+
+    Args:
+        doing: what the block does, after "cannot be": "opened", "searched".
+
+    Raises:
+        InputError: the server cannot hold a value.
+        StoreError: everything else, a lost connection among it.
+    """
     import psycopg
 
     try:
         yield
     except psycopg.errors.UndefinedTable as error:
-        raise IndexFileError(
-            f"{place} is gone: {said(error)}. Open it again to make a new one."
+        raise StoreError(
+            f"{place} is gone: {on_one_line(error)}.", hint="Open it again to make a new one."
         ) from error
     except (psycopg.errors.ProgramLimitExceeded, psycopg.DataError) as error:
         raise InputError(
-            f"{place} cannot hold this: {said(error)}. Cut the text, or leave it out."
+            f"{place} cannot hold this: {on_one_line(error)}.",
+            hint="Cut the text, or leave it out.",
         ) from error
     except psycopg.Error as error:
-        raise IndexFileError(
-            f"{place} cannot be {doing}: {said(error)}. If the connection is lost, open it again."
+        raise StoreError(
+            f"{place} cannot be {doing}: {on_one_line(error)}.",
+            hint="If the connection is lost, open it again.",
         ) from error
 
 
 def psycopg_here() -> Any:
+    """Return the module psycopg.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     try:
         import psycopg
     except ImportError as error:
-        raise RuntimeUnavailableError(
-            "PostgresIndex needs psycopg. Install it with `pip install 'egemma[postgres]'`."
+        raise MissingDependencyError(
+            "PostgresIndex needs psycopg, which is not installed.",
+            hint="Install it with `pip install 'egemma[postgres]'`.",
         ) from error
     return psycopg

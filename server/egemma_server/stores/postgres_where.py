@@ -14,11 +14,10 @@ _ORDER = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 
 
 def to_postgres(condition: Condition) -> tuple[str, list[Any]]:
-    """The condition as an SQL expression over the column `filter` that is true or false, never
-    NULL, and its parameters in order.
+    """Return a condition as SQL over the column `filter`, and its parameters in order.
 
-    `filter` is a document's metadata as jsonb, its numbers as `egemma.where.comparable` has them,
-    written out in full.
+    The expression is true or false, never NULL. `filter` is a document's metadata as jsonb, its
+    numbers as `egemma.where.comparable` has them, written out in full.
     """
     parameters: list[Any] = []
     return _sql(condition, parameters), parameters
@@ -81,8 +80,9 @@ def _test(condition: Compare, parameters: list[Any]) -> str:
 
 
 def _json(value: Scalar) -> str:
-    """A value as `filter` has it: doubles that are whole numbers with all their digits, because
-    jsonb compares decimal numbers.
+    """Return a value as `filter` has it.
+
+    Doubles that are whole numbers have all their digits, because jsonb compares decimal numbers.
     """
     if isinstance(value, (int, float)) and is_number(value):
         number = comparable(value)
@@ -91,7 +91,7 @@ def _json(value: Scalar) -> str:
 
 
 def filterable(metadata: str | None) -> str:
-    """What the column `filter` holds of a document's metadata."""
+    """Return what the column `filter` holds of a document's metadata."""
     return (
         "{}"
         if metadata is None

@@ -14,33 +14,40 @@ from pathlib import Path
 from typing import Any
 
 from egemma.identity import ModelIdentity
-from egemma_core.errors import ConfigError, EgemmaError, IndexFileError, RuntimeUnavailableError
+from egemma_core.errors import ConfigError, EgemmaError, MissingDependencyError, StoreError
 from egemma_server.stores.qdrant_where import TERMS, terms_of
-from egemma_server.stores.rows import Row, words_of
+from egemma_server.stores.rows import Row
+from egemma_server.words import words_of
 
 FORMAT_VERSION = 1
 WORDS = "words"  # key of a point's payload: what full text goes through
 
 
 def client_of(location: Any) -> tuple[Any, bool, bool]:
-    """A client, whether it was made here, and whether it is known to be Qdrant's local mode."""
+    """Return a client, whether it was made here, and whether it is known to be the local mode.
+
+    Raises:
+        MissingDependencyError: qdrant-client is not installed, or is too old.
+        ConfigError: `location` is none.
+    """
     try:
         from qdrant_client import QdrantClient, models
     except ImportError as error:
-        raise RuntimeUnavailableError(
-            "QdrantIndex needs qdrant-client. Install it with `pip install 'egemma[qdrant]'`."
+        raise MissingDependencyError(
+            "QdrantIndex needs qdrant-client, which is not installed.",
+            hint="Install it with `pip install 'egemma[qdrant]'`.",
         ) from error
     if not hasattr(models, "TextQuery"):
-        raise RuntimeUnavailableError(
-            "QdrantIndex needs qdrant-client 1.20 or newer. Install it with `pip install -U "
-            "'egemma[qdrant]'`."
+        raise MissingDependencyError(
+            "QdrantIndex needs qdrant-client 1.20 or newer, and an older one is installed.",
+            hint="Install it with `pip install -U 'egemma[qdrant]'`.",
         )
     if isinstance(location, QdrantClient):
         return location, False, False
     if not isinstance(location, (str, Path)) or not str(location):
         raise ConfigError(
-            f"location is {type(location).__name__}: pass the address of a server, a folder, "
-            "':memory:', or a QdrantClient."
+            f"location is {location!r}, which is no place of a store.",
+            hint="Pass the address of a server, a folder, ':memory:', or a QdrantClient.",
         )
     if location == ":memory:":
         return QdrantClient(location=":memory:"), True, True
@@ -52,6 +59,7 @@ def client_of(location: Any) -> tuple[Any, bool, bool]:
 def create_collection(
     client: Any, name: str, identity: ModelIdentity, widths: tuple[int, ...]
 ) -> None:
+    """Make a collection with a vector for each width; after an error there is none."""
     from qdrant_client import models
 
     vectors = {
@@ -87,32 +95,37 @@ def _create_indexes(client: Any, name: str) -> None:
 
 
 def read_metadata(client: Any, name: str) -> tuple[ModelIdentity, tuple[int, ...]]:
-    """The model and the widths that the collection says it was made for."""
+    """Return the model and the widths that a collection says it was made for.
+
+    Raises:
+        StoreError: it says nothing, or is of another format.
+    """
     metadata = client.get_collection(name).config.metadata or {}
     version = metadata.get("egemma_format")
     if version is None:
-        raise IndexFileError(
+        raise StoreError(
             f"{place_of(name)} does not say which model its vectors are of: it was not made here, "
-            "or by a server older than "
-            "1.16, which keeps no metadata of collections. Pass another name, or update the server."
+            "or by a server older than 1.16, which keeps no metadata of collections.",
+            hint="Pass another name, or update the server.",
         )
     if version != FORMAT_VERSION:
-        raise IndexFileError(
-            f"{place_of(name)} has format {version!r}; this egemma reads {FORMAT_VERSION}. Update "
-            "egemma, or pass another name."
+        raise StoreError(
+            f"{place_of(name)} has format {version!r}, and this egemma reads {FORMAT_VERSION}.",
+            hint="Update egemma, or pass another name.",
         )
     try:
         return ModelIdentity.from_json(metadata["egemma_model"]), tuple(
             int(width) for width in metadata["egemma_widths"]
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise IndexFileError(
-            f"{place_of(name)} does not say which model its vectors are of: {error}. Add the "
-            "documents to a new one."
+        raise StoreError(
+            f"{place_of(name)} does not say which model its vectors are of: {error}.",
+            hint="Add the documents to a new one.",
         ) from error
 
 
 def payload_of(row: Row) -> dict[str, Any]:
+    """Return what a document's point carries beside its vectors."""
     terms, numbers = terms_of(None if row.metadata is None else json.loads(row.metadata))
     return {
         "id": row.id,
@@ -128,6 +141,7 @@ def payload_of(row: Row) -> dict[str, Any]:
 
 
 def row_of(point: Any) -> Row:
+    """Return the document of a point."""
     body = point.payload
     return Row(
         id=body["id"],
@@ -140,22 +154,31 @@ def row_of(point: Any) -> Row:
 
 
 def point_id(id_: str) -> str:
-    """Qdrant takes numbers and UUIDs: the first 128 bits of the id's SHA-256."""
+    """Return a document's id as Qdrant takes it, a UUID: the first 128 bits of its SHA-256."""
     return str(uuid.UUID(bytes=hashlib.sha256(id_.encode()).digest()[:16]))
 
 
 def vector_name(width: int) -> str:
+    """Return what a point's vector of this width is called."""
     return f"d{width}"
 
 
 def place_of(name: str) -> str:
+    """Return what messages call a collection."""
     return f"Qdrant collection {name!r}"
 
 
 @contextmanager
 def typed_errors(place: str, doing: str) -> Iterator[None]:
-    """Qdrant's local mode raises ValueError and RuntimeError where a server answers with a
-    status.
+    """Turn the errors of a block's calls into ours.
+
+    Qdrant's local mode raises ValueError and RuntimeError where a server answers with a status.
+
+    Args:
+        doing: what the block does, after "cannot be": "opened", "searched".
+
+    Raises:
+        StoreError: the client or the server refuses, or is out of reach.
     """
     errors = _qdrant_errors()
     try:
@@ -163,10 +186,10 @@ def typed_errors(place: str, doing: str) -> Iterator[None]:
     except EgemmaError:
         raise
     except errors as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise IndexFileError(
-            f"{place} cannot be {doing}: {said}. Check the address and the server, or open it "
-            "again."
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise StoreError(
+            f"{place} cannot be {doing}: {reason}.",
+            hint="Check the address and the server, or open it again.",
         ) from error
 
 

@@ -24,8 +24,10 @@ _BOUNDS = {"$gt": "gt", "$gte": "gte", "$lt": "lt", "$lte": "lte"}
 
 
 def terms_of(metadata: Mapping[str, Any] | None) -> tuple[list[str], dict[str, float]]:
-    """What a point carries to be filtered by: its keywords, and its numbers by the hash of their
-    field.
+    """Return what a point carries to be filtered by.
+
+    Returns:
+        Its keywords, and its numbers by the hash of their field.
     """
     terms: set[str] = set()
     numbers: dict[str, float] = {}
@@ -34,8 +36,11 @@ def terms_of(metadata: Mapping[str, Any] | None) -> tuple[list[str], dict[str, f
 
 
 def to_qdrant(condition: Condition) -> tuple[Any, bool]:
-    """A `models.Filter` that is true wherever the condition is, None for everywhere; and whether it
-    is true nowhere else.
+    """Return a condition as far as Qdrant can decide it.
+
+    Returns:
+        A `models.Filter` that is true wherever the condition is, None for everywhere; and whether
+        it is true nowhere else.
     """
     from qdrant_client import models
 
@@ -64,17 +69,14 @@ def _comparison(condition: Compare) -> tuple[Any, bool]:
         there = _has(_term("is", field))
         return (there if value else models.Filter(must_not=[there])), True
     if op in ("$eq", "$in"):
-        wanted = sorted(
-            {_term("eq", field, one) for one in (value if isinstance(value, tuple) else (value,))}
-        )
-        return (_has(*wanted), True) if wanted else _never()
+        values = value if isinstance(value, tuple) else (value,)
+        terms = sorted({_term("eq", field, one) for one in values})
+        return (_has(*terms), True) if terms else _never()
     if op == "$contains":
         member = _has(_term("in", field, cast(Scalar, value)))
-        return (
-            (models.Filter(should=[member, _has(_term("text", field))]), False)
-            if isinstance(value, str)
-            else (member, True)
-        )
+        if isinstance(value, str):
+            return models.Filter(should=[member, _has(_term("text", field))]), False
+        return member, True
     if isinstance(value, str):
         return _has(_term("text", field)), False
     bound = comparable(cast(float, value))
@@ -82,13 +84,9 @@ def _comparison(condition: Compare) -> tuple[Any, bool]:
     # Rounding keeps the order but may make equals: then the bound itself must come along, to be
     # looked at.
     name = _BOUNDS[op] if exact else _BOUNDS[op][:2] + "e"
-    return models.Filter(
-        must=[
-            models.FieldCondition(
-                key=f"{NUMBERS}.{_key(field)}", range=models.Range(**{name: float(bound)})
-            )
-        ]
-    ), exact
+    range_ = models.Range(**{name: float(bound)})
+    test = models.FieldCondition(key=f"{NUMBERS}.{_key(field)}", range=range_)
+    return models.Filter(must=[test]), exact
 
 
 def _has(*terms: str) -> Any:
@@ -100,7 +98,7 @@ def _has(*terms: str) -> Any:
 
 
 def _never() -> tuple[Any, bool]:
-    """No point has this term: `_term` writes JSON arrays."""
+    """Return a filter that no point passes: `_term` writes JSON arrays, and this is none."""
     return _has("never"), True
 
 
@@ -125,7 +123,7 @@ def _walk(
 
 
 def _term(kind: str, field: tuple[str, ...], *value: Scalar) -> str:
-    """A keyword; long ones as their hash, because a server refuses to index them."""
+    """Return a keyword; a long one as its hash, because a server refuses to index it."""
     plain = [_plain(one) for one in value]
     term = json.dumps([kind, field, *plain])
     return term if len(term) <= 200 else f"sha256:{hashlib.sha256(term.encode()).hexdigest()}"
@@ -136,7 +134,7 @@ def _key(field: tuple[str, ...]) -> str:
 
 
 def _plain(value: Scalar) -> Scalar:
-    """A whole number as int, whether it came as 1 or 1.0, so that equal numbers are equal words."""
+    """Return a whole number as int, also where it came as 1.0: equal numbers, equal keywords."""
     if not is_number(value):
         return value
     number = comparable(cast(float, value))

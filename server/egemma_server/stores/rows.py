@@ -1,49 +1,40 @@
-"""What both stores do before and after the server: check and embed what comes in, check a search,
-split texts into words.
-"""
+"""Documents on their way to and from a server: checked and embedded, the same for both stores."""
 
 from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
 from egemma.index.codes import check_vectors
-from egemma.index.hits import MODES, Document, Hit, Hits, How, Mode
+from egemma.index.hits import Document, Hit, Hits, How
 from egemma.index.inputs import (
     check_counts,
+    check_id,
     check_ids,
-    check_k,
     check_text,
     check_unique,
     content_id,
     one_per_text,
-    query_rows,
 )
-from egemma.index.words import MAX_WORDS
-from egemma.where import Condition, pack_metadata, parse
-from egemma_core.errors import ConfigError, InputError
+from egemma.where import pack_metadata
+from egemma_core.checks import one_of
+from egemma_core.errors import ConfigError, InputError, NotFoundError
 from egemma_core.tokens import Overflow
-from egemma_core.vectors import check_dim
 
 if TYPE_CHECKING:
     from egemma.embedder import Embedder
 
-FUSED = 100  # hits of each kind that hybrid search joins, or k where that is more
 MAX_ID_BYTES = 2000  # PostgreSQL's B-tree takes 2,704 with everything around
 MAX_NAME = 40  # PostgreSQL cuts names off at 63 bytes, and both stores add to them
-# PostgreSQL's words have at most 2,046 bytes; equal beginnings of longer ones count as the same
-# word
-_MAX_WORD = 500
 _NAME = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
-_WORD = re.compile(r"[^\W_]+")
+_OVERFLOWS: tuple[Overflow, ...] = ("error", "truncate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +49,7 @@ class Row:
     truncated: bool
 
     def document(self) -> Document:
+        """Return the document as callers get it."""
         return Document(
             id=self.id,
             text=self.text,
@@ -70,6 +62,7 @@ class Row:
         )
 
     def hit(self, score: float, vector_score: float | None, text_score: float | None) -> Hit:
+        """Return the document as one hit of a search."""
         return Hit(
             id=self.id,
             score=score,
@@ -101,43 +94,33 @@ class StoreFacts:
     model: str
     dims: tuple[int, ...]
     documents: int
-    # width that approximate search goes by first; None where there is no graph
+    # width of the server's own approximate index; None where none was built, or it is not ours
     graph_dim: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A search, checked as far as it can be without the server."""
-
-    k: int
-    count: int  # hits of each kind to fetch
-    mode: Mode
-    condition: Condition | None
-    vectors: NDArray[np.float64] | None  # (B, W) unit rows; None where no vector is searched
-    dim: int | None  # width to score at
-    words: tuple[tuple[str, ...], ...] | None  # of each query; None where no words are searched
-    shortlist: int | None
-    approximate: bool
-
-    def how(
-        self, *, scan_width: int | None, shortlist: int | None, vectors: int, kernel: str | None
-    ) -> How:
-        return How(
-            mode=self.mode,
-            dim=self.dim,
-            scan_width=scan_width,
-            shortlist=shortlist,
-            vectors=vectors,
-            approximate=self.approximate,
-            kernel=kernel,
-        )
-
-
 def check_name(name: object) -> str:
-    """The name of a store on its server."""
+    """Return the name of a store on its server, when it can be one.
+
+    Raises:
+        ConfigError: it has other characters, or too many.
+    """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > MAX_NAME:
-        raise ConfigError(f"name={name!r}: 1 to {MAX_NAME} letters, digits, _ and - of ASCII.")
+        raise ConfigError(
+            f"name={name!r} must be 1 to {MAX_NAME} letters, digits, _ and - of ASCII."
+        )
     return name
+
+
+def identity_of(model: Embedder | ModelIdentity | None) -> ModelIdentity | None:
+    """Return the identity of what a store is opened with."""
+    if model is None or isinstance(model, ModelIdentity):
+        return model
+    return ModelIdentity.of(model.manifest)
+
+
+def embedder_of(model: Embedder | ModelIdentity | None) -> Embedder | None:
+    """Return the embedder among what a store may be opened with."""
+    return None if isinstance(model, ModelIdentity) else model
 
 
 def embedded_rows(
@@ -150,46 +133,49 @@ def embedded_rows(
 ) -> tuple[list[str], list[Row], NDArray[np.float32]]:
     """Check texts, and embed each once.
 
+    Args:
+        overflow: "error" or "truncate".
+
     Returns:
         The ids in the order of the texts, the rows of the different ones among them, and those
         rows' (N, D) vectors.
     """
     if isinstance(texts, str):
-        raise InputError("texts is one str: pass a list of texts.")
-    if overflow not in ("error", "truncate"):
-        raise ConfigError(
-            f"overflow={overflow!r}: a store has one vector for each document, so it can be "
-            "'error' or 'truncate'. "
-            "Cut long texts with egemma.chunks.split_text and add each chunk under an id of its "
-            "own."
-        )
-    texts = list(texts)
-    given = None if ids is None else check_ids(ids)
-    named, packed = _described(texts, titles, metadata, blank=False)
-    given = (
-        [content_id(text, title) for text, title in zip(texts, named, strict=True)]
-        if given is None
-        else given
+        raise InputError("texts is one str.", hint="Pass a list of texts.")
+    cut = one_of(
+        "overflow",
+        overflow,
+        _OVERFLOWS,
+        hint="A store has one vector for each document: cut long texts with "
+        "egemma.chunks.split_text, and add each chunk under an id of its own.",
     )
+    texts = list(texts)
+    checked = None if ids is None else check_ids(ids)
+    named, packed = _described(texts, titles, metadata, blank=False)
+    if checked is None:
+        given = [content_id(text, title) for text, title in zip(texts, named, strict=True)]
+    else:
+        given = checked
     if len(given) != len(texts):
-        raise InputError(f"{len(given)} ids for {len(texts)} texts: give one each.")
+        raise InputError(
+            f"there are {len(given)} ids for {len(texts)} texts.", hint="Give one each."
+        )
     contents = list(zip(texts, named, packed, strict=True))
     check_unique(given, contents)
     unique = dict(zip(given, contents, strict=True))
     _check_id_bytes(unique)
     if not unique:
         return [], [], np.empty((0, embedder.dim), np.float32)
-    wanted: Overflow = "truncate" if overflow == "truncate" else "error"
     found = embedder.embed_documents(
         [text for text, _, _ in unique.values()],
         titles=[title for _, title, _ in unique.values()],
-        overflow=wanted,
+        overflow=cut,
     )
     vectors = check_vectors(found.vectors, embedder.dim)
     if len(vectors) != len(unique):
         raise InputError(
-            f"the model gave {len(vectors)} vectors for {len(unique)} texts. Check it with `egemma "
-            "verify`."
+            f"the model gave {len(vectors)} vectors for {len(unique)} texts.",
+            hint="Check it with `egemma verify`.",
         )
     rows = [
         Row(
@@ -215,13 +201,19 @@ def vector_rows(
     num_tokens: Sequence[int] | None,
     truncated: Sequence[bool] | None,
 ) -> tuple[list[str], list[Row], NDArray[np.float32]]:
-    """As `embedded_rows`, for vectors that are there already."""
+    """Check vectors that were computed elsewhere, and what belongs to them.
+
+    Returns:
+        The ids, the rows, and their (N, D) vectors.
+    """
     checked = check_vectors(vectors, identity.dim)
     given = check_ids(ids)
     if len(given) != len(checked):
-        raise InputError(f"{len(given)} ids for {len(checked)} vectors: give one each.")
+        raise InputError(
+            f"there are {len(given)} ids for {len(checked)} vectors.", hint="Give one each."
+        )
     if len(set(given)) != len(given):
-        raise InputError("an id comes twice in one call. Give each vector its own.")
+        raise InputError("an id comes twice in one call.", hint="Give each vector its own.")
     _check_id_bytes(given)
     words = [""] * len(checked) if texts is None else one_per_text("texts", texts, len(checked))
     named, packed = _described(words, titles, metadata, blank=True)
@@ -240,117 +232,6 @@ def vector_rows(
     return given, rows, checked
 
 
-def plan_of(
-    identity: ModelIdentity,
-    embedder: Embedder | None,
-    place: str,
-    *,
-    queries: Sequence[str] | None,
-    vectors: object | None,
-    k: int,
-    dim: int | None,
-    where: Mapping[Any, Any] | None,
-    mode: Mode,
-    task: str,
-    shortlist: int | None,
-    exact: bool,
-    approximate: bool,
-) -> Plan:
-    """Check a search by texts or by vectors, and embed the texts where `mode` needs it."""
-    check_k(k)
-    if mode not in MODES:
-        raise ConfigError(f"mode={mode!r}: choose one of {', '.join(MODES)}.")
-    if exact and approximate:
-        raise ConfigError("exact=True compares every vector: leave approximate out.")
-    if shortlist is not None and (
-        not approximate
-        or isinstance(shortlist, bool)
-        or not isinstance(shortlist, int)
-        or shortlist < 1
-    ):
-        raise ConfigError(
-            f"shortlist={shortlist!r}: a whole number of at least 1, beside approximate=True; a "
-            "store compares every vector otherwise."
-        )
-    if dim is not None:
-        check_dim(dim, identity.dims)
-    condition = None if where is None else parse(where)
-    words = None
-    if queries is not None:
-        if isinstance(queries, str) or not all(
-            isinstance(query, str) and query.strip() for query in queries
-        ):
-            raise InputError(
-                "queries is one str: pass a list, or use `search`."
-                if isinstance(queries, str)
-                else "queries: pass a list of texts, each with at least one word."
-            )
-        words = (
-            None
-            if mode == "vector"
-            else tuple(tuple(dict.fromkeys(words_of(query))) for query in queries)
-        )
-        if words is not None and max(map(len, words), default=0) > MAX_WORDS:
-            raise InputError(
-                f"a query has more than {MAX_WORDS} different words. Shorten it, or use "
-                "mode='vector'."
-            )
-        if mode != "text":
-            vectors = (
-                model_here(embedder, place, "search by meaning")
-                .embed_queries(queries, task=task)
-                .vectors
-                if queries
-                else None
-            )
-    rows, width = (None, None) if vectors is None else query_rows(vectors, dim, identity)
-    return Plan(
-        k=k,
-        count=k if mode != "hybrid" else max(k, FUSED),
-        mode=mode,
-        condition=condition,
-        vectors=rows,
-        dim=width,
-        words=words,
-        shortlist=shortlist,
-        approximate=approximate,
-    )
-
-
-def one_vector(vector: object) -> NDArray[Any]:
-    array = np.asarray(vector)
-    if array.ndim != 1:
-        raise InputError(
-            f"vector has shape {array.shape} and type {array.dtype}: it must be one row of floats."
-        )
-    return array
-
-
-def model_here(embedder: Embedder | None, place: str, doing: str) -> Embedder:
-    if embedder is None:
-        raise ConfigError(
-            f"{place} was opened without a model, so it cannot {doing}. Open it with an Embedder."
-        )
-    return embedder
-
-
-def no_chunks(place: str) -> NoReturn:
-    raise ConfigError(
-        f"{place} has one vector for each document and takes no ChunkedDocument. Add each chunk "
-        "with `add`, under an id of its own."
-    )
-
-
-def words_of(text: str) -> list[str]:
-    """Words as full text compares them: without case and accents, as the local index does."""
-    bare = "".join(
-        character
-        for character in unicodedata.normalize("NFD", text)
-        if not unicodedata.combining(character)
-    )
-    return [word[:_MAX_WORD] for word in _WORD.findall(unicodedata.normalize("NFC", bare).lower())]
-
-
 def ranked_hits(
     rows: Mapping[str, Row],
     ranked: Sequence[tuple[str, float]],
@@ -358,6 +239,13 @@ def ranked_hits(
     text_scores: Mapping[str, float],
     how: How,
 ) -> Hits:
+    """Return the hits of one query.
+
+    Args:
+        rows: id -> the document.
+        ranked: ids and scores, best first.
+        cosines, text_scores: id -> score, of what vectors and words found.
+    """
     return Hits(
         hits=tuple(
             rows[id_].hit(score, cosines.get(id_), text_scores.get(id_)) for id_, score in ranked
@@ -373,7 +261,7 @@ def _described(
     *,
     blank: bool,
 ) -> tuple[list[str | None], list[str | None]]:
-    """Titles and packed metadata, one per text; all three checked."""
+    """Check texts, titles and metadata; return titles and packed metadata, one per text."""
     named, entries = (
         one_per_text("titles", titles, len(texts)),
         one_per_text("metadata", metadata, len(texts)),
@@ -389,6 +277,31 @@ def _check_id_bytes(ids: Sequence[str] | Mapping[str, Any]) -> None:
     for id_ in ids:
         if len(id_.encode()) > MAX_ID_BYTES:
             raise InputError(
-                f"id {id_[:60]!r}... has {len(id_.encode())} bytes: a store takes at most "
-                f"{MAX_ID_BYTES}. Give it a shorter one."
+                f"the id {id_[:60]!r}... has {len(id_.encode())} bytes, and a store takes at most "
+                f"{MAX_ID_BYTES}.",
+                hint="Give it a shorter one.",
             )
+
+
+def can_be_stored(id_: object) -> bool:
+    """Return whether a value could be the id of a document at all."""
+    try:
+        check_id(id_)
+    except InputError:
+        return False
+    return True
+
+
+def documents_of(rows: Mapping[str, Row], ids: Sequence[str], place: str) -> list[Document]:
+    """Return documents in the order of `ids`.
+
+    Args:
+        rows: id -> document, of those that are stored.
+
+    Raises:
+        NotFoundError: one is not stored.
+    """
+    for position, id_ in enumerate(ids):
+        if id_ not in rows:
+            raise NotFoundError(f"{place} has no document {id_!r}.", position=position)
+    return [rows[id_].document() for id_ in ids]
