@@ -212,5 +212,5 @@ def _checked(line: Line) -> Line:
     if isinstance(line.get("step"), int) and isinstance(value, int | float):
         return line
     raise BadRowError(
-        f"found {shortened(line)}: a line has a step and its loss, or a step and dev with its score."
+        f"found {shortened(line)}: a line has a step and its loss, or a step and dev with a score."
     )
