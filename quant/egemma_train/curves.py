@@ -1,6 +1,4 @@
-"""A run's log as one picture: what the loss did, what the dev sets said, and how the steps were
-taken.
-"""
+"""A run's log as one picture: the losses, the dev scores, and how the steps were taken."""
 
 from __future__ import annotations
 
