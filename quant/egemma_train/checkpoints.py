@@ -65,8 +65,9 @@ def add_training_state(
     moments: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
-    """Write `training/` into a checkpoint folder: moments, parameters that the published layout has
-    no place for, and `state`.
+    """Write `training/` into a checkpoint folder.
+
+    It holds the moments, the parameters that the published layout has no place for, and `state`.
     """
     place = folder / TRAINING
     place.mkdir()

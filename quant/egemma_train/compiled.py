@@ -51,7 +51,7 @@ def compile_layers(layers: Iterable[nn.Module], device: torch.device) -> None:
             hint="Install it with `pip install triton`, or leave compile out.",
         )
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    # where torch would go on uncompiled, and say so in a log only
+    # otherwise torch goes on uncompiled, and mentions it in a log only
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for layer in layers:
         layer.compile(dynamic=True)

@@ -1,6 +1,4 @@
-"""A run's log as one picture: what the loss did, what the dev sets said, and how the steps were
-taken.
-"""
+"""A run's log as one picture: the losses, the dev scores, and how the steps were taken."""
 
 from __future__ import annotations
 
@@ -212,5 +210,5 @@ def _checked(line: Line) -> Line:
     if isinstance(line.get("step"), int) and isinstance(value, int | float):
         return line
     raise BadRowError(
-        f"found {shortened(line)}: a line has a step and its loss, or a step and a dev score."
+        f"found {shortened(line)}: a line has a step and its loss, or a step and dev with a score."
     )

@@ -85,7 +85,7 @@ class _DevSet:
     queries: list[Ids]  # or the left sides
     documents: list[Ids]  # or the right sides
     degrees: list[dict[int, float]]  # of each query's right documents, by index; [] for similarity
-    scores: NDArray[np.float64]  # what people said of each pair; () for retrieval
+    scores: NDArray[np.float64]  # how alike people found each pair; () for retrieval
     facts: dict[str, int]
 
 

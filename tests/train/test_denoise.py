@@ -430,7 +430,7 @@ def test_texts_that_cannot_be_used_are_counted_or_refused(tiny_spm: Path) -> Non
     )
     with pytest.raises(ConfigError, match=r"batch_size=16, but there are 2 texts \(1 more"):
         denoising(tiny_spm, texts=[*TEXTS[:2], "a"])
-    with pytest.raises(ConfigError, match="max_tokens=65, the model reads 64"):
+    with pytest.raises(ConfigError, match="max_tokens=65 is more than the 64"):
         language_model(tiny_spm, replace(SMALL, max_tokens=65))
 
 

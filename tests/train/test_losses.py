@@ -147,7 +147,7 @@ def test_matching_by_hand() -> None:
     assert torch.isfinite(same.grad).all()  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="l2"):
         matching_loss(Q, P, "l1")  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match="match the widths"):
+    with pytest.raises(ShapeError, match="Match the widths"):
         matching_loss(Q, P[:, :1])
 
 

@@ -132,9 +132,7 @@ def _title(value: object, field: str) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _check_names(kind: str, names: tuple[str, ...]) -> None:
-    """Refuse a field that looks like an optional one with its name misspelled: it would be
-    ignored.
-    """
+    """Refuse a field whose name looks like a misspelled optional one, which would be ignored."""
     known = (*_FIELDS[kind], *_OPTIONAL.get(kind, ()), "task", "lang", "id")
     for name in set(names) - set(known):
         near = difflib.get_close_matches(

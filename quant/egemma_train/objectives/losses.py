@@ -73,16 +73,17 @@ def nce_loss(
     rows = len(queries)
     if positives.shape != queries.shape or queries.ndim != 2:
         raise ShapeError(
-            f"queries {tuple(queries.shape)}, positives {tuple(positives.shape)}: want (B, D) both."
+            f"queries {tuple(queries.shape)} and positives {tuple(positives.shape)} must both be "
+            "(B, D)."
         )
     if negatives is not None and negatives.shape != queries.shape:
         raise ShapeError(
-            f"negatives {tuple(negatives.shape)}: want one for each query, {tuple(queries.shape)}; "
-            "see has_negative."
+            f"negatives {tuple(negatives.shape)} must be one for each query, "
+            f"{tuple(queries.shape)}; see has_negative."
         )
     for name, mask in (("duplicates", duplicates), ("shared_duplicates", shared_duplicates)):
         if mask is not None and mask.shape != (rows, rows):
-            raise ShapeError(f"{name} {tuple(mask.shape)}: want {(rows, rows)}.")
+            raise ShapeError(f"{name} {tuple(mask.shape)} must be {(rows, rows)}.")
     number("temperature", temperature, above=0)
     number("hardness", hardness, 0)
     queries = queries.float()
@@ -138,7 +139,7 @@ def spread_out_loss(vectors: Tensor) -> Tensor:
         ShapeError: fewer than two vectors.
     """
     if vectors.ndim != 2 or len(vectors) < 2:
-        raise ShapeError(f"vectors {tuple(vectors.shape)}: want at least two of the same width.")
+        raise ShapeError(f"vectors {tuple(vectors.shape)} must be at least two of the same width.")
     squared = (vectors.float() @ vectors.float().T).square()  # (B, B)
     return (squared.sum() - squared.diagonal().sum()) / (len(vectors) * (len(vectors) - 1))
 
@@ -159,8 +160,8 @@ def matching_loss(student: Tensor, teacher: Tensor, distance: Distance = "l2") -
     """
     if student.shape != teacher.shape:
         raise ShapeError(
-            f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: match the widths "
-            "first."
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape.",
+            hint="Match the widths first.",
         )
     student, teacher = student.float(), teacher.detach().float()
     if distance == "cosine":

@@ -239,11 +239,9 @@ def _decoder_fields(folder: Path) -> dict[str, Any]:
     # chat models add ids that end a turn; the first is the tokenizer's own, which is checked below
     if isinstance(eos, list) and eos:
         config = {**config, "eos_token_id": eos[0]}
-    longest = config.get("max_position_embeddings")
-    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 1:
-        raise CheckpointError(
-            f"{folder}: max_position_embeddings={longest!r}: config.json must give a whole number."
-        )
+    positions = config.get("max_position_embeddings")
+    name = f"{folder}/config.json: max_position_embeddings"
+    longest = whole_number(name, positions, 1, error=CheckpointError)
     return {**read_transformer({**config, "use_bidirectional_attention": True}), "longest": longest}
 
 

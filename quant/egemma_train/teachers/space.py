@@ -15,13 +15,14 @@ Match = Literal["same", "prefix", "linear"]
 
 
 class TeacherSpace(nn.Module):
-    """Where student and teacher are compared when their widths differ; the report does not say.
+    """The map into a space in which vectors of different widths are compared.
 
-    "same": the widths are equal. "prefix": the teacher's first channels, at unit length again;
-    right for a teacher that was trained for short prefixes, as Gemini Embedding was. "linear": a
-    map from the student's width to the teacher's, without bias, trained with the student and thrown
-    away; it starts with orthonormal columns or rows, so that a narrower student starts with its own
-    cosines. Source: "linear" is the projection of EmbedDistill, arXiv:2301.12005.
+    The report does not name it, so there is a choice. "same": the widths are equal. "prefix": the
+    teacher's first channels, at unit length again; right for a teacher that was trained for short
+    prefixes, as Gemini Embedding was. "linear": a map from the student's width to the teacher's,
+    without bias, trained with the student and thrown away; it starts with orthonormal columns or
+    rows, so that a narrower student starts with its own cosines. Source: "linear" is the projection
+    of EmbedDistill, arXiv:2301.12005.
 
     Args:
         dim: D, the student's width.
