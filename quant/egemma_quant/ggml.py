@@ -1,9 +1,9 @@
 """The grids of ggml, for which Google publishes trained weights.
 
-The checkpoints are called `...-qat-q4_0-unquantized` and `...-qat-q8_0-unquantized`. They hold
-float weights that were trained for blocks of 32 with one float16 scale. Any other grid rounds them
-as no training prepared them for, so the grid is asked for by name (scheme "q4_0" or "q8_0"), and
-`hint` says when it was not.
+The checkpoints are called `...-qat-q4_0-unquantized` and `...-qat-q8_0-unquantized`. Their float
+weights were trained for blocks of 32 with one float16 scale. Any other grid rounds them as no
+training prepared them for, so the grid is asked for by name (scheme "q4_0" or "q8_0"), and `hint`
+says when it was not.
 
 Source: ggml-quants.c, quantize_row_q4_0_ref and quantize_row_q8_0_ref; the Python package gguf,
 with which the tests compare.
