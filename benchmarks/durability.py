@@ -33,7 +33,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,24 +56,19 @@ MODELS: dict[str, Any] = {
 }
 VOCABULARY = [f"w{number}" for number in range(30)]
 IDS = [f"d{number}" for number in range(60)]
-KINDS = tuple(
-    kind
-    for kind in (
-        "add",
-        "put",
-        "add_vectors",
-        "remove",
-        "compact",
-        "migrate",
-        "build_graph",
-        "tune",
-        "backup",
-        "export",
-        "import",
-        "abandon",
-        "reopen",
-    )
-    if kind != "build_graph" or find_spec("usearch") is not None
+KINDS = (
+    "add",
+    "put",
+    "add_vectors",
+    "remove",
+    "compact",
+    "migrate",
+    "tune",
+    "backup",
+    "export",
+    "import",
+    "abandon",
+    "reopen",
 )
 TOLERANCE = {True: 1e-6, False: 0.03}  # of a cosine, by whether floats are kept
 
@@ -191,9 +185,6 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
         if under_way is not None and not under_way.startswith(what):
             abandon(index.path)
         index.migrate(MODELS[what], batch=8)
-    elif kind == "build_graph":
-        if index.facts().chunks:
-            index.build_graph()
     elif kind == "tune":
         if index.facts().chunks > 20:
             index.tune(recall=0.9, k=3, sample=20, seed=seed)
@@ -358,21 +349,12 @@ def compare(index: Index, state: State, rng: random.Random) -> None:
         k = rng.choice([1, 5, 30])
         best = sorted(scores.values(), reverse=True)[:k]
         ways: list[dict[str, Any]] = [{"exact": True}, {}]
-        if where is None:
-            ways.append({"approximate": True})
         for way in ways:
-            try:
-                hits = index.search(query, k, where=where, **way).hits
-            except EgemmaError as error:
-                # none was built, or the chunks have other numbers since
-                if "approximate" in way and ("graph" in str(error) or "usearch" in str(error)):
-                    continue
-                raise
+            hits = index.search(query, k, where=where, **way).hits
             keys = [(hit.id, hit.position) for hit in hits]
             assert len(set(keys)) == len(keys), f"{way}: a chunk comes twice"
             assert set(keys) <= allowed, f"{way}: {set(keys) - allowed} must not be there"
-            if "approximate" not in way:
-                assert len(hits) == len(best), f"{way}: {len(hits)} hits, not {len(best)}"
+            assert len(hits) == len(best), f"{way}: {len(hits)} hits, not {len(best)}"
             for hit, key in zip(hits, keys, strict=True):
                 assert (hit.title, hit.text) == parts[key], f"{way}: {hit} is {parts[key]}"
                 assert abs(hit.score - scores[key]) < tolerance, (
@@ -759,10 +741,6 @@ def everything(path: Path, model: str) -> dict[str, Any]:
             for query in ("w1 w2", "w3", "w20 w21 w22"):
                 ask(f"vector {query}", lambda query=query: index.search(query, 7).hits)
                 ask(f"exact {query}", lambda query=query: index.search(query, 7, exact=True).hits)
-                ask(
-                    f"graph {query}",
-                    lambda query=query: index.search(query, 7, approximate=True).hits,
-                )
                 ask(f"text {query}", lambda query=query: index.search(query, 7, mode="text").hits)
                 ask(
                     f"hybrid {query}",
@@ -782,7 +760,7 @@ def everything(path: Path, model: str) -> dict[str, Any]:
 
 
 def make_subject(folder: Path, *, floats: bool, seed: int = 0) -> Path:
-    """An index with a graph, some documents replaced and removed."""
+    """An index with some documents replaced and removed."""
     rng = random.Random(seed)
     path = folder / "subject.egx"
     with Index.open(path, MODELS["words-1"], keep_floats=floats) as index:
@@ -797,7 +775,6 @@ def make_subject(folder: Path, *, floats: bool, seed: int = 0) -> Path:
                 for number, text in enumerate(texts.values())
             ],
         )
-        index.build_graph()
     return path
 
 
@@ -813,18 +790,12 @@ def damage_rounds(
     for floats in (False, True):
         (folder / str(floats)).mkdir()
         subject = make_subject(folder / str(floats), floats=floats)
-        for suffix in ("", ".graph"):
-            for how in ("bit flipped", "cut off", "page torn"):
-                name = (
-                    f"{'index' if suffix == '' else 'graph'}{' with floats' if floats else ''}, "
-                    f"{how}"
-                )
-                results[name] = in_child(
-                    lambda suffix=suffix, how=how, subject=subject: damage_some(
-                        subject, suffix, how, count, seed
-                    )
-                )
-                log(f"{name}: {results[name]}")
+        for how in ("bit flipped", "cut off", "page torn"):
+            name = f"index{' with floats' if floats else ''}, {how}"
+            results[name] = in_child(
+                lambda how=how, subject=subject: damage_some(subject, how, count, seed)
+            )
+            log(f"{name}: {results[name]}")
     return results
 
 
@@ -846,14 +817,12 @@ def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return result if result is not None else {"problem": f"the process died with status {status}"}
 
 
-def damage_some(subject: Path, suffix: str, how: str, count: int, seed: int) -> dict[str, Any]:
+def damage_some(subject: Path, how: str, count: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(dir=subject.parent) as folder:
         path = Path(folder) / subject.name
-        target = Path(f"{path}{suffix}")
-        sound = {end: Path(f"{subject}{end}").read_bytes() for end in ("", ".graph")}
-        for end, content in sound.items():
-            Path(f"{path}{end}").write_bytes(content)
+        sound = subject.read_bytes()
+        path.write_bytes(sound)
         wanted = everything(path, "words-1")
         assert not any(isinstance(answer, Exception) for answer in wanted.values()), wanted
         counts: Counter[str] = Counter()
@@ -862,10 +831,8 @@ def damage_some(subject: Path, suffix: str, how: str, count: int, seed: int) -> 
         for _ in range(count):
             for leftover in Path(folder).iterdir():
                 leftover.unlink()
-            for end, content in sound.items():
-                Path(f"{path}{end}").write_bytes(content)
-            damaged = spoil(rng, sound[suffix], how)
-            target.write_bytes(damaged)
+            damaged = spoil(rng, sound, how)
+            path.write_bytes(damaged)
             found = everything(path, "words-1")
             errors = [answer for answer in found.values() if isinstance(answer, Exception)]
             bad = (
@@ -1076,7 +1043,6 @@ def read_only_media(work: Path) -> dict[str, Any]:
                 "compact": index.compact,
                 "migrate": lambda: index.migrate(MODELS["words-2"]),
                 "import": lambda: index.import_jsonl(work / "from_readonly.jsonl"),
-                "build_graph": index.build_graph,
                 "tune": lambda: index.tune(recall=0.5, k=3, sample=10),
                 "backup": lambda: index.backup(folder / "b.egx"),
                 "export": lambda: index.export_jsonl(folder / "b.jsonl"),
@@ -1097,7 +1063,7 @@ def read_only_media(work: Path) -> dict[str, Any]:
                 problems.append(str(error))
     finally:
         subprocess.run(["umount", str(folder)], check=False)
-    return {"writes_refused": 9, "problems": problems}
+    return {"writes_refused": 8, "problems": problems}
 
 
 def clock_jumps(
@@ -1105,7 +1071,7 @@ def clock_jumps(
     seed: int,
     work: Path,
     *,
-    kinds: Sequence[str] = ("add", "put", "remove", "compact", "reopen", "build_graph"),
+    kinds: Sequence[str] = ("add", "put", "remove", "compact", "reopen"),
 ) -> dict[str, Any]:
     """The clocks jump years to and fro, and files get the times of other centuries, while an index
     is used and a folder is kept in sync.

@@ -239,7 +239,7 @@ def test_queries_searched_together_get_what_each_gets_alone(filled: dict[str, In
 
 
 def test_a_search_by_words_takes_nothing_that_is_about_vectors(filled: dict[str, Index]) -> None:
-    for settings_ in ({"dim": 16}, {"shortlist": 3}, {"exact": True}, {"approximate": True}):
+    for settings_ in ({"dim": 16}, {"shortlist": 3}, {"exact": True}):
         with pytest.raises(ConfigError, match="compares no vectors"):
             filled["codes"].search("text", mode="text", **cast(Any, settings_))
 
@@ -432,7 +432,7 @@ def test_more_words_than_full_text_takes_are_an_input_error(index: Index) -> Non
             index.search(
                 " ".join(f"w{number}" for number in range(10_000)), mode=cast(Any, mode)
             ) if mode == "text" else index._search(
-                index._plan(1, None, None, None, exact=False, approximate=False),
+                index._plan(1, None, None, None, exact=False),
                 WordEmbedder().vector("x")[None],
                 [" ".join(f"w{number}" for number in range(10_000))],
                 "hybrid",
@@ -642,7 +642,7 @@ def test_a_k_that_is_no_count_is_refused(index: Index, k: Any) -> None:
         ({"shortlist": 1.5}, ConfigError, "shortlist=1.5"),
         ({"shortlist": True}, ConfigError, "shortlist=True"),
         ({"exact": True, "shortlist": 5}, ConfigError, "exact=True"),
-        ({"exact": True, "approximate": True}, ConfigError, "exact=True"),
+        ({"exact": True, "shortlist": 3}, ConfigError, "exact=True"),
         ({"where": "lang = 'en'"}, ConfigError, "where"),
         ({"where": {"$where": "1"}}, ConfigError, r"\$where"),
         ({"where": [1]}, ConfigError, "where"),

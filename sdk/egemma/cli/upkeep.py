@@ -34,7 +34,6 @@ def run(args: argparse.Namespace, model_of: Callable[..., str]) -> int:
         "export": _export,
         "import": _import,
         "tune": _tune,
-        "graph": _graph,
         "migrate": _migrate,
         "abandon": _abandon,
     }
@@ -59,12 +58,7 @@ def _compact(args: argparse.Namespace, _: Callable[..., str]) -> int:
     _print(
         args,
         asdict(report),
-        f"{args.index}: {report.bytes_before / _MB:.1f} MB, now {report.bytes_after / _MB:.1f} MB"
-        + (
-            "; chunks have new numbers, so build the graph again if there was one"
-            if report.renumbered
-            else ""
-        ),
+        f"{args.index}: {report.bytes_before / _MB:.1f} MB, now {report.bytes_after / _MB:.1f} MB",
     )
     return 0
 
@@ -132,16 +126,6 @@ def _tune(args: argparse.Namespace, model_of: Callable[..., str]) -> int:
             report = index.tune(recall=args.recall, k=args.k, queries=queries)
     _print(args, asdict(report), report.to_text())
     return 0 if report.chosen is not None else 1
-
-
-def _graph(args: argparse.Namespace, _: Callable[..., str]) -> int:
-    with (
-        Index.open(args.index, create=False, threads=args.threads) as index,
-        Progress("passages", None) as progress,
-    ):
-        notes = index.build_graph(progress=progress.at)
-    _print(args, asdict(notes), f"{args.index}: the graph holds {notes.vectors} passages")
-    return 0
 
 
 def _migrate(args: argparse.Namespace, _: Callable[..., str]) -> int:

@@ -21,7 +21,6 @@ from typing import Any
 from egemma.identity import ModelIdentity
 from egemma.index.codes import Layout
 from egemma.index.damage import facts_crc32, find_damage
-from egemma.index.graph import GraphFacts, graph_facts
 from egemma.index.heads import Damage
 from egemma_core.errors import IndexFileError
 
@@ -173,7 +172,6 @@ class IndexFacts:
     format_version: int
     migrating_to: str | None  # the model that `migrate` is on its way to
     tuned: Mapping[str, Any] | None  # what `tune` found, and for how many chunks
-    graph: GraphFacts | None  # for approximate searches; None where none was built
     # the first that was found; None when there is none, or nobody asked for a check
     damage: str | None
 
@@ -373,17 +371,12 @@ def check_format(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} is an SQLite file of another program (application_id {application_id:#x}). "
             "Give the path of an index, or of a file that does not exist yet."
         )
-    version = file_version(connection)
-    if version > FORMAT_VERSION:
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version != FORMAT_VERSION:
         raise IndexFileError(
-            f"{path} has format version {version}, this egemma reads up to {FORMAT_VERSION}. "
-            "Update egemma."
-        )
-    if version < FORMAT_VERSION:
-        raise IndexFileError(
-            f"{path} has format version {version} and cannot be brought up to {FORMAT_VERSION} "
-            "without writing. "
-            "Open it once from a place where it can be written."
+            f"{path} has format version {version}, and this egemma reads version {FORMAT_VERSION}.",
+            hint="Export it as JSON lines with the egemma that wrote it (`egemma index export`), "
+            "and import these here (`egemma index import`).",
         )
     made = dict(
         connection.execute(
@@ -404,10 +397,6 @@ def check_format(connection: sqlite3.Connection, path: Path) -> None:
             f"{path} is damaged, or was made by something else: {', '.join(map(str, strange))} is "
             f"not as egemma makes it. {REBUILD}"
         )
-
-
-def file_version(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 @contextmanager
@@ -487,7 +476,6 @@ def facts_of(connection: sqlite3.Connection, path: Path, *, check: bool) -> Inde
         format_version=FORMAT_VERSION,
         migrating_to=None if to is None else str(to[0]),
         tuned=None if state.tuned is None else json.loads(state.tuned),
-        graph=graph_facts(connection, state, path),
         damage=find_damage(connection, state) if check else None,
     )
 

@@ -167,16 +167,6 @@ class Heads:
                 found.append(start + (best if rows is None else rows[best]))
         return found
 
-    def compare(
-        self, query: NDArray[np.float32], numbers: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """(n,) cosines of these rows, live or not, with a query (width,) that is not zero."""
-        codes = round_queries(query[None])
-        cosines: NDArray[np.float32] = self._scores(
-            codes, self.codes.take(numbers, axis=0), self.inverse[numbers]
-        )[0] / np.sqrt(np.float32(squares(codes)[0]))
-        return cosines
-
     def _scores(
         self, queries: NDArray[np.int8], codes: NDArray[np.int8], inverse: NDArray[np.float32]
     ) -> NDArray[np.float32]:

@@ -58,9 +58,9 @@ class How:
     scan_width: int | None  # width of the first pass; None where there was none
     shortlist: int | None  # vectors that the first pass left over for the second
     vectors: int  # that the first pass went through
-    approximate: bool  # the first pass was a graph, which can miss some
+    approximate: bool  # the first pass can miss some: a server's own index, never an index file
     kernel: str | None  # what computed the first pass
-    # of `vectors`, those that the first pass compared one by one; a graph found the others
+    # of `vectors`, those that the first pass compared one by one
     scanned: int = 0
     # chunks that there were when the shortlist was tuned; None where it was not tuned, or was given
     tuned_for: int | None = None

@@ -41,21 +41,6 @@ from egemma.index.file import (
     typed_errors,
     write_state,
 )
-from egemma.index.graph import (
-    CONNECTIVITY,
-    EXPANSION_ADD,
-    Graph,
-    GraphNotes,
-    build,
-    candidates,
-    check_graph,
-    graph_path,
-    problem_with,
-    read_graph,
-    usearch_module,
-    worth_adding_to,
-    write_graph,
-)
 from egemma.index.heads import Damage, Heads, kernel_name
 from egemma.index.hits import MODES, Document, Hits, How, Mode, read_document, read_hit
 from egemma.index.inputs import (
@@ -123,8 +108,6 @@ class Index:
         self._filters: dict[tuple[str, str], NDArray[np.bool_]] = {}
         self._filters_generation = -1
         self._documents_checked = False
-        self._graph: Graph | None = None
-        self._graph_stamp: tuple[int, int, int, int] | None = None
 
     @classmethod
     def open(
@@ -155,8 +138,6 @@ class Index:
             IndexMismatchError: the file holds vectors of another model.
             IndexFileError: no file, no index, damaged, from a newer egemma, or not accessible.
         """
-        from egemma.index.upgrade import upgrade
-
         identity = (
             embedder
             if isinstance(embedder, ModelIdentity) or embedder is None
@@ -180,8 +161,6 @@ class Index:
                             "of an index."
                         )
                     create_tables(connection, identity, floats=keep_floats)
-                if not read_only:
-                    upgrade(connection)
                 check_format(connection, path)
                 with transaction(connection):
                     state = read_state(connection)
@@ -507,7 +486,6 @@ class Index:
         task: str = DEFAULT_TASK,
         shortlist: int | None = None,
         exact: bool = False,
-        approximate: bool = False,
     ) -> Hits:
         """The chunks that answer a query best.
 
@@ -525,7 +503,6 @@ class Index:
             task: a task of the model, such as "search result" or "question answering".
             shortlist: None takes what `tune` found, or else the larger of 300 and 10 k.
             exact: compare every vector at `dim`, without a first pass.
-            approximate: use the graph of `build_graph` as the first pass.
 
         Returns:
             Hits by falling score; equal scores in the order in which chunks were added.
@@ -545,7 +522,6 @@ class Index:
             task=task,
             shortlist=shortlist,
             exact=exact,
-            approximate=approximate,
         )[0]
 
     def search_many(
@@ -559,7 +535,6 @@ class Index:
         task: str = DEFAULT_TASK,
         shortlist: int | None = None,
         exact: bool = False,
-        approximate: bool = False,
     ) -> list[Hits]:
         """As `search`, for several queries at once: they are embedded and scanned together."""
         if isinstance(queries, str):
@@ -569,11 +544,11 @@ class Index:
             raise InputError("queries: pass a list of texts, each with at least one word.")
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: choose one of {', '.join(MODES)}.")
-        if mode == "text" and (dim is not None or shortlist is not None or exact or approximate):
+        if mode == "text" and (dim is not None or shortlist is not None or exact):
             raise ConfigError(
-                "mode='text' compares no vectors: leave dim, shortlist, exact and approximate out."
+                "mode='text' compares no vectors: leave dim, shortlist and exact out."
             )
-        plan = self._plan(k, dim, where, shortlist, exact=exact, approximate=approximate)
+        plan = self._plan(k, dim, where, shortlist, exact=exact)
         if not queries:
             return []
         if mode == "text":
@@ -597,7 +572,6 @@ class Index:
         where: Mapping[Any, Any] | None = None,
         shortlist: int | None = None,
         exact: bool = False,
-        approximate: bool = False,
     ) -> Hits:
         """As `search`, for a query's vector by the same model.
 
@@ -619,7 +593,6 @@ class Index:
             where=where,
             shortlist=shortlist,
             exact=exact,
-            approximate=approximate,
         )[0]
 
     def search_vectors(
@@ -631,11 +604,10 @@ class Index:
         where: Mapping[Any, Any] | None = None,
         shortlist: int | None = None,
         exact: bool = False,
-        approximate: bool = False,
     ) -> list[Hits]:
         """As `search_vector`, for the (B, W) vectors of several queries."""
         return self._search(
-            self._plan(k, dim, where, shortlist, exact=exact, approximate=approximate),
+            self._plan(k, dim, where, shortlist, exact=exact),
             to_array(vectors),
             None,
             "vector",
@@ -645,74 +617,6 @@ class Index:
         """What the file says about itself; see `describe_index`."""
         with self._reading("read") as connection:
             return facts_of(connection, self.path, check=check)
-
-    def build_graph(
-        self,
-        *,
-        connectivity: int = CONNECTIVITY,
-        expansion_add: int = EXPANSION_ADD,
-        threads: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> GraphNotes:
-        """Build the graph that `search(approximate=True)` takes for its first pass: the file
-        `<index>.graph` beside this one.
-
-        It is worth its file from some hundred thousand chunks on. Where there is one already, the
-        chunks that were added since are added to it; where a fifth of it was deleted, or it does
-        not fit, it is made anew. Searches and writes go on meanwhile. The new file takes the place
-        of the old one in one step at the end; a build that is stopped leaves nothing and begins
-        again.
-
-        Args:
-            connectivity: neighbours of a node, 2 to 256: more find more, and make the file larger.
-            expansion_add: how many nodes an insertion looks at, up to 10,000: more find more, and
-                take longer.
-            threads: None takes those of this index.
-            progress: called now and then with how many of how many chunks are in.
-
-        Raises:
-            RuntimeUnavailableError: usearch is not installed.
-            IndexFileError: the index is damaged, or the file cannot be written.
-        """
-        check_graph(connectivity, expansion_add)
-        usearch_module()
-        path = graph_path(self.path)
-        with self._reading("read") as connection:
-            state = self._current(connection)
-            self._heads.refresh(
-                connection,
-                generation=state.generation,
-                next_number=state.next_number,
-                num_chunks=state.chunks,
-            )
-            # A row that is once filled keeps its codes, so they can be read while searches go on;
-            # which rows are live can change.
-            codes, live = (
-                self._heads.codes[: state.next_number],
-                self._heads.live[: state.next_number].copy(),
-            )
-            onto = worth_adding_to(path, state, self._heads, connectivity, expansion_add)
-        numbers = np.flatnonzero(live)
-        built = build(
-            codes,
-            numbers if onto is None else numbers[numbers >= onto.notes.next_number],
-            onto=onto,
-            connectivity=connectivity,
-            expansion_add=expansion_add,
-            threads=self._threads if threads is None else check_threads(threads),
-            progress=progress,
-        )
-        return write_graph(
-            path,
-            built,
-            fingerprint=state.identity.fingerprint,
-            numbering=state.numbering,
-            generation=state.generation,
-            next_number=state.next_number,
-            width=state.scan_width,
-            connectivity=connectivity,
-            expansion_add=expansion_add,
-        )
 
     def remember_model_path(self, model_path: str) -> None:
         """Store where the bundle lies, as a hint for the next command."""
@@ -737,7 +641,7 @@ class Index:
         Every trained width is tried but the full one. The truth is an exact search at full width,
         the speed is that of this machine now, and what counts is the lower end of the recall's
         confidence interval. Where another width is chosen, all heads are written anew in one
-        transaction; a graph must then be built anew. Where nothing reaches it, nothing is stored.
+        transaction. Where nothing reaches it, nothing is stored.
 
         Args:
             recall: part of the best k that shall be found, such as 0.99.
@@ -889,7 +793,6 @@ class Index:
             self._closed = True
             self._heads = Heads(self._heads.width, self._threads)
             self._filters.clear()
-            self._graph = None
             with typed_errors(self.path, "close"):
                 if self._writer is not None:
                     self._writer.close()
@@ -914,16 +817,13 @@ class Index:
         shortlist: int | None,
         *,
         exact: bool,
-        approximate: bool,
     ) -> Plan:
         check_k(k)
         check_shortlist(shortlist)
         if dim is not None:
             check_dim(dim, self._identity.dims)
-        if exact and (approximate or shortlist is not None):
-            raise ConfigError(
-                "exact=True compares every vector: leave approximate and shortlist out."
-            )
+        if exact and shortlist is not None:
+            raise ConfigError("exact=True compares every vector: leave shortlist out.")
         condition = None if where is None else to_sqlite(parse(where))
         return Plan(
             k=k,
@@ -931,7 +831,6 @@ class Index:
             condition=condition,
             shortlist=shortlist,
             exact=exact,
-            approximate=approximate,
         )
 
     def _search(
@@ -1027,12 +926,7 @@ class Index:
         )
         shortlist = max(count, shortlist)
         rough = shortened(queries, state.scan_width).astype(np.float32)
-        scanned, kernel = searched, kernel_name()
-        if plan.approximate:
-            candidates, scanned = self._graph_candidates(state, rough, shortlist, allowed)
-            kernel = kernel if scanned == searched else f"usearch {usearch_module().__version__}"
-        else:
-            candidates = self._heads.scan(rough, shortlist, allowed)
+        candidates = self._heads.scan(rough, shortlist, allowed)
         ranked = [
             self._rescore(connection, state, unit[row], dim, numbers)[:count]
             for row, numbers in enumerate(candidates)
@@ -1043,36 +937,10 @@ class Index:
             scan_width=state.scan_width,
             shortlist=shortlist,
             vectors=searched,
-            approximate=scanned < searched,
-            kernel=kernel,
-            scanned=scanned,
+            kernel=kernel_name(),
+            scanned=searched,
             tuned_for=tuned_for,
         )
-
-    def _graph_candidates(
-        self,
-        state: State,
-        queries: NDArray[np.float32],
-        count: int,
-        allowed: NDArray[np.bool_] | None,
-    ) -> tuple[list[NDArray[np.int64]], int]:
-        """As `graph.candidates`, from the graph file as it is now."""
-        path = graph_path(self.path)
-        stamp = stamp_of(path)
-        if self._graph is None or self._graph_stamp != stamp:
-            self._graph, self._graph_stamp = read_graph(path), stamp
-        if self._graph is None:
-            raise IndexFileError(
-                f"{path}: no such file, and approximate=True needs it. Build it with `egemma index "
-                f"graph {self.path}`."
-            )
-        problem = problem_with(self._graph.notes, state)
-        if problem is not None:
-            raise IndexFileError(
-                f"{path} cannot be used: {problem}. Build it anew with `egemma index graph "
-                f"{self.path}`."
-            )
-        return candidates(self._graph, self._heads, queries, count, allowed, path)
 
     def _rescore(
         self,

@@ -36,7 +36,6 @@ from egemma.index.file import (
 )
 from egemma.index.heads import BLOCK_ROWS, LIVE_BYTES, Damage, block_crc32, head_crc32, live_numbers
 from egemma.index.rows import append_heads
-from egemma.index.upgrade import upgrade
 from egemma_core.errors import IndexFileError
 
 MOST_FINDINGS = 100
@@ -62,8 +61,6 @@ def opened(path: str | Path, doing: str, *, write: bool) -> Iterator[sqlite3.Con
                 raise IndexFileError(
                     f"{path} is empty: it is not an index yet. Fill it with `egemma add`."
                 )
-            if not read_only:
-                upgrade(connection)
             check_format(connection, path)
             yield connection
     finally:
@@ -145,7 +142,7 @@ class CompactReport:
     """What `compact` did."""
 
     chunks: int
-    renumbered: bool  # chunks have new, dense numbers; a graph must be built again
+    renumbered: bool  # chunks have new, dense numbers
     bytes_before: int
     bytes_after: int
 

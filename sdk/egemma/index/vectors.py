@@ -31,7 +31,6 @@ class Plan:
     condition: tuple[str, Sequence[object]] | None
     shortlist: int | None
     exact: bool
-    approximate: bool
 
 
 def default_shortlist(state: State, k: int) -> tuple[int, int | None]:
