@@ -273,7 +273,7 @@ def prepare_ours(size: int, width: int, place: Place, say: Callable[[str], None]
     say(f"building {path.name}")
     started = time.perf_counter()
     with Embedder.open(place.vectors / "bundle") as embedder:
-        identity = ModelIdentity.of(embedder)
+        identity = ModelIdentity.of(embedder.manifest)
     with Index.open(made, identity, threads=place.threads) as index:
         texts = place.texts("passages.txt", size)
         for start, rows in parts(place, size, 2000):

@@ -116,8 +116,8 @@ def test_afterwards_the_index_answers_as_one_that_never_knew_another_model(
             embedded=600,
             resumed=0,
             truncated=0,
-            from_model=ModelIdentity.of(cast(Any, WordEmbedder(OLD))).name,
-            to_model=ModelIdentity.of(cast(Any, new)).name,
+            from_model=ModelIdentity.of(cast(Any, WordEmbedder(OLD).manifest)).name,
+            to_model=ModelIdentity.of(cast(Any, new).manifest).name,
         )
         assert seen == [(done, 600) for done in range(50, 601, 50)]
         assert answers(index) == wanted != old

@@ -550,7 +550,7 @@ def test_vectors_without_texts_come_back_too(tmp_path: Path) -> None:
     vectors = np.stack([WordEmbedder().vector(text) for text in TEXTS])
     with (
         open_index(tmp_path / "a.egx") as index,
-        Index.open(tmp_path / "b.egx", ModelIdentity.of(cast(Any, WordEmbedder()))) as copy,
+        Index.open(tmp_path / "b.egx", ModelIdentity.of(cast(Any, WordEmbedder().manifest))) as copy,
     ):
         index.add_vectors(vectors, ids=list("abcd"))
         index.export_jsonl(tmp_path / "a.jsonl")

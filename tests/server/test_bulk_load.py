@@ -99,7 +99,7 @@ def test_loading_again_changes_nothing(run: Any, tmp_path: Path, index: Index) -
 def test_an_index_without_an_embedder_is_filled_too(
     run: Any, tmp_path: Path, embedder: Embedder
 ) -> None:
-    with Index.open(tmp_path / "index.db", ModelIdentity.of(embedder)) as index:
+    with Index.open(tmp_path / "index.db", ModelIdentity.of(embedder.manifest)) as index:
         assert load_parquet(index, run(write(tmp_path / "in.parquet"))).rows == 100
     with Index.open(tmp_path / "index.db", embedder) as index:
         assert len(index.search("water", k=3)) == 3

@@ -312,7 +312,7 @@ def test_nothing_is_found_in_an_empty_store_and_nothing_is_added_by_an_empty_cal
 
 def test_vectors_from_elsewhere_can_be_stored_without_texts_or_a_model(door: Door) -> None:
     vectors = unit(1, 20)
-    with door.open(ModelIdentity.of(cast(Any, WordEmbedder()))) as store:
+    with door.open(ModelIdentity.of(cast(Any, WordEmbedder()).manifest)) as store:
         ids = [f"v{number}" for number in range(20)]
         assert store.add_vectors(vectors, ids=ids) == ids
         assert found(store.search_vector(vectors[7], 1)) == ["v7"]

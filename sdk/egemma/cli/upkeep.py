@@ -14,8 +14,9 @@ from pathlib import Path
 from egemma.cli.progress import Progress
 from egemma.cli.reading import read_lines
 from egemma.embedder import BUILTIN, Embedder
-from egemma.index import Index, describe_index, is_new, migration, upkeep
-from egemma.index.jsonl import read_header
+from egemma import upkeep
+from egemma.index import Index, describe_index, is_new
+from egemma.index.jsonl_lines import read_header
 from egemma_core.errors import InputError
 
 _MB = 1e6
@@ -74,8 +75,9 @@ def _backup(args: argparse.Namespace, _: Callable[..., str]) -> int:
 
 
 def _export(args: argparse.Namespace, _: Callable[..., str]) -> int:
-    with Index.open(args.index, create=False) as index:
-        documents = index.export_jsonl(args.to, vectors=not args.no_vectors, force=args.force)
+    documents = upkeep.export_jsonl(
+        args.index, args.to, vectors=not args.no_vectors, force=args.force
+    )
     _print(
         args,
         {"file": args.to, "documents": documents},
@@ -133,7 +135,7 @@ def _migrate(args: argparse.Namespace, _: Callable[..., str]) -> int:
         Embedder.open(args.to, threads=args.threads) as embedder,
         Progress("passages", None) as progress,
     ):
-        report = migration.migrate(
+        report = upkeep.migrate(
             args.index, embedder, overflow=args.overflow, progress=progress.at
         )
     with Index.open(args.index, create=False) as index:
@@ -154,7 +156,7 @@ def _migrate(args: argparse.Namespace, _: Callable[..., str]) -> int:
 
 
 def _abandon(args: argparse.Namespace, _: Callable[..., str]) -> int:
-    if not migration.abandon(args.index):
+    if not upkeep.abandon(args.index):
         raise InputError(
             f"{args.index} is not on its way to another model: there is nothing to give up."
         )

@@ -181,7 +181,7 @@ def embed_parquet(
     out = Path(out).resolve()
     _check_apart(source, folder, names, out)
     with Embedder.open(bundle, threads=threads, memory_mb=memory_mb) as embedder:
-        identity, manifest = ModelIdentity.of(embedder), embedder.manifest
+        identity, manifest = ModelIdentity.of(embedder.manifest), embedder.manifest
     texts = [
         column for column in (settings.text_column, settings.title_column) if column is not None
     ]

@@ -120,7 +120,7 @@ class PostgresIndex:
         identity = (
             embedder
             if isinstance(embedder, ModelIdentity) or embedder is None
-            else ModelIdentity.of(embedder)
+            else ModelIdentity.of(embedder.manifest)
         )
         psycopg = psycopg_here()
         place = place_of(name)

@@ -117,7 +117,7 @@ class QdrantIndex:
         identity = (
             embedder
             if isinstance(embedder, ModelIdentity) or embedder is None
-            else ModelIdentity.of(embedder)
+            else ModelIdentity.of(embedder.manifest)
         )
         wanted = (
             None

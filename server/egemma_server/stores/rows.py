@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
 from egemma.index.codes import check_vectors
-from egemma.index.hits import MODES, Document, Hit, Hits, How, Mode
+from egemma.index.hits import MODES, Document, Hit, Hits, Mode, SearchInfo
 from egemma.index.inputs import (
     check_counts,
     check_ids,
@@ -121,8 +121,8 @@ class Plan:
 
     def how(
         self, *, scan_width: int | None, shortlist: int | None, vectors: int, kernel: str | None
-    ) -> How:
-        return How(
+    ) -> SearchInfo:
+        return SearchInfo(
             mode=self.mode,
             dim=self.dim,
             scan_width=scan_width,
@@ -356,7 +356,7 @@ def ranked_hits(
     ranked: Sequence[tuple[str, float]],
     cosines: Mapping[str, float],
     text_scores: Mapping[str, float],
-    how: How,
+    how: SearchInfo,
 ) -> Hits:
     return Hits(
         hits=tuple(
