@@ -223,20 +223,25 @@ def atomic_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
                 f"{destination} holds files that are not a bundle; it will not be replaced.",
                 hint="Choose another --out.",
             )
-    scratch: Path | None = None
-    try:
+    with _writing(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(
-            tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
-        )
+        prefix = f".{destination.name}.partial-"
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+    try:
         yield scratch
-        scratch.chmod(0o755)  # mkdtemp makes private folders
-        publish_folder(scratch, destination, replace=replace)
+        with _writing(destination):
+            scratch.chmod(0o755)  # mkdtemp makes private folders
+            publish_folder(scratch, destination, replace=replace)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _writing(destination: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise BundleError(f"{destination} cannot be written: {error}.") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _parse(body: dict[str, Any], path: Path) -> Manifest:

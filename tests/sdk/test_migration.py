@@ -538,8 +538,8 @@ def test_a_search_and_an_addition_that_the_switch_overtakes_ask_the_new_model(
     class Overtaken(WordEmbedder):
         """Migrates the index while it is embedding, as another thread can."""
 
-        def embed_queries(self, *args: Any, **settings: Any) -> Any:
-            found = super().embed_queries(*args, **settings)
+        def embed_query(self, *args: Any, **settings: Any) -> Any:
+            found = super().embed_query(*args, **settings)
             index.migrate(cast(Any, new))
             return found
 

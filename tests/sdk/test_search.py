@@ -606,8 +606,8 @@ def test_a_search_says_how_it_was_done(filled: dict[str, Index]) -> None:
 
 def test_the_task_reaches_the_model(tmp_path: Path) -> None:
     class Tasks(WordEmbedder):
-        def embed_queries(self, texts: Any, *, task: str = "none", **settings_: Any) -> Any:
-            return super().embed_queries([f"{task} {text}" for text in texts], **settings_)
+        def embed_query(self, text: Any, *, task: str = "none", **settings_: Any) -> Any:
+            return super().embed_query([f"{task} {one}" for one in text], **settings_)
 
     with Index.open(tmp_path / "a.egx", cast(Any, Tasks())) as index:
         index.add(["clustering word", "retrieval word"])
@@ -654,7 +654,7 @@ def test_a_setting_that_cannot_work_is_refused_before_anything_is_embedded(
     index: Index, settings_: Any, error: Any, says: str
 ) -> None:
     index.add(TEXTS)
-    cast(Any, index._embedder).embed_queries = None
+    cast(Any, index._embedder).embed_query = None
     with pytest.raises(error, match=says):
         index.search("cat", **settings_)
 

@@ -186,7 +186,7 @@ def test_queries_are_embedded_behind_the_prompt_of_their_task(
     assert (
         np.abs(
             vectors(read(tmp_path / "out"))
-            - embedder.embed_queries(texts, task="clustering").vectors
+            - embedder.embed_query(texts, task="clustering").vectors
         ).max()
         < BOUND
     )

@@ -580,7 +580,7 @@ class Index:
             return self._search(plan, None, list(queries), mode)
         while True:
             embedder = self._embedder_here("search by meaning")
-            vectors = embedder.embed_queries(queries, task=task).vectors
+            vectors = embedder.embed_query(queries, task=task).vectors
             with self._reading_lock:
                 # else `migrate` was called meanwhile, and is done: ask the new model
                 if embedder is self._embedder:
@@ -761,7 +761,7 @@ class Index:
             given = (
                 queries
                 if isinstance(queries, np.ndarray)
-                else self._embedder_here("embed queries").embed_queries(list(queries)).vectors
+                else self._embedder_here("embed queries").embed_query(list(queries)).vectors
             )
             vectors = query_rows(given, self._identity.dim, self._identity)[0]
             if not len(vectors):
