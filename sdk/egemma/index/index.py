@@ -73,8 +73,10 @@ from egemma.index.rows import Change, NewChunk, stored_chunks
 from egemma.index.tune import SAMPLE, TuneReport, Wanted, measure, pick_chunks, rewrite_heads
 from egemma.index.vectors import Plan, default_shortlist, rescore_ms, shortened, stored_vectors
 from egemma.index.words import best_words
+from egemma.metadata import pack_metadata
 from egemma.threads import check_threads
-from egemma.where import pack_metadata, parse, to_sqlite
+from egemma.where import parse
+from egemma.where_sqlite import to_sqlite
 from egemma_core.errors import ConfigError, IndexFileError, InputError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.tokens import Overflow

@@ -17,7 +17,7 @@ from egemma.index.damage import chunk_hash, fits, vector_crc32
 from egemma.index.heads import BLOCK_ROWS, Damage
 from egemma.index.inputs import check_id, check_text, check_unique, pack_json
 from egemma.index.rows import Change, NewChunk, StoredChunk, stored_chunks, stored_heads
-from egemma.where import pack_metadata
+from egemma.metadata import pack_metadata
 from egemma_core.errors import InputError
 from egemma_core.tokens import Overflow
 
