@@ -41,10 +41,11 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+from egemma import upkeep
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.index import Index, describe_index, jsonl
 from egemma.index.migration import abandon
-from egemma.index.upkeep import check
+from egemma.upkeep import check
 from egemma_core.errors import EgemmaError, IndexFileError, IndexMismatchError
 from tests.sdk.fakes import WordEmbedder
 
@@ -164,7 +165,7 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
             ]
         )
     elif kind == "add_vectors":
-        model: Any = index._embedder
+        model: Any = index._session.embedder
         vectors = model.embed_documents(
             [doc.text for doc in what.values()], titles=[doc.title for doc in what.values()]
         ).vectors
@@ -179,7 +180,7 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
         index.remove(what)
     elif kind == "compact":
         abandon(index.path)
-        index.compact()
+        upkeep.compact(index.path)
     elif kind == "migrate":
         under_way = index.facts().migrating_to
         if under_way is not None and not under_way.startswith(what):
@@ -189,16 +190,16 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
         if index.facts().chunks > 20:
             index.tune(recall=0.9, k=3, sample=20, seed=seed)
     elif kind == "backup":
-        index.backup(folder / "backup.egx", force=True)
+        upkeep.backup(index.path, folder / "backup.egx", force=True)
     elif kind == "export":
-        index.export_jsonl(folder / "export.jsonl", force=True)
+        upkeep.export_jsonl(index.path, folder / "export.jsonl", force=True)
     elif kind == "import":
         index.import_jsonl(folder / "import.jsonl", reembed=True)
     elif kind == "abandon":
         abandon(index.path)
     elif kind == "reopen":
         index.close()
-        return Index.open(index.path, index._embedder)
+        return Index.open(index.path, index._session.embedder)
     return index
 
 
@@ -218,9 +219,9 @@ def after(state: State, op: tuple[Any, ...], imported: dict[str, Doc]) -> list[S
         end.model = what
     elif kind == "import":
         items = list(imported.items())
-        for start in range(0, len(items), jsonl._TOGETHER):
+        for start in range(0, len(items), jsonl._DOCUMENTS_TOGETHER):
             end = end.copy()
-            end.docs.update(items[start : start + jsonl._TOGETHER])
+            end.docs.update(items[start : start + jsonl._DOCUMENTS_TOGETHER])
             states.append(end)
         return states
     return [*states, end]
@@ -461,7 +462,7 @@ def kill_rounds(  # noqa: PLR0912, PLR0915
     folder = work
     state = State("words-1", True)
     reader: tuple[int, Ear, int] | None = None
-    jsonl._TOGETHER = 8
+    jsonl._DOCUMENTS_TOGETHER = 8
     for number in range(kills):
         if number % rounds_per_file == 0:
             reader = stop_reader(reader, report)
@@ -594,7 +595,7 @@ def make_import(rng: random.Random, folder: Path) -> None:
             ids=list(docs),
             metadata=[doc.metadata for doc in docs.values()],
         )
-        other.export_jsonl(folder / "import.jsonl")
+        upkeep.export_jsonl(other.path, folder / "import.jsonl")
     (folder / "import.pickle").write_bytes(pickle.dumps(docs))
 
 
@@ -1002,7 +1003,7 @@ def full_disk(work: Path, seed: int, *, steps: int = 400) -> dict[str, Any]:
             if rng.random() < 0.3:
                 (folder / "backup.egx").unlink(missing_ok=True)
                 (folder / "export.jsonl").unlink(missing_ok=True)
-                index.compact() if index.facts().migrating_to is None else None
+                upkeep.compact(index.path) if index.facts().migrating_to is None else None
         index.close()
     finally:
         subprocess.run(["umount", str(folder)], check=False)
@@ -1035,8 +1036,8 @@ def read_only_media(work: Path) -> dict[str, Any]:
         if check(path):
             problems.append("check finds something on read-only media")
         with Index.open(path, MODELS["words-1"]) as index:
-            index.backup(work / "from_readonly.egx")
-            index.export_jsonl(work / "from_readonly.jsonl")
+            upkeep.backup(index.path, work / "from_readonly.egx")
+            upkeep.export_jsonl(index.path, work / "from_readonly.jsonl")
             writes: dict[str, Callable[[], object]] = {
                 "add": lambda: index.add(["x"]),
                 "remove": lambda: index.remove(["d1"]),
@@ -1044,8 +1045,8 @@ def read_only_media(work: Path) -> dict[str, Any]:
                 "migrate": lambda: index.migrate(MODELS["words-2"]),
                 "import": lambda: index.import_jsonl(work / "from_readonly.jsonl"),
                 "tune": lambda: index.tune(recall=0.5, k=3, sample=10),
-                "backup": lambda: index.backup(folder / "b.egx"),
-                "export": lambda: index.export_jsonl(folder / "b.jsonl"),
+                "backup": lambda: upkeep.backup(index.path, folder / "b.egx"),
+                "export": lambda: upkeep.export_jsonl(index.path, folder / "b.jsonl"),
             }
             for name, write in writes.items():
                 try:

@@ -16,8 +16,8 @@ import pytest
 
 from egemma.identity import ModelIdentity
 from egemma.index import Index, describe_index, file, is_new
-from egemma.index.file import APPLICATION_ID
-from egemma.index.upkeep import check
+from egemma.index.facts import APPLICATION_ID
+from egemma.upkeep import check
 from egemma_core.errors import ConfigError, IndexFileError, IndexMismatchError
 from tests.sdk.fakes import DIMS, TEXTS, WordEmbedder, open_index
 
@@ -77,10 +77,7 @@ def test_a_file_can_be_opened_by_identity_or_by_nobody_and_then_embeds_nothing(
         identity = index.identity
     for key in (identity, None):
         with Index.open(tmp_path / "a.egx", key) as index:
-            assert (
-                index.search_vector(WordEmbedder().vector("the cat sat on the mat"), k=1)[0].id
-                == "cat"
-            )
+            assert index.search(WordEmbedder().vector("the cat sat on the mat"), k=1)[0].id == "cat"
             assert index.search("cat", mode="text")[0].id == "cat"
             for call in (
                 lambda: index.search("cat"),
@@ -257,8 +254,11 @@ def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
             overflow="truncate",
         )
         index.add(["word " * 100], ids=["chunked"], overflow="chunk")
-        assert index._reader.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-        for connection in (index._reader, cast(sqlite3.Connection, index._writer)):
+        assert index._session._reader.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        for connection in (
+            index._session._reader,
+            cast(sqlite3.Connection, index._session._writer),
+        ):
             assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
             assert connection.execute("PRAGMA trusted_schema").fetchone()[0] == 0
         inside = index.facts(check=True)

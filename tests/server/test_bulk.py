@@ -185,8 +185,7 @@ def test_queries_are_embedded_behind_the_prompt_of_their_task(
     run(write(tmp_path / "in.parquet", texts), role="query", task="clustering")
     assert (
         np.abs(
-            vectors(read(tmp_path / "out"))
-            - embedder.embed_queries(texts, task="clustering").vectors
+            vectors(read(tmp_path / "out")) - embedder.embed_query(texts, task="clustering").vectors
         ).max()
         < BOUND
     )

@@ -23,15 +23,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
-from egemma.where import (
-    MAX_COMPARISONS,
-    MAX_FILTER_DEPTH,
-    MAX_METADATA_DEPTH,
-    MAX_VALUES,
-    matches,
-    pack_metadata,
-    parse,
-)
+from egemma.metadata import MAX_METADATA_DEPTH, pack_metadata
+from egemma.where import MAX_COMPARISONS, MAX_FILTER_DEPTH, MAX_VALUES, matches, parse
 from egemma_core.errors import (
     ConfigError,
     DimensionError,

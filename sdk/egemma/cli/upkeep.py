@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from egemma import upkeep
 from egemma.cli.progress import Progress
 from egemma.cli.reading import read_lines
 from egemma.embedder import BUILTIN, Embedder
-from egemma import upkeep
 from egemma.index import Index, describe_index, is_new
 from egemma.index.jsonl_lines import read_header
 from egemma_core.errors import InputError
@@ -135,9 +135,7 @@ def _migrate(args: argparse.Namespace, _: Callable[..., str]) -> int:
         Embedder.open(args.to, threads=args.threads) as embedder,
         Progress("passages", None) as progress,
     ):
-        report = upkeep.migrate(
-            args.index, embedder, overflow=args.overflow, progress=progress.at
-        )
+        report = upkeep.migrate(args.index, embedder, overflow=args.overflow, progress=progress.at)
     with Index.open(args.index, create=False) as index:
         index.remember_model_path(args.to if args.to == BUILTIN else str(Path(args.to).resolve()))
     earlier = f", {report.resumed} were there from before" if report.resumed else ""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from egemma.index.blocks import changed_blocks
 from egemma.index.checksums import Damage
 from egemma.index.codes import squares
 from egemma.index.facts import BLOCK_ROWS, State
-from egemma.index.records import changed_blocks
 from egemma.index.scan import (
     best_kernel,
     highest,

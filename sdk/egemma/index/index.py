@@ -29,7 +29,8 @@ from egemma.index.session import Session
 from egemma.index.tuned import TuneReport
 from egemma.index.upkeep.describe import IndexFacts, facts_of
 from egemma.threads import check_threads
-from egemma.where import parse, to_sqlite
+from egemma.where import parse
+from egemma.where_sqlite import to_sqlite
 from egemma_core.checks import one_of
 from egemma_core.errors import InputError, NotFoundError
 from egemma_core.prompts import DEFAULT_TASK
@@ -273,7 +274,7 @@ class Index:
     @overload
     def search(
         self,
-        query: Sequence[str],
+        query: list[str] | tuple[str, ...],
         k: int = 10,
         *,
         dim: int | None = None,
@@ -300,7 +301,7 @@ class Index:
 
     def search(
         self,
-        query: str | Sequence[str] | NDArray[Any],
+        query: str | list[str] | tuple[str, ...] | NDArray[Any],
         k: int = 10,
         *,
         dim: int | None = None,
@@ -349,7 +350,7 @@ class Index:
             shortlist=shortlist,
             exact=exact,
         )
-        if not len(queries):
+        if queries.texts == []:
             return []
         words = queries.texts if mode != "vector" else None
         while True:

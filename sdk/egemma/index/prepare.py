@@ -23,7 +23,7 @@ from egemma.index.inputs import (
     one_per_text,
     pack_json,
 )
-from egemma.where import pack_metadata
+from egemma.metadata import pack_metadata
 from egemma_core.errors import InputError
 
 if TYPE_CHECKING:

@@ -247,7 +247,7 @@ def chunk_keys(
             part,
         )
         for id_, document, *fields, truncated in rows:
-            key = ChunkKey(*fields, bool(truncated))
+            key = ChunkKey._make((*fields, bool(truncated)))
             found.setdefault(id_, (document, []))[1].append(key)
     return found
 
@@ -341,7 +341,8 @@ def read_vector(connection: sqlite3.Connection, state: State, number: int) -> ND
     """Return (D,) a stored vector, as near to its floats as the file has it."""
     head = HeadReader(connection, state.scan_width).head(number)
     codes = np.frombuffer(head, np.int8)[None]
-    return read_vectors(connection, state, codes, np.array([number]))[0].astype(np.float32)
+    vector = read_vectors(connection, state, codes, np.array([number]))[0]
+    return vector.astype(np.float32)
 
 
 def read_vectors(

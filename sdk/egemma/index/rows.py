@@ -146,7 +146,7 @@ class Change:
         self.connection.executemany(
             "INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", texts
         )
-        append_heads(self.connection, "heads", first, heads)
+        append_heads(self.connection, first, heads)
         for number in range(first, first + len(chunks)):
             self._mark(number, live=True)
         self.state = replace(

@@ -25,7 +25,8 @@ from egemma.index.records import CHUNKS_WHERE, numbers_where, read_vectors
 from egemma.index.scan import kernel_name
 from egemma.index.tuned import Tuned
 from egemma.index.words import best_words
-from egemma.where import parse, to_sqlite
+from egemma.where import parse
+from egemma.where_sqlite import to_sqlite
 from egemma_core.errors import ConfigError, InputError
 from egemma_core.vectors import check_dim
 

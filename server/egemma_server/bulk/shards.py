@@ -193,7 +193,7 @@ class ShardEmbedder:
         settings = self.job.settings
         chosen = [texts[row] for row in rows]
         if settings.role == "query":
-            return self._embedder.embed_queries(
+            return self._embedder.embed_query(
                 chosen,
                 task=settings.task or DEFAULT_TASK,
                 dim=settings.dim,

@@ -17,7 +17,7 @@ from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index.hits import Document, Hits, Mode
 from egemma.index.inputs import check_ids
-from egemma.where import All, parse
+from egemma.where import And, parse
 from egemma_core.errors import ConfigError, IndexFileError, InputError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.vectors import check_dim
@@ -244,7 +244,7 @@ class PostgresIndex:
         """The ids of all documents, or of those that a filter is true for, in the order in which
         they were added.
         """
-        condition, parameters = to_postgres(parse(where) if where is not None else All(()))
+        condition, parameters = to_postgres(parse(where) if where is not None else And(()))
         with self._transaction("read", snapshot=True) as run:
             return [
                 row[0]
@@ -515,7 +515,7 @@ class PostgresIndex:
     def _search(self, plan: Plan) -> list[Hits]:
         """Everything about these queries from one state of the tables."""
         condition, parameters = to_postgres(
-            plan.condition if plan.condition is not None else All(())
+            plan.condition if plan.condition is not None else And(())
         )
         results = []
         with self._transaction("searched", snapshot=True) as run:

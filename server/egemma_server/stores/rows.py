@@ -28,7 +28,8 @@ from egemma.index.inputs import (
     query_rows,
 )
 from egemma.index.words import MAX_WORDS
-from egemma.where import Condition, pack_metadata, parse
+from egemma.metadata import pack_metadata
+from egemma.where import Condition, parse
 from egemma_core.errors import ConfigError, InputError
 from egemma_core.tokens import Overflow
 from egemma_core.vectors import check_dim
