@@ -33,7 +33,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,11 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+from egemma import upkeep
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.index import Index, describe_index, jsonl
 from egemma.index.migration import abandon
-from egemma.index.upkeep import check
+from egemma.upkeep import check
 from egemma_core.errors import EgemmaError, IndexFileError, IndexMismatchError
 from tests.sdk.fakes import WordEmbedder
 
@@ -57,24 +57,19 @@ MODELS: dict[str, Any] = {
 }
 VOCABULARY = [f"w{number}" for number in range(30)]
 IDS = [f"d{number}" for number in range(60)]
-KINDS = tuple(
-    kind
-    for kind in (
-        "add",
-        "put",
-        "add_vectors",
-        "remove",
-        "compact",
-        "migrate",
-        "build_graph",
-        "tune",
-        "backup",
-        "export",
-        "import",
-        "abandon",
-        "reopen",
-    )
-    if kind != "build_graph" or find_spec("usearch") is not None
+KINDS = (
+    "add",
+    "put",
+    "add_vectors",
+    "remove",
+    "compact",
+    "migrate",
+    "tune",
+    "backup",
+    "export",
+    "import",
+    "abandon",
+    "reopen",
 )
 TOLERANCE = {True: 1e-6, False: 0.03}  # of a cosine, by whether floats are kept
 
@@ -170,7 +165,7 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
             ]
         )
     elif kind == "add_vectors":
-        model: Any = index._embedder
+        model: Any = index._session.embedder
         vectors = model.embed_documents(
             [doc.text for doc in what.values()], titles=[doc.title for doc in what.values()]
         ).vectors
@@ -185,29 +180,26 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
         index.remove(what)
     elif kind == "compact":
         abandon(index.path)
-        index.compact()
+        upkeep.compact(index.path)
     elif kind == "migrate":
         under_way = index.facts().migrating_to
         if under_way is not None and not under_way.startswith(what):
             abandon(index.path)
         index.migrate(MODELS[what], batch=8)
-    elif kind == "build_graph":
-        if index.facts().chunks:
-            index.build_graph()
     elif kind == "tune":
         if index.facts().chunks > 20:
             index.tune(recall=0.9, k=3, sample=20, seed=seed)
     elif kind == "backup":
-        index.backup(folder / "backup.egx", force=True)
+        upkeep.backup(index.path, folder / "backup.egx", force=True)
     elif kind == "export":
-        index.export_jsonl(folder / "export.jsonl", force=True)
+        upkeep.export_jsonl(index.path, folder / "export.jsonl", force=True)
     elif kind == "import":
         index.import_jsonl(folder / "import.jsonl", reembed=True)
     elif kind == "abandon":
         abandon(index.path)
     elif kind == "reopen":
         index.close()
-        return Index.open(index.path, index._embedder)
+        return Index.open(index.path, index._session.embedder)
     return index
 
 
@@ -227,9 +219,9 @@ def after(state: State, op: tuple[Any, ...], imported: dict[str, Doc]) -> list[S
         end.model = what
     elif kind == "import":
         items = list(imported.items())
-        for start in range(0, len(items), jsonl._TOGETHER):
+        for start in range(0, len(items), jsonl._DOCUMENTS_TOGETHER):
             end = end.copy()
-            end.docs.update(items[start : start + jsonl._TOGETHER])
+            end.docs.update(items[start : start + jsonl._DOCUMENTS_TOGETHER])
             states.append(end)
         return states
     return [*states, end]
@@ -358,21 +350,12 @@ def compare(index: Index, state: State, rng: random.Random) -> None:
         k = rng.choice([1, 5, 30])
         best = sorted(scores.values(), reverse=True)[:k]
         ways: list[dict[str, Any]] = [{"exact": True}, {}]
-        if where is None:
-            ways.append({"approximate": True})
         for way in ways:
-            try:
-                hits = index.search(query, k, where=where, **way).hits
-            except EgemmaError as error:
-                # none was built, or the chunks have other numbers since
-                if "approximate" in way and ("graph" in str(error) or "usearch" in str(error)):
-                    continue
-                raise
+            hits = index.search(query, k, where=where, **way).hits
             keys = [(hit.id, hit.position) for hit in hits]
             assert len(set(keys)) == len(keys), f"{way}: a chunk comes twice"
             assert set(keys) <= allowed, f"{way}: {set(keys) - allowed} must not be there"
-            if "approximate" not in way:
-                assert len(hits) == len(best), f"{way}: {len(hits)} hits, not {len(best)}"
+            assert len(hits) == len(best), f"{way}: {len(hits)} hits, not {len(best)}"
             for hit, key in zip(hits, keys, strict=True):
                 assert (hit.title, hit.text) == parts[key], f"{way}: {hit} is {parts[key]}"
                 assert abs(hit.score - scores[key]) < tolerance, (
@@ -479,7 +462,7 @@ def kill_rounds(  # noqa: PLR0912, PLR0915
     folder = work
     state = State("words-1", True)
     reader: tuple[int, Ear, int] | None = None
-    jsonl._TOGETHER = 8
+    jsonl._DOCUMENTS_TOGETHER = 8
     for number in range(kills):
         if number % rounds_per_file == 0:
             reader = stop_reader(reader, report)
@@ -612,7 +595,7 @@ def make_import(rng: random.Random, folder: Path) -> None:
             ids=list(docs),
             metadata=[doc.metadata for doc in docs.values()],
         )
-        other.export_jsonl(folder / "import.jsonl")
+        upkeep.export_jsonl(other.path, folder / "import.jsonl")
     (folder / "import.pickle").write_bytes(pickle.dumps(docs))
 
 
@@ -759,10 +742,6 @@ def everything(path: Path, model: str) -> dict[str, Any]:
             for query in ("w1 w2", "w3", "w20 w21 w22"):
                 ask(f"vector {query}", lambda query=query: index.search(query, 7).hits)
                 ask(f"exact {query}", lambda query=query: index.search(query, 7, exact=True).hits)
-                ask(
-                    f"graph {query}",
-                    lambda query=query: index.search(query, 7, approximate=True).hits,
-                )
                 ask(f"text {query}", lambda query=query: index.search(query, 7, mode="text").hits)
                 ask(
                     f"hybrid {query}",
@@ -782,7 +761,7 @@ def everything(path: Path, model: str) -> dict[str, Any]:
 
 
 def make_subject(folder: Path, *, floats: bool, seed: int = 0) -> Path:
-    """An index with a graph, some documents replaced and removed."""
+    """An index with some documents replaced and removed."""
     rng = random.Random(seed)
     path = folder / "subject.egx"
     with Index.open(path, MODELS["words-1"], keep_floats=floats) as index:
@@ -797,7 +776,6 @@ def make_subject(folder: Path, *, floats: bool, seed: int = 0) -> Path:
                 for number, text in enumerate(texts.values())
             ],
         )
-        index.build_graph()
     return path
 
 
@@ -813,18 +791,12 @@ def damage_rounds(
     for floats in (False, True):
         (folder / str(floats)).mkdir()
         subject = make_subject(folder / str(floats), floats=floats)
-        for suffix in ("", ".graph"):
-            for how in ("bit flipped", "cut off", "page torn"):
-                name = (
-                    f"{'index' if suffix == '' else 'graph'}{' with floats' if floats else ''}, "
-                    f"{how}"
-                )
-                results[name] = in_child(
-                    lambda suffix=suffix, how=how, subject=subject: damage_some(
-                        subject, suffix, how, count, seed
-                    )
-                )
-                log(f"{name}: {results[name]}")
+        for how in ("bit flipped", "cut off", "page torn"):
+            name = f"index{' with floats' if floats else ''}, {how}"
+            results[name] = in_child(
+                lambda how=how, subject=subject: damage_some(subject, how, count, seed)
+            )
+            log(f"{name}: {results[name]}")
     return results
 
 
@@ -846,14 +818,12 @@ def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return result if result is not None else {"problem": f"the process died with status {status}"}
 
 
-def damage_some(subject: Path, suffix: str, how: str, count: int, seed: int) -> dict[str, Any]:
+def damage_some(subject: Path, how: str, count: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(dir=subject.parent) as folder:
         path = Path(folder) / subject.name
-        target = Path(f"{path}{suffix}")
-        sound = {end: Path(f"{subject}{end}").read_bytes() for end in ("", ".graph")}
-        for end, content in sound.items():
-            Path(f"{path}{end}").write_bytes(content)
+        sound = subject.read_bytes()
+        path.write_bytes(sound)
         wanted = everything(path, "words-1")
         assert not any(isinstance(answer, Exception) for answer in wanted.values()), wanted
         counts: Counter[str] = Counter()
@@ -862,10 +832,8 @@ def damage_some(subject: Path, suffix: str, how: str, count: int, seed: int) -> 
         for _ in range(count):
             for leftover in Path(folder).iterdir():
                 leftover.unlink()
-            for end, content in sound.items():
-                Path(f"{path}{end}").write_bytes(content)
-            damaged = spoil(rng, sound[suffix], how)
-            target.write_bytes(damaged)
+            damaged = spoil(rng, sound, how)
+            path.write_bytes(damaged)
             found = everything(path, "words-1")
             errors = [answer for answer in found.values() if isinstance(answer, Exception)]
             bad = (
@@ -1035,7 +1003,7 @@ def full_disk(work: Path, seed: int, *, steps: int = 400) -> dict[str, Any]:
             if rng.random() < 0.3:
                 (folder / "backup.egx").unlink(missing_ok=True)
                 (folder / "export.jsonl").unlink(missing_ok=True)
-                index.compact() if index.facts().migrating_to is None else None
+                upkeep.compact(index.path) if index.facts().migrating_to is None else None
         index.close()
     finally:
         subprocess.run(["umount", str(folder)], check=False)
@@ -1068,18 +1036,17 @@ def read_only_media(work: Path) -> dict[str, Any]:
         if check(path):
             problems.append("check finds something on read-only media")
         with Index.open(path, MODELS["words-1"]) as index:
-            index.backup(work / "from_readonly.egx")
-            index.export_jsonl(work / "from_readonly.jsonl")
+            upkeep.backup(index.path, work / "from_readonly.egx")
+            upkeep.export_jsonl(index.path, work / "from_readonly.jsonl")
             writes: dict[str, Callable[[], object]] = {
                 "add": lambda: index.add(["x"]),
                 "remove": lambda: index.remove(["d1"]),
                 "compact": index.compact,
                 "migrate": lambda: index.migrate(MODELS["words-2"]),
                 "import": lambda: index.import_jsonl(work / "from_readonly.jsonl"),
-                "build_graph": index.build_graph,
                 "tune": lambda: index.tune(recall=0.5, k=3, sample=10),
-                "backup": lambda: index.backup(folder / "b.egx"),
-                "export": lambda: index.export_jsonl(folder / "b.jsonl"),
+                "backup": lambda: upkeep.backup(index.path, folder / "b.egx"),
+                "export": lambda: upkeep.export_jsonl(index.path, folder / "b.jsonl"),
             }
             for name, write in writes.items():
                 try:
@@ -1097,7 +1064,7 @@ def read_only_media(work: Path) -> dict[str, Any]:
                 problems.append(str(error))
     finally:
         subprocess.run(["umount", str(folder)], check=False)
-    return {"writes_refused": 9, "problems": problems}
+    return {"writes_refused": 8, "problems": problems}
 
 
 def clock_jumps(
@@ -1105,7 +1072,7 @@ def clock_jumps(
     seed: int,
     work: Path,
     *,
-    kinds: Sequence[str] = ("add", "put", "remove", "compact", "reopen", "build_graph"),
+    kinds: Sequence[str] = ("add", "put", "remove", "compact", "reopen"),
 ) -> dict[str, Any]:
     """The clocks jump years to and fro, and files get the times of other centuries, while an index
     is used and a folder is kept in sync.

@@ -20,6 +20,7 @@ from egemma_core.bundle import (
     GOLDEN,
     RUNTIMES,
     TOKENIZER,
+    Bounds,
     Manifest,
     atomic_folder,
     describe_files,
@@ -33,7 +34,7 @@ from egemma_core.nn.load import load_encoder
 from egemma_export.golden import golden_file, golden_texts, reference_vectors
 from egemma_export.layers import LayerLoss, compare_layers, outputs_by_layer, round_in_place
 from egemma_export.mistakes import mistaken_vectors
-from egemma_export.targets import TARGETS, Bounds, Target
+from egemma_export.targets import TARGETS, Target
 from egemma_quant.published import hint
 from egemma_quant.schemes import ROLES, Scheme
 from egemma_quant.weights import quantize_encoder

@@ -27,7 +27,7 @@ def test_kills_at_random_moments_of_every_operation_lose_nothing_told_and_leave_
         SEED,
         tmp_path,
         rounds_per_file=20,
-        kinds=[kind for kind in KINDS if kind not in ("build_graph", "tune")],
+        kinds=[kind for kind in KINDS if kind != "tune"],
         log=lambda line: None,
     )
     assert report.problems == []
@@ -50,7 +50,6 @@ def test_two_processes_that_write_and_are_killed_disturb_neither_each_other_nor_
 def test_files_that_are_damaged_anywhere_give_the_same_answers_or_a_clear_error(
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("usearch")
     from benchmarks.durability import damage_rounds
 
     for name, result in damage_rounds(12, SEED, tmp_path, log=lambda line: None).items():
@@ -76,7 +75,6 @@ def test_a_full_disk_refuses_what_does_not_fit_and_keeps_the_rest(tmp_path: Path
 
 
 def test_read_only_media_are_searched_and_never_written(tmp_path: Path) -> None:
-    pytest.importorskip("usearch")
     from benchmarks.durability import read_only_media
 
     check(read_only_media(tmp_path))

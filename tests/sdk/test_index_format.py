@@ -19,7 +19,7 @@ import pytest
 
 from egemma.identity import ModelIdentity
 from egemma.index import Index
-from egemma.index.file import TABLES
+from egemma.index.facts import TABLES
 from egemma_core.errors import InputError
 from egemma_core.vectors import normalize
 
@@ -138,7 +138,7 @@ def test_a_reader_made_from_the_page_finds_the_same(
         stranger = Stranger(tmp_path / "a.db")
         for query in random.standard_normal((5, dims[0])).astype(np.float32):
             for dim in dims:
-                hits = index.search_vector(query, 12, dim=dim, exact=True)
+                hits = index.search(query, 12, dim=dim, exact=True)
                 expected = stranger.hits(query.astype(np.float64), 12, dim)
                 assert [(hit.id, hit.text) for hit in hits] == [
                     stranger.chunk(number) for number, _ in expected
@@ -183,7 +183,7 @@ def test_what_the_embedder_said_of_a_vector_is_stored_with_it(tmp_path: Path) ->
         assert [
             (document.num_tokens, document.truncated) for document in index.get(["1", "2"])
         ] == [(7, False), (9, True)]
-        assert index.search_vector(vectors[1], 1)[0].truncated is True
+        assert index.search(vectors[1], 1)[0].truncated is True
         for bad in ([1], [1, -1], [1, True], [1, 2.5]):
             with pytest.raises(InputError, match="num_tokens"):
                 index.add_vectors(vectors, ids=["3", "4"], num_tokens=bad)  # type: ignore[arg-type]

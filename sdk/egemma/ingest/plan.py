@@ -383,7 +383,7 @@ class Reader:
 
 def hash_of(chunk: Chunk) -> bytes:
     """As the index stores it."""
-    from egemma.index.damage import chunk_hash
+    from egemma.index.checksums import chunk_hash
 
     return chunk_hash(chunk.title, chunk.text)
 
