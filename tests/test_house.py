@@ -69,9 +69,18 @@ def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
         assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
 
 
-# What an extra brings may be imported where it is used, never by loading a module.
-OPTIONAL = {"numkong", "usearch", "pypdf", "selectolax", "resource"}
-OPTIONAL_ON_SERVERS = {"pyarrow", "ray", "psycopg", "qdrant_client"}
+# What an extra of the SDK brings may be imported where it is used, never by loading a module.
+OPTIONAL = {
+    "numkong",
+    "usearch",
+    "pypdf",
+    "selectolax",
+    "pyarrow",
+    "ray",
+    "psycopg",
+    "qdrant_client",
+    "resource",
+}
 
 
 def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
@@ -87,9 +96,8 @@ def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
         assert not upstairs, f"{path.relative_to(ROOT)} imports {upstairs}"
 
 
-@pytest.mark.parametrize("room", ["egemma", "egemma_server"])
-def test_what_an_extra_brings_is_loaded_only_where_it_is_used(room: str) -> None:
-    for path in modules(room):
+def test_what_an_extra_brings_is_loaded_only_where_it_is_used() -> None:
+    for path in modules("egemma"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for_types = [
             node
@@ -105,42 +113,6 @@ def test_what_an_extra_brings_is_loaded_only_where_it_is_used(room: str) -> None
                 if isinstance(node, ast.ImportFrom)
                 else set()
             )
-            loaded = {str(name).split(".")[0] for name in names}
-            assert not loaded & (OPTIONAL | OPTIONAL_ON_SERVERS), (
+            assert not {str(name).split(".")[0] for name in names} & OPTIONAL, (
                 f"{path.relative_to(ROOT)} loads {names} with the module"
             )
-
-
-# Modules that open sockets or serve them. `server` alone may import one; the hub is asked only for
-# a checkpoint that was given by its id there.
-SOCKETS = {
-    *("socket", "socketserver", "ssl", "asyncio", "selectors", "http", "urllib.request"),
-    *("ftplib", "smtplib", "imaplib", "poplib", "nntplib", "telnetlib", "xmlrpc", "wsgiref"),
-    *("asyncore", "asynchat", "smtpd", "webbrowser", "multiprocessing"),
-    *("requests", "urllib3", "httpx", "aiohttp", "websockets", "grpc", "fsspec", "huggingface_hub"),
-    *("psycopg", "qdrant_client", "ray", "fastapi", "starlette", "uvicorn", "flask"),
-}
-ASKS_THE_HUB = {
-    "core/egemma_core/checkpoint.py": {"huggingface_hub"},
-    "quant/egemma_train/teachers/teacher.py": {"huggingface_hub"},
-}
-
-
-def sockets_of(names: set[str]) -> set[str]:
-    """Which modules that open sockets are loaded by these imports."""
-    return {socket for socket in SOCKETS for name in names if f"{name}.".startswith(f"{socket}.")}
-
-
-@pytest.mark.parametrize("room", [room for room in ROOMS if room != "egemma_server"])
-def test_only_the_server_room_imports_what_opens_sockets(room: str) -> None:
-    for path in modules(room):
-        where = path.relative_to(ROOT).as_posix()
-        found = sockets_of(imported(path)) - ASKS_THE_HUB.get(where, set())
-        assert not found, f"{where} imports {found}"
-
-
-def test_imports_of_sockets_are_recognized() -> None:
-    assert sockets_of({"socket", "http.client", "urllib.request", "ray.data"}) == {
-        *("socket", "http", "urllib.request", "ray")
-    }
-    assert sockets_of({"urllib.parse", "rayon", "json", "egemma_core.files"}) == set()

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 FUSED = 100  # hits of each kind that hybrid search joins, or k where that is more
 
-Vector: TypeAlias = "np.ndarray[tuple[int], Any]"  # (W,) floats
-Matrix: TypeAlias = "np.ndarray[tuple[int, int], Any]"  # (B, W) floats
 Texts: TypeAlias = "list[str] | tuple[str, ...]"
 
 
