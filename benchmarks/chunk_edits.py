@@ -29,8 +29,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.latency import commit, machine
-from egemma import chunks as chunks_module
 from egemma.chunks import Chunk, split_text
+from egemma.units import Units
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer
 
@@ -70,12 +70,12 @@ def main() -> int:
         )
 
     rows = []
-    anchored = chunks_module._Units.cut
+    anchored = Units.cut
     for corpus in CORPORA:
         paragraphs = passages(corpus)
         for between in ("\n\n", " "):
             for overlap, cuts in ((0, anchored), (40, anchored), (0, fill_up)):
-                chunks_module._Units.cut = cuts  # type: ignore[method-assign]
+                Units.cut = cuts  # type: ignore[method-assign]
                 row = {
                     "corpus": corpus,
                     "paragraphs": between != " ",
@@ -94,7 +94,7 @@ def main() -> int:
                     }
                 )
                 print(rows[-1], flush=True)
-    chunks_module._Units.cut = anchored  # type: ignore[method-assign]
+    Units.cut = anchored  # type: ignore[method-assign]
     body = {
         "question": __doc__.splitlines()[0] if __doc__ else "",
         "machine": machine(),
@@ -168,7 +168,7 @@ def edit(paragraphs: Sequence[str], chance: random.Random) -> list[str]:
     return [*paragraphs[:at], *new, *paragraphs[at + 1 :]]
 
 
-def fill_up(units: chunks_module._Units, first: int) -> int:
+def fill_up(units: Units, first: int) -> int:
     """The last paragraph, or else sentence, that fits: what most splitters do."""
     filled, end = 0, first
     while end < len(units) and filled + units._costs[end] <= units._budget:

@@ -101,7 +101,7 @@ def embed(data: Path, work: Path, bundle: Path, limit: int) -> None:
         "\n".join(json.dumps(p, ensure_ascii=False) for p in passages) + "\n", encoding="utf-8"
     )
     with Embedder.open(bundle) as embedder:
-        np.save(work / "queries.npy", embedder.embed_queries(queries, overflow="truncate").vectors)
+        np.save(work / "queries.npy", embedder.embed_query(queries, overflow="truncate").vectors)
         (work / "queries.txt").write_text(
             "\n".join(json.dumps(q, ensure_ascii=False) for q in queries) + "\n", encoding="utf-8"
         )

@@ -1,4 +1,4 @@
 """What the model is.
 
-The files beside this one need NumPy and sentencepiece only; `nn` and `train` need torch.
+The files beside this one need NumPy and sentencepiece only; `nn` needs torch.
 """

@@ -1,20 +1,19 @@
 """The bundle: the folder that export writes and every SDK reads.
 
-contract/bundle-format.md describes it for other languages.
+    manifest.json               what the model is, what may be asked of it, and the size and SHA-256
+                                of every other file
+    model.pte or model.onnx
+    tokenizer.model
+    golden.json                 texts, token ids and float-reference vectors, with the deviations
+                                measured at export
 
-manifest.json    what the model is, what may be asked of it, the size and SHA-256 of every other
-                 file
-model.pte or model.onnx
-tokenizer.model
-golden.json      texts, token ids and float-reference vectors, with the deviations measured at
-                 export
+contract/bundle-format.md describes it for other languages.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from egemma_core.checkpoint import sha256_of
-from egemma_core.errors import BundleError
+from egemma_core.checks import number, one_of, whole_number
+from egemma_core.errors import BundleError, ConfigError
+from egemma_core.files import publish_folder, write_json
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer
 
@@ -34,6 +35,33 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 GOLDEN = "golden.json"
 RUNTIMES = {"executorch": "model.pte", "onnxruntime": "model.onnx"}
+
+_TABLES = (
+    *("source", "architecture", "tokenizer", "prompts"),
+    *("scheme", "verification", "tools", "files"),
+)
+_COPY = "Copy the whole bundle folder again."
+_EXPORT = "Export again."
+_MAKE = "Make a bundle with egemma-export."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a bundle must keep on every golden text, at every width.
+
+    None is a bound that nobody has set, which no bundle passes.
+    """
+
+    min_cosine_float: float | None  # to the float model's vector
+    min_cosine_quantized: float | None  # to float arithmetic on the same rounded weights
+    # of any channel, between a text alone and in a padded batch; int8 activations may round over
+    # an edge
+    max_batch_difference: float | None = 1e-2
+
+    def __post_init__(self) -> None:
+        for name, bound in asdict(self).items():
+            if bound is not None:
+                number(name, bound, -1, 1, error=ConfigError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +88,8 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]]  # name -> {"bytes", "sha256"}
 
     def __post_init__(self) -> None:
-        if self.runtime not in RUNTIMES:
-            raise BundleError(f"runtime={self.runtime!r}: this version knows {sorted(RUNTIMES)}.")
-        if self.batch not in ("one", "dynamic"):
-            raise BundleError(f"batch={self.batch!r}: it must be 'one' or 'dynamic'.")
+        one_of("runtime", self.runtime, list(RUNTIMES), error=BundleError)
+        one_of("batch", self.batch, ("one", "dynamic"), error=BundleError)
 
     @property
     def model_file(self) -> str:
@@ -100,8 +126,7 @@ def fingerprint_of(
     architecture: Mapping[str, Any],
     scheme: Mapping[str, Any],
 ) -> str:
-    """One hash over everything that moves a vector: weights, tokenizer, prompts, architecture,
-    rounding of weights.
+    """Return one hash over everything that moves a vector.
 
     Names, paths, the runtime and tool versions stay out: they move nothing beyond float noise, so a
     rename rebuilds no index.
@@ -131,35 +156,33 @@ def read_bundle(folder: str | Path, *, check_hashes: bool = True) -> Bundle:
     folder = Path(folder)
     if not folder.is_dir():
         raise BundleError(
-            f"{folder}: no such folder. A bundle is a folder with {MANIFEST}; make one with "
-            "egemma-export."
+            f"{folder}: no such folder. A bundle is a folder with {MANIFEST}.", hint=_MAKE
         )
     if not (folder / MANIFEST).is_file():
-        raise BundleError(
-            f"{folder} has no {MANIFEST}: it is not a bundle. Make one with egemma-export."
-        )
+        raise BundleError(f"{folder} has no {MANIFEST}: it is not a bundle.", hint=_MAKE)
     manifest = _parse(_json(folder / MANIFEST), folder / MANIFEST)
     for name in (manifest.model_file, TOKENIZER, GOLDEN):
         if name not in manifest.files:
-            raise BundleError(f"{folder / MANIFEST} does not list {name}. Export again.")
+            raise BundleError(f"{folder / MANIFEST} does not list {name}.", hint=_EXPORT)
     for name, facts in manifest.files.items():
         path = folder / name
         if Path(name).name != name:
             raise BundleError(
-                f"{folder / MANIFEST} lists {name!r}, which is not a plain file name."
+                f"{folder / MANIFEST} lists {name!r}, which is not a plain file name.", hint=_EXPORT
             )
         if not path.is_file():
-            raise BundleError(f"{path} is missing. Copy the whole bundle folder again.")
+            raise BundleError(f"{path} is missing.", hint=_COPY)
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise BundleError(
                 f"{path} has {size} bytes, the manifest says {facts['bytes']}: it is cut off or "
-                "altered. Copy it again."
+                "altered.",
+                hint=_COPY,
             )
         if check_hashes and sha256_of(path) != facts["sha256"]:
             raise BundleError(
-                f"{path} does not have the SHA-256 that the manifest says: it was altered. Copy it "
-                "again."
+                f"{path} does not have the SHA-256 that the manifest says: it was altered.",
+                hint=_COPY,
             )
     return Bundle(folder=folder, manifest=manifest)
 
@@ -183,140 +206,113 @@ def describe_files(
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json; the last file of a bundle, so that a folder without it is no bundle."""
+    """Write manifest.json: the last file of a bundle, so that a folder without it is no bundle."""
     body = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(body, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    write_json(folder / MANIFEST, body, error=BundleError)
 
 
 @contextmanager
 def atomic_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
-    """A scratch folder beside `destination` that takes its place when the block ends well, and
-    vanishes otherwise.
+    """Give a scratch folder that takes the place of `destination` when the block ends well.
 
-    A process that is killed leaves at most a folder named `.NAME.partial-*`, which is no bundle.
+    After an error in the block it is gone. A process that is killed leaves at most a folder named
+    `.NAME.partial-*`, which is no bundle.
 
     Raises:
         BundleError: the destination exists and `replace` is false, or cannot be written.
     """
     destination = Path(destination)
-    if destination.exists() and not replace:
-        raise BundleError(
-            f"{destination} exists. Choose another --out, or pass --force to replace it."
-        )
-    if (
-        destination.exists()
-        and any(destination.iterdir())
-        and not (destination / MANIFEST).is_file()
-    ):
-        raise BundleError(
-            f"{destination} holds files that are not a bundle; it will not be replaced. Choose "
-            "another --out."
-        )
-    try:
+    if destination.exists():
+        if not replace:
+            raise BundleError(
+                f"{destination} exists.", hint="Choose another --out, or replace it with --force."
+            )
+        if any(destination.iterdir()) and not (destination / MANIFEST).is_file():
+            raise BundleError(
+                f"{destination} holds files that are not a bundle; it will not be replaced.",
+                hint="Choose another --out.",
+            )
+    with _writing(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(
-            tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
-        )
-    except OSError as error:
-        raise BundleError(f"{destination} cannot be written: {error}.") from error
+        prefix = f".{destination.name}.partial-"
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
     try:
         yield scratch
-        for path in scratch.iterdir():
-            _fsync(path)
-        _fsync(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes private folders
-        if destination.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old-", dir=destination.parent))
-            os.replace(destination, old / "bundle")
-            os.replace(scratch, destination)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, destination)
-        _fsync(destination.parent)
+        with _writing(destination):
+            scratch.chmod(0o755)  # mkdtemp makes private folders
+            publish_folder(scratch, destination, replace=replace)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def _writing(destination: Path) -> Iterator[None]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        raise BundleError(f"{destination} cannot be written: {error}.") from error
 
 
 def _parse(body: dict[str, Any], path: Path) -> Manifest:
-    if body.get("format") != FORMAT:
+    found = (body.get("format"), body.get("format_version"))
+    if found[0] != FORMAT:
         raise BundleError(
-            f"{path}: format={body.get('format')!r}, not {FORMAT!r}. This is not an egemma bundle."
+            f"{path}: format={found[0]!r}, not {FORMAT!r}: it is not an egemma bundle."
         )
-    if body.get("format_version") != FORMAT_VERSION:
+    if found[1] != FORMAT_VERSION:
         raise BundleError(
-            f"{path}: format_version={body.get('format_version')!r}, this egemma reads "
-            f"{FORMAT_VERSION}. "
-            "Export the model again, or install the egemma that wrote it."
+            f"{path}: format_version={found[1]!r}, this egemma reads {FORMAT_VERSION}.",
+            hint="Export the model again, or install the egemma that wrote it.",
         )
-    wanted = {field.name for field in fields(Manifest)}
-    found = set(body) - {"format", "format_version"}
-    if wanted != found:
+    known = {field.name for field in fields(Manifest)}
+    given = set(body) - {"format", "format_version"}
+    if known != given:
         raise BundleError(
-            f"{path}: missing {sorted(wanted - found)}, not understood {sorted(found - wanted)}. "
-            "Export again."
+            f"{path}: missing {sorted(known - given)}, not understood {sorted(given - known)}.",
+            hint=_EXPORT,
         )
-    _check_types(body, path)
-    values: dict[str, Any] = {name: body[name] for name in wanted}
-    return Manifest(**values | {"dims": tuple(body["dims"])})
+    try:
+        _check_fields(body)
+        values: dict[str, Any] = {name: body[name] for name in known}
+        return Manifest(**values | {"dims": tuple(body["dims"])})
+    except BundleError as error:
+        raise BundleError(error.found, hint=_EXPORT, place=str(path)) from error
 
 
-def _check_types(body: dict[str, Any], path: Path) -> None:
+def _check_fields(body: dict[str, Any]) -> None:
     """Refuse a manifest whose fields are all there but are not what `Manifest` says."""
-    tables = (
-        "source",
-        "architecture",
-        "tokenizer",
-        "prompts",
-        "scheme",
-        "verification",
-        "tools",
-        "files",
-    )
-    for name in tables:
+    dims, tokenizer = body["dims"], body["tokenizer"]
+    for name in _TABLES:
         if not isinstance(body[name], dict):
-            raise BundleError(f"{path}: {name} is not a table. Export again.")
+            raise BundleError(f"{name} is not a table.")
     for name in ("target", "runtime", "fingerprint", "batch"):
         if not isinstance(body[name], str):
-            raise BundleError(f"{path}: {name}={body[name]!r} is not text. Export again.")
-    dims = body["dims"]
-    if (
-        not isinstance(dims, list)
-        or not dims
-        or not all(isinstance(dim, int) and dim > 0 for dim in dims)
-    ):
-        raise BundleError(f"{path}: dims={dims!r} is not a list of widths. Export again.")
-    if set(body["tokenizer"]) != {"bos_id", "eos_id", "pad_id", "vocab_size", "max_tokens"}:
-        raise BundleError(f"{path}: tokenizer={body['tokenizer']!r} lacks a field. Export again.")
-    for name, value in body["tokenizer"].items():
-        # BOS, one piece, EOS
-        if type(value) is not int or value < (3 if name == "max_tokens" else 0):
-            raise BundleError(f"{path}: tokenizer has {name}={value!r}. Export again.")
+            raise BundleError(f"{name}={body[name]!r} is not text.")
+    if not isinstance(dims, list) or not dims:
+        raise BundleError(f"dims={dims!r} is not a list of widths.")
+    for position, dim in enumerate(dims):
+        whole_number(f"dims[{position}]", dim, 1, error=BundleError)
+    if set(tokenizer) != {"bos_id", "eos_id", "pad_id", "vocab_size", "max_tokens"}:
+        raise BundleError(f"tokenizer={tokenizer!r} lacks a field.")
+    for name, value in tokenizer.items():
+        least = 3 if name == "max_tokens" else 0  # BOS, one piece, EOS
+        whole_number(f"tokenizer: {name}", value, least, error=BundleError)
     for name, text in body["prompts"].items():
         if not isinstance(text, str):
-            raise BundleError(f"{path}: prompts[{name!r}] is not text. Export again.")
+            raise BundleError(f"prompts[{name!r}] is not text.")
     for name, facts in body["files"].items():
         if not isinstance(facts, dict) or set(facts) != {"bytes", "sha256"}:
-            raise BundleError(f"{path}: files[{name!r}] must give bytes and sha256. Export again.")
+            raise BundleError(f"files[{name!r}] must give bytes and sha256.")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BundleError(f"{path} is missing. Copy the whole bundle folder again.") from error
+        raise BundleError(f"{path} is missing.", hint=_COPY) from error
     # RecursionError: a hundred thousand brackets
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not readable JSON: {error}.") from error
+        raise BundleError(f"{path} is not readable JSON: {error}.", hint=_COPY) from error
     if not isinstance(body, dict):
-        raise BundleError(f"{path} is not a JSON table.")
+        raise BundleError(f"{path} is not a JSON table.", hint=_COPY)
     return body

@@ -1,5 +1,4 @@
-"""A checkpoint folder in the published Hugging Face / sentence-transformers layout, read without
-torch.
+"""A checkpoint folder in the published sentence-transformers layout, read without torch.
 
     config.json                        architecture
     config_sentence_transformers.json  prompts
@@ -23,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from egemma_core.checks import whole_number
 from egemma_core.config import EncoderConfig, read_transformer
-from egemma_core.errors import CheckpointError
+from egemma_core.errors import CheckpointError, MissingDependencyError
 from egemma_core.prompts import Prompts, read_prompts
 from egemma_core.tokens import Tokenizer, tokenizer_of
 from egemma_core.vectors import MATRYOSHKA_DIMS
@@ -32,6 +32,7 @@ from egemma_core.vectors import MATRYOSHKA_DIMS
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.model"
 _PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
+_COPY = "Copy it from the published checkpoint."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -57,7 +58,7 @@ class Checkpoint:
         return (self.folder / WEIGHTS, *(folder / WEIGHTS for folder in self.dense_folders))
 
     def weight_hashes(self) -> dict[str, str]:
-        """SHA-256 of each weight file, by its path inside the folder."""
+        """Return the SHA-256 of each weight file, by its path inside the folder."""
         return {
             path.relative_to(self.folder).as_posix(): sha256_of(path)
             for path in self.weight_files()
@@ -65,22 +66,22 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """Read a folder, or fetch a hub id ("owner/name" or "owner/name@revision") and read that.
+    """Read a folder, or fetch a hub id and read that.
 
     Args:
-        model: a folder wins over a hub id of the same name.
+        model: a folder, or "owner/name" or "owner/name@revision" of the hub; a folder wins.
         revision: branch, tag or commit of a hub id; the commit it means is kept in the result.
 
     Raises:
-        CheckpointError: nothing is there, or the model would not be computed correctly; the text
-            says what was found.
+        CheckpointError: nothing is there, or the model would not be computed correctly.
+        MissingDependencyError: a hub id, and huggingface_hub is not installed.
     """
     folder = Path(model)
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(
-                f"{folder} is a folder, which has no revision {revision!r}. Leave --revision out, "
-                "or give a hub id."
+                f"{folder} is a folder, which has no revision {revision!r}.",
+                hint="Leave --revision out, or give a hub id.",
             )
         return _read(folder.resolve(), source=str(model), revision=None)
     if not _HUB_ID.fullmatch(str(model)) or folder.exists():
@@ -93,7 +94,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Return the SHA-256 of a file in hexadecimal, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -102,15 +103,17 @@ def sha256_of(path: Path) -> str:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """Download the files we read into the hub's cache; with HF_HUB_OFFLINE=1 only the cache is
-    looked at.
+    """Download the files we read into the hub's cache.
+
+    With HF_HUB_OFFLINE=1 only the cache is searched.
     """
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
-        raise CheckpointError(
-            f"{name}: reading from the hub needs huggingface_hub: pip install 'egemma[export]'."
+        raise MissingDependencyError(
+            f"{name}: reading from the hub needs huggingface_hub.",
+            hint="pip install 'egemma[export]'",
         ) from error
     try:
         folder = snapshot_download(
@@ -124,9 +127,9 @@ def _fetch(name: str, revision: str | None) -> Path:
         )
         raise CheckpointError(
             f"{name}@{revision or 'main'} could not be fetched: "
-            f"{str(error).splitlines()[0]}.{offline} "
-            "Gated models need `hf auth login` and their licence accepted on the hub; a downloaded "
-            "folder works as well."
+            f"{str(error).splitlines()[0]}.{offline}",
+            hint="Gated models need `hf auth login` and their licence accepted on the hub; a "
+            "downloaded folder works as well.",
         ) from error
     return Path(folder)
 
@@ -140,20 +143,18 @@ def _read(folder: Path, *, source: str, revision: str | None) -> Checkpoint:
         pickles = sorted({path.name for pattern in _PICKLES for path in folder.glob(pattern)})
         if pickles:
             raise CheckpointError(
-                f"{folder} has pickle weights {pickles}, which can run code when loaded. Save it "
-                f"again as {WEIGHTS}."
+                f"{folder} has pickle weights {pickles}, which can run code when loaded.",
+                hint=f"Save it again as {WEIGHTS}.",
             )
         shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
-        hint = (
-            f"it has shards {shards[:3]}: merge them into one file"
-            if shards
-            else "download the weights as well"
+        found = f", but the shards {shards[:3]}" if shards else ""
+        raise CheckpointError(
+            f"{folder} has no {WEIGHTS}{found}.",
+            hint="Merge them into one file." if shards else "Download the weights as well.",
         )
-        raise CheckpointError(f"{folder} has no {WEIGHTS}; {hint}.")
     if not (folder / TOKENIZER).is_file():
         raise CheckpointError(
-            f"{folder} has no {TOKENIZER} (SentencePiece). Copy it from the published checkpoint; "
-            "tokenizer.json is not read."
+            f"{folder} has no {TOKENIZER} (SentencePiece); tokenizer.json is not read.", hint=_COPY
         )
 
     fields = read_transformer(_json(folder / "config.json"))
@@ -180,15 +181,13 @@ def _read(folder: Path, *, source: str, revision: str | None) -> Checkpoint:
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
-    """(kind, path) of each module, in order; the order must be the one that EmbeddingGemma
-    computes.
-    """
+    """Return the kind and path of each module, in the order in which EmbeddingGemma computes."""
     rows = _json(folder / "modules.json")
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and {"type", "path"} <= row.keys() for row in rows
     ):
         raise CheckpointError(
-            f"{folder / 'modules.json'}: not a list of modules with type and path."
+            f"{folder / 'modules.json'} is not a list of modules with type and path.", hint=_COPY
         )
     modules = [(str(row["type"]).rsplit(".", 1)[-1], str(row["path"])) for row in rows]
     kinds = [kind for kind, _ in modules]
@@ -197,9 +196,8 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
     if forgotten or "Dense" not in kinds:
         raise CheckpointError(
             f"modules.json lists {kinds}, without {forgotten or 'any Dense module'}: vectors would "
-            f"be {kinds[-2:]} of the backbone, "
-            "in another space than EmbeddingGemma's. Restore modules.json from the published "
-            "checkpoint."
+            f"be {kinds[-2:]} of the backbone, in another space than EmbeddingGemma's.",
+            hint=_COPY,
         )
     if kinds != ["Transformer", "Pooling", *["Dense"] * (len(kinds) - 3), "Normalize"]:
         raise CheckpointError(
@@ -245,28 +243,19 @@ def _pooling(folder: Path, width: int) -> str:
 def _dense(folder: Path) -> tuple[int, int]:
     config = _json(folder / "config.json")
     if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(
-            f"{folder} has no {WEIGHTS}: the dense head is lost. Copy it from the published "
-            "checkpoint."
-        )
+        raise CheckpointError(f"{folder} has no {WEIGHTS}: the dense head is lost.", hint=_COPY)
     activation = str(config.get("activation_function", "")).rsplit(".", 1)[-1]
-    if (
-        activation != "Identity"
-        or config.get("bias") is not False
-        or config.get("use_residual", False)
-    ):
+    bias, residual = config.get("bias"), config.get("use_residual", False)
+    if activation != "Identity" or bias is not False or residual:
         raise CheckpointError(
-            f"{folder}: bias={config.get('bias')!r}, "
-            f"activation_function={config.get('activation_function')!r}, "
-            f"use_residual={config.get('use_residual', False)!r}; EmbeddingGemma's dense layers "
-            "have no bias, no activation, no residual."
+            f"{folder}: bias={bias!r}, activation_function={config.get('activation_function')!r}, "
+            f"use_residual={residual!r}; EmbeddingGemma's dense layers have no bias, no "
+            "activation, no residual."
         )
-    into, out = config.get("in_features"), config.get("out_features")
-    if not (isinstance(into, int) and isinstance(out, int) and into > 0 and out > 0):
-        raise CheckpointError(
-            f"{folder}: in_features and out_features are {into!r} and {out!r}; they must be whole "
-            "numbers."
-        )
+    into, out = (
+        whole_number(f"{folder}: {name}", config.get(name), 1, error=CheckpointError)
+        for name in ("in_features", "out_features")
+    )
     return into, out
 
 
@@ -276,18 +265,18 @@ def _max_tokens(folder: Path) -> int:
         raise CheckpointError(
             f"{folder}: sentence_bert_config.json asks for lower case; EmbeddingGemma keeps it."
         )
-    longest = _json(folder / "config.json").get("max_position_embeddings")
+    longest = whole_number(
+        f"{folder}: max_position_embeddings",
+        _json(folder / "config.json").get("max_position_embeddings"),
+        3,
+        error=CheckpointError,
+    )
     limit = bert.get("max_seq_length") or longest
-    if not isinstance(limit, int) or not isinstance(longest, int) or not 3 <= limit <= longest:
-        raise CheckpointError(
-            f"{folder}: max_seq_length={limit!r}, max_position_embeddings={longest!r}; the first "
-            "must not exceed the second."
-        )
-    return limit
+    return whole_number(f"{folder}: max_seq_length", limit, 3, longest, error=CheckpointError)
 
 
 def _dims(sentence: dict[str, Any], width: int) -> tuple[int, ...]:
-    """Trained widths.
+    """Return the trained widths.
 
     The published files do not list them: 768 is EmbeddingGemma's; others say `matryoshka_dims`.
     """
@@ -305,8 +294,6 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing. Copy it from the published checkpoint."
-        ) from error
+        raise CheckpointError(f"{path} is missing.", hint=_COPY) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}.") from error

@@ -35,13 +35,18 @@ class EgemmaError(Exception):
         found: what was found and what would have been right, in plain sentences.
         hint: the next step, where it is known; the text of the error ends with it.
         position: which of the texts or rows of the call it is about, from 0; None for none.
+        place: the same for people, "text 3" or "notes.txt:3"; the text of the error begins with it.
     """
 
-    def __init__(self, found: str, *, hint: str = "", position: int | None = None) -> None:
-        super().__init__(f"{found} {hint}" if hint else found)
+    def __init__(
+        self, found: str, *, hint: str = "", position: int | None = None, place: str = ""
+    ) -> None:
+        text = f"{place}: {found}" if place else found
+        super().__init__(f"{text} {hint}" if hint else text)
         self.found = found
         self.hint = hint
         self.position = position
+        self.place = place
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError, a second parent, would show quotes
@@ -50,9 +55,15 @@ class EgemmaError(Exception):
         # Without `__init__`, whose arguments a child may have changed: what it set is all kept.
         return _restored, (type(self), self.args, self.__dict__)
 
-    def at(self: Self, place: str) -> Self:
-        """Return this error, of the same class, with `place` in front: a file, a line, a row."""
-        copy = type(self)(f"{place}: {self.found}", hint=self.hint, position=self.position)
+    def at(self: Self, place: str, *, position: int | None = None) -> Self:
+        """Return this error as its caller should see it: the same, of another place.
+
+        Args:
+            place: a file, a line, a row; it stands where the error's own place stood.
+            position: of the text or row in the caller's own call; None keeps the error's.
+        """
+        kept = self.position if position is None else position
+        copy = type(self)(self.found, hint=self.hint, position=kept, place=place)
         return copy.with_traceback(self.__traceback__)
 
 

@@ -1,6 +1,4 @@
-"""JSON lines, read strictly: what is damaged, no object, no text or not Unicode is refused with its
-line and field.
-"""
+"""JSON lines, read strictly: what is damaged or not Unicode is refused with its line and field."""
 
 from __future__ import annotations
 
@@ -13,17 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from egemma_core.checks import unicode_text
 from egemma_core.errors import InputError
 
 
 class BadRowError(Exception):
-    """What is wrong with one row; who reads the file adds its name and the line, and raises
-    InputError.
+    """Something is wrong with one row.
+
+    Who reads the file adds its name and the line, and raises InputError.
     """
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a .jsonl or .jsonl.gz file, with their numbers from 1.
+    """Read the lines of a .jsonl or .jsonl.gz file, with their numbers from 1.
 
     Raises:
         InputError: the file cannot be read, is damaged or empty.
@@ -35,15 +35,15 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
-            f"{path}: not readable after line {number} ({error}). Is the path right, and the file "
-            "whole?"
+            f"{path}: not readable after line {number} ({error}).",
+            hint="Check the path, and whether the file is whole.",
         ) from error
     if number == 0:
-        raise InputError(f"{path}: an empty file. Leave it out.")
+        raise InputError(f"{path}: an empty file.", hint="Leave it out.")
 
 
 def parse_row(line: bytes, number: int) -> dict[str, Any]:
-    """The object of one line.
+    """Read the JSON object of one line.
 
     Raises:
         BadRowError: it is no UTF-8, no JSON or no object, or gives a field twice.
@@ -76,26 +76,22 @@ def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def checked_text(value: object, field: str) -> str:
-    """The value, which is a text.
+    """Return `value` when it is a text that is not blank.
 
     Raises:
         BadRowError: it is none, or blank, or holds a lone surrogate.
     """
     if not isinstance(value, str) or not value.strip():
         raise BadRowError(
-            f"field {field!r}: found {shortened(value)}, want a text that is not blank."
+            f"field {field!r}: found {shortened(value)}, it must be a text that is not blank."
         )
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRowError(
-            f"field {field!r}: a lone surrogate U+{ord(value[error.start]):04X} at character "
-            f"{error.start}, which is not Unicode text. Remove it."
-        ) from error
-    return value
+        return unicode_text(f"field {field!r}", value)
+    except InputError as error:
+        raise BadRowError(str(error)) from error
 
 
 def shortened(value: object) -> str:
-    """Type and value, for a message."""
+    """Return the type and the value, cut for a message."""
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -1,5 +1,4 @@
-"""The prompts of a checkpoint: the text that goes before every query and document, read from the
-checkpoint itself.
+"""The prompts of a checkpoint: what goes before every query and document, byte for byte.
 
 Without its prompt a text still gets 768 plausible floats, only in the wrong place; so nothing here
 has a default of "".
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -27,29 +26,28 @@ _NO_TITLE = "none"
 class Prompts:
     """Prompt strings by name, byte for byte as in the checkpoint; trailing blanks matter."""
 
-    by_name: Mapping[str, str] = field()
+    by_name: Mapping[str, str]
 
     def __post_init__(self) -> None:
         for name in ("query", "document"):
             if not self.by_name.get(name):
                 raise CheckpointError(
-                    f"the checkpoint has no {name!r} prompt, only {sorted(self.by_name)}. Its "
-                    "config_sentence_transformers.json "
-                    "must list one; EmbeddingGemma's are 'task: search result | query: ' and "
-                    "'title: none | text: '."
+                    f"the checkpoint has no {name!r} prompt, only {sorted(self.by_name)}.",
+                    hint="List one in its config_sentence_transformers.json; EmbeddingGemma's are "
+                    "'task: search result | query: ' and 'title: none | text: '.",
                 )
         object.__setattr__(self, "by_name", MappingProxyType(dict(self.by_name)))
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Task names that `query` accepts, sorted."""
+        """The task names that `query` accepts, sorted."""
         named = {
             match["task"] for text in self.by_name.values() if (match := _QUERY.fullmatch(text))
         }
         return tuple(sorted(named | set(CARD_TASKS))) if named else ()
 
     def query(self, task: str = DEFAULT_TASK) -> str:
-        """The text before a query.
+        """Return the text before a query.
 
         Args:
             task: a task such as "search result" or "clustering", or the name of a prompt in the
@@ -71,12 +69,13 @@ class Prompts:
         )
 
     def document(self, title: str | None = None) -> str:
-        """The text before a document; a missing or blank title is written as the checkpoint writes
-        it ("none").
+        """Return the text before a document.
+
+        Args:
+            title: one that is None or blank is written as the checkpoint writes it ("none").
 
         Raises:
-            PromptError: a title was given, and the checkpoint's document prompt has no place for
-                one.
+            PromptError: there is a title, and the checkpoint's document prompt has no place for it.
         """
         prompt = self.by_name["document"]
         if title is None or not title.strip():
@@ -84,14 +83,14 @@ class Prompts:
         before, slot, after = prompt.partition(f"title: {_NO_TITLE} |")
         if not slot:
             raise PromptError(
-                f"the document prompt {prompt!r} has no place for a title; put it into the text "
-                "instead."
+                f"the document prompt {prompt!r} has no place for a title.",
+                hint="Put it into the text instead.",
             )
         return f"{before}title: {title.strip()} |{after}"
 
 
 def read_prompts(config: Mapping[str, Any]) -> Prompts:
-    """From the parsed config_sentence_transformers.json.
+    """Return the prompts of a parsed config_sentence_transformers.json.
 
     Raises:
         CheckpointError: `prompts` is missing or not a table of strings.

@@ -1,5 +1,4 @@
-"""Text to token ids, exactly as the model was trained: [BOS] pieces [EOS], no blank in front, case
-kept.
+"""Text to token ids as the model was trained: [BOS] pieces [EOS], no blank in front, case kept.
 
 SentencePiece semantics: the literal text "<bos>" inside a document stays text. (Hugging Face's
 tokenizer turns it into the control token, so a document could smuggle one in.)
@@ -14,14 +13,9 @@ from typing import Literal, get_args
 
 import sentencepiece
 
+from egemma_core.checks import one_of, unicode_text, whole_number
 from egemma_core.config import EncoderConfig
-from egemma_core.errors import (
-    BundleError,
-    CheckpointError,
-    ConfigError,
-    InputError,
-    TokenLimitError,
-)
+from egemma_core.errors import BundleError, CheckpointError, TokenLimitError
 
 Overflow = Literal["error", "truncate"]
 
@@ -61,8 +55,8 @@ class Tokenizer:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (OSError, RuntimeError) as error:
             raise BundleError(
-                f"{path}: not a readable SentencePiece model ({error}). Copy tokenizer.model from "
-                "the checkpoint."
+                f"{path} is not a readable SentencePiece model: {error}.",
+                hint="Copy tokenizer.model from the checkpoint.",
             ) from error
         found = {
             "bos": self._pieces.bos_id(),
@@ -72,20 +66,19 @@ class Tokenizer:
         wanted = {"bos": bos_id, "eos": eos_id, "pad": pad_id}
         if found != wanted:
             raise CheckpointError(
-                f"{path}: its control ids are {found}, the config says {wanted}. This is another "
+                f"{path} has the control ids {found}, the config says {wanted}: it is another "
                 "model's tokenizer."
             )
         if self._pieces.vocab_size() > vocab_size:
             raise CheckpointError(
-                f"{path}: {self._pieces.vocab_size()} pieces, but the embedding table has "
-                f"{vocab_size} rows. "
-                "This is another model's tokenizer."
+                f"{path} has {self._pieces.vocab_size()} pieces, but the embedding table has "
+                f"{vocab_size} rows: it is another model's tokenizer."
             )
 
     def encode(
         self, text: str, *, max_tokens: int | None = None, overflow: Overflow = "error"
     ) -> Tokens:
-        """Ids of one text, its prompt already in front.
+        """Return the ids of one text, its prompt already in front.
 
         Args:
             max_tokens: a limit below the model's own; None for the model's own.
@@ -94,63 +87,42 @@ class Tokenizer:
         Raises:
             InputError: `text` is not a str, or holds a lone surrogate, which no UTF-8 text can.
             TokenLimitError: the text is too long and `overflow` is "error".
+            ConfigError: `max_tokens` or `overflow` cannot work.
         """
-        limit = self._limit(max_tokens)
-        if overflow not in get_args(Overflow):
-            raise ConfigError(f"overflow={overflow!r}: one of {get_args(Overflow)}.")
-        if not isinstance(text, str):
-            raise InputError(f"a text is {type(text).__name__}: pass str; decode bytes first.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"the text holds a lone surrogate U+{ord(text[error.start]):04X} at character "
-                f"{error.start}, which is not Unicode text. "
-                "Decode the source with errors='replace', or remove it."
-            ) from error
+        limit = self.max_tokens
+        if max_tokens is not None:
+            limit = whole_number("max_tokens", max_tokens, 3, self.max_tokens)
+        one_of("overflow", overflow, get_args(Overflow))
+        unicode_text("the text", text)
         pieces: list[int] = self._pieces.encode(text)
         num_tokens = len(pieces) + 2
         if num_tokens > limit and overflow == "error":
             raise TokenLimitError(
-                f"the text has {num_tokens} tokens, the limit is {limit}. Split it, or pass "
-                "overflow='truncate' to embed its beginning."
+                f"the text has {num_tokens} tokens, the limit is {limit}.",
+                hint='Split it, or read only its beginning (overflow="truncate", on the command '
+                "line --overflow truncate).",
             )
         return Tokens(ids=(self.bos_id, *pieces[: limit - 2], self.eos_id), num_tokens=num_tokens)
 
     def spare_ids(self) -> list[int]:
-        """Ids of the `<unusedN>` pieces, by N: for uses that the vocabulary's makers did not
-        foresee. No text gives them but their names.
+        """Return the ids of the `<unusedN>` pieces, by N.
+
+        They are for uses that the vocabulary's makers did not foresee: no text gives them but
+        their names.
         """
-        pieces = (
-            (re.fullmatch(r"<unused(\d+)>", self._pieces.id_to_piece(id_)), id_)
-            for id_ in range(self._pieces.get_piece_size())
-        )
-        return [
-            id_
-            for _, id_ in sorted(
-                (int(match.group(1)), id_) for match, id_ in pieces if match is not None
-            )
-        ]
+        names = ((id_, self._pieces.id_to_piece(id_)) for id_ in range(self._pieces.vocab_size()))
+        found = ((re.fullmatch(r"<unused(\d+)>", name), id_) for id_, name in names)
+        return [id_ for _, id_ in sorted((int(match[1]), id_) for match, id_ in found if match)]
 
     def decode(self, ids: tuple[int, ...]) -> str:
-        """The text of these ids, control tokens left out."""
+        """Return the text of these ids, control tokens left out."""
         control = (self.bos_id, self.eos_id, self.pad_id)
         text: str = self._pieces.decode([token for token in ids if token not in control])
         return text
 
-    def _limit(self, max_tokens: int | None) -> int:
-        if max_tokens is None:
-            return self.max_tokens
-        if not isinstance(max_tokens, int) or not 3 <= max_tokens <= self.max_tokens:
-            raise ConfigError(
-                f"max_tokens={max_tokens!r}: a whole number from 3 to the model's own "
-                f"{self.max_tokens}."
-            )
-        return max_tokens
-
 
 def tokenizer_of(path: Path, config: EncoderConfig) -> Tokenizer:
-    """The tokenizer of a model; see `Tokenizer` for what is refused."""
+    """Return the tokenizer of a model; see `Tokenizer` for what is refused."""
     return Tokenizer(
         path,
         bos_id=config.bos_id,

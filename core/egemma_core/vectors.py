@@ -1,6 +1,4 @@
-"""What may be done to a finished vector: shorten it to a trained width and give it unit length
-again.
-"""
+"""What may be done to a finished vector: shorten it to a trained width, at unit length again."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ MATRYOSHKA_DIMS = (768, 512, 256, 128)
 
 
 def check_dim(dim: int | None, dims: Sequence[int]) -> int:
-    """`dim`, or the full width for None.
+    """Return `dim`, or for None the full width.
 
     Raises:
         DimensionError: the model was not trained for that width.
@@ -31,7 +29,9 @@ def check_dim(dim: int | None, dims: Sequence[int]) -> int:
 def shorten(
     vectors: NDArray[np.float32], dim: int | None, dims: Sequence[int]
 ) -> NDArray[np.float32]:
-    """The first `dim` channels, at unit length again: a prefix of a unit vector is shorter than 1.
+    """Return the first `dim` channels of each vector, at unit length again.
+
+    A prefix of a unit vector is shorter than 1, so its scores would not be cosines.
 
     Args:
         vectors: (..., dims[0]) float32 unit vectors.
@@ -47,7 +47,7 @@ def shorten(
 
 
 def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each row divided by its length; computed in float64, returned as float32.
+    """Return each row divided by its length, computed in float64, as float32.
 
     Raises:
         InputError: a row is zero, NaN or infinite and has no direction.
@@ -56,8 +56,8 @@ def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     length = np.sqrt(np.square(wide).sum(-1, keepdims=True))
     if not (np.isfinite(length) & (length > 0)).all():
         raise InputError(
-            "a vector is zero, NaN or infinite and has no direction. Check the model file with "
-            "`egemma verify`."
+            "a vector is zero, NaN or infinite and has no direction.",
+            hint="Check the model file with `egemma verify`.",
         )
     unit: NDArray[np.float32] = (wide / length).astype(np.float32)
     return unit

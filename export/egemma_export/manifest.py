@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from egemma_core.bundle import GOLDEN, TOKENIZER, Manifest, describe_files, fingerprint_of
+from egemma_core.bundle import GOLDEN, TOKENIZER, Bounds, Manifest, describe_files, fingerprint_of
 from egemma_core.checkpoint import Checkpoint
 from egemma_core.config import EncoderConfig
-from egemma_export.targets import Bounds, Target
+from egemma_export.targets import Target
 from egemma_quant.schemes import ROLES, Scheme
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egemma_core.bundle import RUNTIMES, TOKENIZER, atomic_folder, write_manifest
+from egemma_core.bundle import RUNTIMES, TOKENIZER, Bounds, atomic_folder, write_manifest
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.checks import one_of
 from egemma_core.errors import ExportError
@@ -33,7 +33,7 @@ from egemma_export.golden import (
 from egemma_export.manifest import make_manifest, measured_manifest
 from egemma_export.mistakes import mistaken_vectors
 from egemma_export.report import ExportReport, LayerLoss, failure_text
-from egemma_export.targets import TARGETS, Bounds, Target
+from egemma_export.targets import TARGETS, Target
 from egemma_quant.layer_report import HEAD, kept_outputs, layer_cosines, layers_of, weight_errors
 from egemma_quant.qat import rounded_weights
 from egemma_quant.schemes import Scheme

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from egemma_core.checks import number
+from egemma_core.bundle import Bounds
 from egemma_quant.schemes import INT4, INT8, INT8_PER_CHANNEL, MIXED, Q4_0, Q8_0, Scheme
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """What a finished file must keep on every golden text, at every width."""
-
-    min_cosine_float: float  # to the float model
-    min_cosine_quantized: float  # to float arithmetic on the same rounded weights
-    # of any channel, between a text alone and in a padded batch; int8 activations may round over an
-    # edge
-    max_batch_difference: float = 1e-2
-
-    def __post_init__(self) -> None:
-        for name, bound in asdict(self).items():
-            number(name, bound, -1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

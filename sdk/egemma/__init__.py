@@ -13,29 +13,41 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from egemma_core.errors import (
+from egemma.errors import (
     BundleError,
+    CheckpointError,
     ConfigError,
     DimensionError,
     EgemmaError,
+    ExportError,
     IndexFileError,
     IndexMismatchError,
     InputError,
+    MissingDependencyError,
+    NotFoundError,
+    OutputError,
     PromptError,
     RuntimeUnavailableError,
     ShapeError,
+    StoreError,
     TokenLimitError,
 )
 
 if TYPE_CHECKING:
-    from egemma.embedder import Embedder, Embedding, Embeddings
+    from egemma.chunks import Chunk, ChunkedDocument, split_text
+    from egemma.embedder import Embedder
+    from egemma.embeddings import Embedding, Embeddings
     from egemma.identity import ModelIdentity
     from egemma.index import Document, Hit, Hits, Index
+    from egemma.verify import Verification, verify_bundle
 
     __version__: str
 
 __all__ = [
     "BundleError",
+    "CheckpointError",
+    "Chunk",
+    "ChunkedDocument",
     "ConfigError",
     "DimensionError",
     "Document",
@@ -43,29 +55,43 @@ __all__ = [
     "Embedder",
     "Embedding",
     "Embeddings",
+    "ExportError",
     "Hit",
     "Hits",
     "Index",
     "IndexFileError",
     "IndexMismatchError",
     "InputError",
+    "MissingDependencyError",
     "ModelIdentity",
+    "NotFoundError",
+    "OutputError",
     "PromptError",
     "RuntimeUnavailableError",
     "ShapeError",
+    "StoreError",
     "TokenLimitError",
+    "Verification",
     "__version__",
+    "split_text",
+    "verify_bundle",
 ]
 
+# Where each name is loaded from at its first use; a submodule is its own home.
 _HOMES = {
+    "Chunk": "chunks",
+    "ChunkedDocument": "chunks",
     "Document": "index",
     "Embedder": "embedder",
-    "Embedding": "embedder",
-    "Embeddings": "embedder",
+    "Embedding": "embeddings",
+    "Embeddings": "embeddings",
     "Hit": "index",
     "Hits": "index",
     "Index": "index",
     "ModelIdentity": "identity",
+    "Verification": "verify",
+    "split_text": "chunks",
+    "verify_bundle": "verify",
 }
 
 
@@ -74,7 +100,8 @@ def __getattr__(name: str) -> Any:
         return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'egemma' has no attribute {name!r}")
-    return getattr(import_module(f"egemma.{_HOMES[name]}"), name)
+    home = import_module(f"egemma.{_HOMES[name]}")
+    return home if _HOMES[name] == name else getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from egemma_core.checks import whole_number
 from egemma_core.errors import BundleError
 
 Item = TypeVar("Item")
@@ -21,9 +25,7 @@ MOST_PADDING = 1 / 8
 
 @dataclass(frozen=True, kw_only=True)
 class BatchMemory:
-    """How much memory the activations of one run may take, and what the model's shape makes
-    of it.
-    """
+    """How much memory the activations of one run may take, and what the model's shape needs."""
 
     limit_bytes: int
     width: int
@@ -31,12 +33,11 @@ class BatchMemory:
     num_heads: int
 
     def run_bytes(self, texts: int, tokens: int) -> int:
-        """Estimated peak of a run over (B, T), in float32: the attention scores of a layer and the
-        vectors around them.
+        """Estimate the peak of a run over (B, T): attention scores of a layer, and its vectors.
 
-        The T² term is what a limit on B · T alone would miss. Measured with ONNX Runtime at full
-        width: 8 to 234 MB for runs of (1, 256), (32, 64), (1, 1024) and (1, 2048), within a quarter
-        of this.
+        All is float32. The T² term is what a limit on B · T alone would miss. Measured with ONNX
+        Runtime at full width: 8 to 234 MB for runs of (1, 256), (32, 64), (1, 1024) and (1, 2048),
+        within a quarter of this.
         """
         scores = 3 * self.num_heads * tokens * tokens  # q·k, its mask added, softmax
         vectors = tokens * (6 * self.width + 3 * self.ffn_width)
@@ -47,7 +48,7 @@ class BatchMemory:
 
 
 def memory_of(architecture: Mapping[str, Any], limit_bytes: int) -> BatchMemory:
-    """What a run of a model of this shape takes.
+    """Return what runs of a model of this shape take.
 
     Args:
         architecture: of the manifest.
@@ -55,20 +56,21 @@ def memory_of(architecture: Mapping[str, Any], limit_bytes: int) -> BatchMemory:
     Raises:
         BundleError: it does not give the model's shape.
     """
-    shape: dict[str, int] = {}
-    for name in ("width", "ffn_width", "num_heads"):
-        value = architecture.get(name)
-        if not isinstance(value, int) or value < 1:
-            raise BundleError(
-                f"the manifest's architecture has {name}={value!r}: it must be a whole number. "
-                "Export again."
-            )
-        shape[name] = value
+    shape = {
+        name: whole_number(
+            f"the manifest's architecture: {name}",
+            architecture.get(name),
+            1,
+            error=BundleError,
+            hint="Export again.",
+        )
+        for name in ("width", "ffn_width", "num_heads")
+    }
     return BatchMemory(limit_bytes=limit_bytes, **shape)
 
 
 def plan_batches(lengths: Sequence[int], memory: BatchMemory) -> list[list[int]]:
-    """Split texts into runs.
+    """Split texts into runs, each of texts of like length.
 
     Args:
         lengths: tokens of each text, its prompt and control tokens included.
@@ -99,8 +101,19 @@ def plan_batches(lengths: Sequence[int], memory: BatchMemory) -> list[list[int]]
     return batches
 
 
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (B, T) ids, padded at the end, and a mask that is 1 on real tokens."""
+    longest = max(len(row) for row in rows)
+    ids = np.full((len(rows), longest), pad_id, np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+        mask[number, : len(row)] = 1
+    return ids, mask
+
+
 def windows(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive lists of up to `size` items; nothing is read before it is asked for."""
+    """Give consecutive lists of up to `size` items; read nothing before it is asked for."""
     iterator = iter(items)
     while window := list(islice(iterator, size)):
         yield window

@@ -1,5 +1,4 @@
-"""How long does one text take on this machine, by its length, and how much memory does the process
-need?
+"""How long does one text take on this machine, and how much memory does the process need?
 
 Leaves out: tokenizing (the ids are drawn at random), batches, a cold disk cache, and what heat does
 to a phone after a minute.
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from egemma.embedder import Embedder
-from egemma_core.errors import ConfigError
+from egemma_core.checks import whole_number
 
 DEFAULT_TOKENS = (16, 64, 256)
 _WARM_UP_RUNS = 2
@@ -25,7 +24,7 @@ _WARM_UP_RUNS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Of one text with this many tokens."""
+    """How long one text with this many tokens takes."""
 
     tokens: int  # BOS and EOS included
     median_ms: float
@@ -72,7 +71,7 @@ def bench(
     runs: int = 20,
     threads: int | None = None,
 ) -> BenchReport:
-    """Measure a bundle.
+    """Measure load time, latency by length and peak memory of a bundle on this machine.
 
     Args:
         path: the bundle folder, or "builtin".
@@ -84,22 +83,14 @@ def bench(
         ConfigError: a length that the model does not read, or too few runs.
         BundleError, RuntimeUnavailableError: as `Embedder.open`.
     """
-    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
-        raise ConfigError(f"runs={runs!r}: a whole number of at least 1.")
+    whole_number("runs", runs, 1)
     start = time.perf_counter()
     with Embedder.open(path, threads=threads) as embedder:
         load_ms = 1000 * (time.perf_counter() - start)
-        lengths = (
-            [count for count in DEFAULT_TOKENS if count <= embedder.max_tokens]
-            if tokens is None
-            else list(tokens)
-        )
-        for count in lengths:
-            if not 3 <= count <= embedder.max_tokens:
-                raise ConfigError(
-                    f"tokens={count}: the model reads 3 to {embedder.max_tokens}, BOS and EOS "
-                    "included."
-                )
+        most = embedder.max_tokens
+        if tokens is None:
+            tokens = [count for count in DEFAULT_TOKENS if count <= most]
+        lengths = [whole_number("tokens", count, 3, most) for count in tokens]
         latency = [_measure(embedder, count, runs) for count in lengths]
         return BenchReport(
             path=str(path),

@@ -1,5 +1,6 @@
-"""Several rankings of the same things as one, by their places alone: scores of different kinds
-cannot be added.
+"""Join several rankings of the same things by their places alone.
+
+Scores of different kinds cannot be added.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ RANK_CONSTANT = 60  # Source: Cormack, Clarke and Büttcher, "Reciprocal rank fu
 def reciprocal_rank_fusion(
     lists: Sequence[Sequence[Key]], k: int = RANK_CONSTANT
 ) -> list[tuple[Key, float]]:
-    """Everything that is in any list, with the sum of 1 / (k + rank) over the lists it is in; ranks
-    begin at 1.
+    """Rank everything that is in any list by the sum of 1 / (k + rank) over the lists it is in.
+
+    Ranks begin at 1.
 
     Args:
         lists: each best first and without repetitions.

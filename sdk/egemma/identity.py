@@ -1,6 +1,4 @@
-"""Which model made a vector: what two stores, or a store and an embedder, compare before they mix
-vectors.
-"""
+"""Which model made a vector: what is compared before vectors of two places are mixed."""
 
 from __future__ import annotations
 
@@ -33,19 +31,19 @@ class ModelIdentity:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", self.fingerprint):
             raise ConfigError(
-                f"fingerprint={self.fingerprint!r}: 64 hexadecimal digits, as `egemma inspect` "
-                "prints them."
+                f"fingerprint={self.fingerprint!r} must be 64 hexadecimal digits, as `egemma "
+                "inspect` prints them."
             )
         falling = sorted(set(self.dims), reverse=True)
         if not self.dims or list(self.dims) != falling or falling[-1] < 1:
             raise ConfigError(
-                f"dims={self.dims}: the trained widths, from the full one down, such as (768, 512, "
-                "256, 128)."
+                f"dims={self.dims} must be the trained widths, from the full one down, such as "
+                "(768, 512, 256, 128)."
             )
 
     @classmethod
     def of(cls, manifest: Manifest) -> ModelIdentity:
-        """Return the identity of the model that a bundle's manifest describes."""
+        """Return the identity of the model in a bundle, which need not be loaded for that."""
         contents = {
             "weights": manifest.source.get("weights"),
             "tokenizer": manifest.files[TOKENIZER]["sha256"],
@@ -53,23 +51,21 @@ class ModelIdentity:
             "architecture": manifest.architecture,
             "scheme": manifest.scheme,
         }
-        name = (
-            f"{manifest.source.get('model', 'an unnamed model')} {manifest.target} "
-            f"({manifest.fingerprint[:12]})"
-        )
+        model = manifest.source.get("model", "an unnamed model")
         return cls(
             fingerprint=manifest.fingerprint,
-            name=name,
-            dims=manifest.dims,
+            name=f"{model} {manifest.target} ({manifest.fingerprint[:12]})",
+            dims=tuple(manifest.dims),
             parts={part: _digest(content) for part, content in contents.items()},
         )
 
     @property
     def dim(self) -> int:
-        """The full width."""
+        """The full width of the model's vectors."""
         return self.dims[0]
 
     def to_json(self) -> str:
+        """Return the identity as a JSON object."""
         return json.dumps(
             {
                 "fingerprint": self.fingerprint,
@@ -81,7 +77,8 @@ class ModelIdentity:
 
     @classmethod
     def from_json(cls, text: str) -> ModelIdentity:
-        """
+        """Read an identity that `to_json` wrote.
+
         Raises:
             ValueError: `text` is not what `to_json` writes.
         """
@@ -105,15 +102,20 @@ class ModelIdentity:
 def check_same_model(
     where: object, stored: ModelIdentity, mine: ModelIdentity, way_out: str
 ) -> None:
-    """
+    """Check that vectors of two places may be compared.
+
+    Args:
+        where: holds the vectors of `stored`, for the message.
+        way_out: what to do about a difference, for the message.
+
     Raises:
-        IndexMismatchError: the fingerprints differ; says which parts do, and `way_out`.
+        IndexMismatchError: the fingerprints differ; says which parts do.
     """
     if stored.fingerprint != mine.fingerprint:
         differs = [part for part in PARTS if stored.parts.get(part) != mine.parts.get(part)]
         what = f" They differ in {', '.join(differs)}." if differs and stored.parts else ""
         raise IndexMismatchError(
-            f"{where} holds vectors of {stored.name}, this is {mine.name}.{what} {way_out}"
+            f"{where} holds vectors of {stored.name}, this is {mine.name}.{what}", hint=way_out
         )
 
 

@@ -7,34 +7,27 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from egemma_core.errors import ConfigError
+from egemma_core.checks import whole_number
 
 MOST_THREADS = 256
 
 
 def check_threads(threads: int | None) -> int:
-    """`threads`, or for None as many as this process has CPUs.
+    """Return `threads`, or for None as many as this process has CPUs.
 
     Raises:
         ConfigError: not a whole number from 1 to MOST_THREADS.
     """
     if threads is None:
         return min(available_cpus(), MOST_THREADS)
-    if (
-        isinstance(threads, bool)
-        or not isinstance(threads, int)
-        or not 1 <= threads <= MOST_THREADS
-    ):
-        raise ConfigError(
-            f"threads={threads!r}: a whole number from 1 to {MOST_THREADS}, or None for the "
-            f"{available_cpus()} CPUs here."
-        )
-    return threads
+    return whole_number("threads", threads, 1, MOST_THREADS, hint="None takes the CPUs here.")
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """CPUs in this process's affinity mask, or fewer where its control group may use less time (as
-    in a container).
+    """Count the CPUs that this process may use.
+
+    These are the CPUs of its affinity mask, or fewer where its control group may use less time, as
+    in a container.
 
     Args:
         root: where /proc and /sys are, for tests.
@@ -47,8 +40,9 @@ def available_cpus(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """CPUs granted by each control group from this process's own up to the topmost; every one of
-    them binds.
+    """Read the CPUs granted by each control group, from this process's own to the topmost.
+
+    Every one of them binds.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

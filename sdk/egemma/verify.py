@@ -1,49 +1,29 @@
 """Does this bundle, on this machine, give the vectors that its model gave when it was exported?
 
-Replays golden.json.
+`verify_bundle` replays golden.json; `Verification` and its `CaseResult`s say what was found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.embedder import BUILTIN, BUILTIN_FOLDER, Embedder
-from egemma_core.bundle import GOLDEN, Bundle, read_bundle
-from egemma_core.errors import BundleError, ConfigError, EgemmaError
+from egemma.embedder import Embedder, folder_of
+from egemma.exported import exported
+from egemma.golden_file import MAX_LENGTH_ERROR, Golden, GoldenCase, read_golden
+from egemma_core.bundle import Bounds, Bundle, read_bundle
+from egemma_core.errors import BundleError, EgemmaError
 from egemma_core.tokens import Overflow, Tokenizer
 from egemma_core.vectors import shorten
 
-GOLDEN_VERSION = 1
-# A float32 vector of 768 channels that was divided by its own length is within 1e-6 of length 1.
-MAX_LENGTH_ERROR = 1e-5
 # Of the way from the right vector to a mistaken one: rounding goes a few hundredths of it, the
 # mistake itself all of it.
 MAX_MISTAKE_SHARE = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """What a bundle has to keep; None is a bound that nobody has set, which no bundle passes."""
-
-    min_cosine_float: float | None = None  # to the float model's vector, worst text and width
-    min_cosine_quantized: float | None = None  # to float arithmetic on the same rounded weights
-    # of any channel, between a text alone and the same text in a padded batch
-    max_batch_difference: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, bound in asdict(self).items():
-            if bound is not None and (
-                isinstance(bound, bool)
-                or not isinstance(bound, (int, float))
-                or not -1 <= bound <= 1
-            ):
-                raise ConfigError(f"{name}={bound!r}: a number from -1 to 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +38,10 @@ class CaseResult:
     cosine_quantized: Mapping[str, float | None]
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was found, and whether it is within the bounds."""
+    """What `verify_bundle` found, and whether it is within the bounds."""
 
     path: str
     target: str
@@ -81,7 +62,7 @@ class Verification:
         return asdict(self)
 
     def to_text(self) -> str:
-        """A table for people."""
+        """Return a table for people."""
         dims = list(self.cases[0].cosine_float)
         name_width = max(len(case.name) for case in self.cases)
         lines = [
@@ -122,6 +103,7 @@ class Verification:
         )
 
 
+@exported
 def verify_bundle(
     path: str | Path,
     *,
@@ -145,30 +127,26 @@ def verify_bundle(
         RuntimeUnavailableError: this machine lacks the runtime.
         ConfigError: a bound or `threads` cannot work.
     """
-    bundle = read_bundle(BUILTIN_FOLDER if path == BUILTIN else path, check_hashes=check_hashes)
+    bundle = read_bundle(folder_of(path), check_hashes=check_hashes)
     golden = read_golden(bundle)
-    given = {
+    asked = {
         "min_cosine_float": min_cosine_float,
         "min_cosine_quantized": min_cosine_quantized,
         "max_batch_difference": max_batch_difference,
     }
-    bounds = Bounds(
-        **{
-            **_stated_bounds(bundle),
-            **{name: bound for name, bound in given.items() if bound is not None},
-        }
-    )
+    given = {name: bound for name, bound in asked.items() if bound is not None}
+    bounds = replace(_stated_bounds(bundle), **given)
     with Embedder(bundle, threads=threads) as embedder:
         results: list[CaseResult] = []
         vectors: dict[str, NDArray[np.float32]] = {}
         failures: list[str] = []
         tokenizer = bundle.tokenizer()
-        for case in golden["cases"]:
+        for case in golden.cases:
             vector, result, found = _run_case(embedder, tokenizer, case)
             results.append(result)
             failures += found
             if vector is not None:
-                vectors[case["name"]] = vector
+                vectors[case.name] = vector
         difference = None
         if bundle.manifest.batch == "dynamic":
             difference, found = _run_batches(embedder, golden, vectors)
@@ -199,184 +177,91 @@ def verify_bundle(
     )
 
 
-def read_golden(bundle: Bundle) -> dict[str, Any]:
-    """golden.json, checked.
-
-    Raises:
-        BundleError: another version, no cases, or a case that lacks something.
-    """
-    golden, path = bundle.golden(), bundle.folder / GOLDEN
-    if golden.get("format_version") != GOLDEN_VERSION:
-        raise BundleError(
-            f"{path}: format_version={golden.get('format_version')!r}, this egemma reads "
-            f"{GOLDEN_VERSION}. Export again."
-        )
-    cases, batches = golden.get("cases"), golden.get("batches")
-    if (
-        not isinstance(cases, list)
-        or not cases
-        or not isinstance(batches, list)
-        or (bundle.manifest.batch == "dynamic" and not batches)
-    ):
-        raise BundleError(f"{path} has no cases or no batches, so it proves nothing. Export again.")
-    wanted = {
-        "name": str,
-        "text": str,
-        "ids": list,
-        "num_tokens": int,
-        "truncated": bool,
-        "vector": list,
-        "quantized_vector": list,
-    }
-    width = bundle.manifest.dims[0]
-    for number, case in enumerate(cases):
-        wrong = [
-            key
-            for key, kind in wanted.items()
-            if not isinstance(case, dict) or not isinstance(case.get(key), kind)
-        ]
-        if wrong:
-            raise BundleError(f"{path}: case {number} lacks {wrong}. Export again.")
-        for key in ("vector", "quantized_vector"):
-            numbers = [value for value in case[key] if isinstance(value, (int, float))]
-            if (
-                len(case[key]) != width
-                or len(numbers) != width
-                or not abs(np.linalg.norm(numbers) - 1) < MAX_LENGTH_ERROR
-            ):
-                raise BundleError(
-                    f"{path}: {key} of case {case['name']!r} is not a unit vector of {width} "
-                    "channels. Export again."
-                )
-    names = [case["name"] for case in cases]
-    if len(set(names)) < len(names) or not all(
-        isinstance(batch, list) and len(batch) > 1 and set(batch) <= set(names) for batch in batches
-    ):
-        raise BundleError(
-            f"{path}: two cases of one name, or a batch that is not of two or more cases. Export "
-            "again."
-        )
-    _check_mistakes(golden.get("mistakes"), names, width, path)
-    return golden
-
-
-def _check_mistakes(mistakes: object, names: Sequence[str], width: int, path: Path) -> None:
-    def is_mistake(row: object) -> bool:
-        return (
-            isinstance(row, dict)
-            and isinstance(row.get("name"), str)
-            and isinstance(row.get("vectors"), dict)
-            and bool(row["vectors"])
-            and set(row["vectors"]) <= set(names)
-            and all(
-                isinstance(vector, list)
-                and len(vector) == width
-                and all(isinstance(value, (int, float)) for value in vector)
-                for vector in row["vectors"].values()
-            )
-        )
-
-    if not isinstance(mistakes, list) or not all(is_mistake(row) for row in mistakes):
-        raise BundleError(
-            f"{path}: mistakes must each have a name and vectors of {width} channels by case. "
-            "Export again."
-        )
-
-
-def _stated_bounds(bundle: Bundle) -> dict[str, float]:
+def _stated_bounds(bundle: Bundle) -> Bounds:
     stated = bundle.manifest.verification.get("bounds", {})
-    known = Bounds.__dataclass_fields__.keys()
-    if not isinstance(stated, Mapping) or not set(stated) <= known:
+    unknown: dict[str, None] = dict.fromkeys(Bounds.__dataclass_fields__)
+    if not isinstance(stated, Mapping) or not set(stated) <= set(unknown):
         raise BundleError(
             f"{bundle.folder}: verification bounds {stated!r} are not understood, only "
-            f"{sorted(known)}. Export again."
+            f"{sorted(unknown)}.",
+            hint="Export again.",
         )
-    return dict(stated)
+    return Bounds(**(unknown | dict(stated)))
 
 
 def _run_case(
-    embedder: Embedder, tokenizer: Tokenizer, case: Mapping[str, Any]
+    embedder: Embedder, tokenizer: Tokenizer, case: GoldenCase
 ) -> tuple[NDArray[np.float32] | None, CaseResult, list[str]]:
-    """The text as a user's text, its prompt already in front: the vector, what is to be reported,
-    and what is wrong already.
+    """Embed a golden text as a user's text, its prompt already in front.
+
+    Returns:
+        The vector, None where it cannot be measured; what is to be reported; what is wrong already.
     """
-    name, failures = case["name"], []
-    overflow: Overflow = "truncate" if case["truncated"] else "error"
-    nothing = {str(dim): None for dim in embedder.dims}
-    try:
-        ids = list(tokenizer.encode(case["text"], overflow=overflow).ids)
-        embedded = embedder.embed_raw([case["text"]], overflow=overflow)
-    except EgemmaError as error:
-        result = CaseResult(
-            name=name,
-            num_tokens=case["num_tokens"],
-            same_tokens=False,
-            length_error=None,
-            cosine_float=nothing,
-            cosine_quantized=nothing,
-        )
-        return None, result, [f"{name}: it could not be embedded: {error}"]
-    vector, num_tokens, truncated = (
-        embedded.vectors[0],
-        embedded.num_tokens[0],
-        embedded.truncated[0],
+    name, dims = case.name, embedder.dims
+    nothing = {str(dim): None for dim in dims}
+    result = CaseResult(
+        name=name,
+        num_tokens=case.num_tokens,
+        same_tokens=False,
+        length_error=None,
+        cosine_float=nothing,
+        cosine_quantized=nothing,
     )
-    same = ids == case["ids"] and (num_tokens, truncated) == (case["num_tokens"], case["truncated"])
-    if ids != case["ids"]:
-        at = next(
-            (
-                at
-                for at, (mine, theirs) in enumerate(zip(ids, case["ids"], strict=False))
-                if mine != theirs
-            ),
-            min(len(ids), len(case["ids"])),
-        )
+    overflow: Overflow = "truncate" if case.truncated else "error"
+    try:
+        ids = list(tokenizer.encode(case.text, overflow=overflow).ids)
+        found = embedder.embed_raw([case.text], overflow=overflow)[0]
+    except EgemmaError as error:
+        return None, result, [f"{name}: it could not be embedded: {error}"]
+    failures = []
+    counted = (found.num_tokens, found.truncated)
+    same_counts = counted == (case.num_tokens, case.truncated)
+    if ids != case.ids:
+        at = _first_difference(ids, case.ids)
         failures.append(
             f"{name}: its token ids differ from those at export, first at {at}: {ids[at : at + 3]} "
-            "instead of "
-            f"{case['ids'][at : at + 3]}"
+            f"instead of {case.ids[at : at + 3]}"
         )
-    elif not same:
+    elif not same_counts:
         failures.append(
-            f"{name}: {num_tokens} tokens, truncated={truncated}; at export {case['num_tokens']}, "
-            f"{case['truncated']}"
+            f"{name}: {found.num_tokens} tokens, truncated={found.truncated}; at export "
+            f"{case.num_tokens}, {case.truncated}"
         )
-    if not np.isfinite(vector).all():
-        result = CaseResult(
-            name=name,
-            num_tokens=num_tokens,
-            same_tokens=same,
-            length_error=None,
-            cosine_float=nothing,
-            cosine_quantized=nothing,
-        )
+    same = ids == case.ids and same_counts
+    result = replace(result, num_tokens=found.num_tokens, same_tokens=same)
+    if not np.isfinite(found.vector).all():
         return None, result, [*failures, f"{name}: its vector is NaN or infinite"]
-    length_error = abs(float(np.linalg.norm(vector.astype(np.float64))) - 1)
+    length_error = abs(float(np.linalg.norm(found.vector.astype(np.float64))) - 1)
     if length_error > MAX_LENGTH_ERROR:
         failures.append(
             f"{name}: its vector's length is off by {length_error:.1e}, bound {MAX_LENGTH_ERROR}"
         )
-    result = CaseResult(
-        name=name,
-        num_tokens=num_tokens,
-        same_tokens=same,
+    result = replace(
+        result,
         length_error=length_error,
-        cosine_float=_cosines(vector, case["vector"], embedder.dims),
-        cosine_quantized=_cosines(vector, case["quantized_vector"], embedder.dims),
+        cosine_float=_cosines(found.vector, case.vector, dims),
+        cosine_quantized=_cosines(found.vector, case.quantized_vector, dims),
     )
-    return vector, result, failures
+    return found.vector, result, failures
+
+
+def _first_difference(ids: Sequence[int], others: Sequence[int]) -> int:
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(ids), len(others)))
 
 
 def _run_batches(
-    embedder: Embedder, golden: Mapping[str, Any], alone: Mapping[str, NDArray[np.float32]]
+    embedder: Embedder, golden: Golden, alone: Mapping[str, NDArray[np.float32]]
 ) -> tuple[float | None, list[str]]:
-    """The largest difference of a channel between a text alone and in its padded batch; texts
-    without a vector are left out.
+    """Compare each text alone with the same text in its padded batch.
+
+    Returns:
+        The largest difference of a channel, texts without a vector left out; and what failed.
     """
-    ids = {case["name"]: case["ids"] for case in golden["cases"]}
+    ids = {case.name: case.ids for case in golden.cases}
     differences: list[float] = []
     failures = []
-    for batch in golden["batches"]:
+    for batch in golden.batches:
         names = [name for name in batch if name in alone]
         if not names:
             continue
@@ -392,31 +277,31 @@ def _run_batches(
     return (max(differences) if differences else None), failures
 
 
-def _mistake_shares(
-    golden: Mapping[str, Any], vectors: Mapping[str, NDArray[np.float32]]
-) -> dict[str, float]:
-    """For each known mistake how far the file's vectors went from the right ones towards those of
-    the mistake: 0 not at all, 1 all the way.
+def _mistake_shares(golden: Golden, vectors: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
+    """Measure how far the file's vectors went from the right ones towards those of each mistake.
 
     Rounding moves a vector as far as some mistakes do, but in no particular direction.
+
+    Returns:
+        Mistake -> share of the way: 0 not at all, 1 all of it.
     """
-    right = {case["name"]: np.array(case["quantized_vector"]) for case in golden["cases"]}
+    right = {case.name: case.quantized_vector for case in golden.cases}
     shares = {}
-    for mistake in golden["mistakes"]:
+    for mistake in golden.mistakes:
         along = whole = 0.0
-        for name, wrong in mistake["vectors"].items():
-            direction = np.array(wrong) - right[name]
+        for name, wrong in mistake.vectors.items():
+            direction = wrong - right[name]
             whole += float(direction @ direction)
             if name in vectors:
                 along += float((vectors[name] - right[name]) @ direction)
-        shares[mistake["name"]] = along / whole if whole else 0.0
+        shares[mistake.name] = along / whole if whole else 0.0
     return shares
 
 
 def _cosines(
-    vector: NDArray[np.float32], reference: Sequence[float], dims: Sequence[int]
+    vector: NDArray[np.float32], reference: NDArray[np.float64], dims: Sequence[int]
 ) -> dict[str, float | None]:
-    expected = np.array(reference, dtype=np.float32)
+    expected = reference.astype(np.float32)
     return {
         str(dim): float(
             shorten(vector, dim, dims).astype(np.float64)

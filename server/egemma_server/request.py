@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity
-from egemma.index.hits import MODES, Hits, How, Mode
+from egemma.index.hits import MODES, Hits, Mode, SearchInfo
 from egemma.index.inputs import MAX_K, query_rows
 from egemma.index.words import MAX_WORDS
 from egemma.where import Condition, parse
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 FUSED = 100  # hits of each kind that hybrid search joins, or k where that is more
 
-Vector: TypeAlias = "np.ndarray[tuple[int], Any]"  # (W,) floats
-Matrix: TypeAlias = "np.ndarray[tuple[int, int], Any]"  # (B, W) floats
 Texts: TypeAlias = "list[str] | tuple[str, ...]"
 
 
@@ -163,7 +161,7 @@ class SearchRequest:
         vectors: int,
         scan_width: int | None = None,
         shortlist: int | None = None,
-    ) -> How:
+    ) -> SearchInfo:
         """Return what a search did, for its hits.
 
         Args:
@@ -171,7 +169,7 @@ class SearchRequest:
             vectors: how many were compared.
             scan_width, shortlist: of the graph, where one was used.
         """
-        return How(
+        return SearchInfo(
             mode=self.mode,
             dim=None if queries is None else queries.dim,
             scan_width=scan_width,

@@ -39,19 +39,23 @@ def test_a_place_goes_in_front_and_nothing_else_changes() -> None:
     error = TokenLimitError("It has 9 tokens.", hint="Cut it.", position=1).at("notes.txt:3")
     assert type(error) is TokenLimitError
     assert str(error) == "notes.txt:3: It has 9 tokens. Cut it."
-    assert (error.hint, error.position) == ("Cut it.", 1)
+    assert (error.found, error.hint, error.position) == ("It has 9 tokens.", "Cut it.", 1)
+
+
+def test_the_place_that_a_caller_knows_stands_for_the_one_that_was_known_before() -> None:
+    error = InputError("it is blank.", hint="Leave it out.", position=3, place="text 3")
+    assert str(error) == "text 3: it is blank. Leave it out."
+    moved = error.at("notes.txt:70", position=69)
+    assert str(moved) == "notes.txt:70: it is blank. Leave it out."
+    assert (moved.place, moved.position, moved.found) == ("notes.txt:70", 69, "it is blank.")
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_every_error_survives_the_way_between_processes(kind: type[EgemmaError]) -> None:
-    error = pickle.loads(pickle.dumps(kind("found.", hint="hint.", position=2)))
+    error = pickle.loads(pickle.dumps(kind("found.", hint="hint.", position=2, place="here")))
     assert type(error) is kind
-    assert (str(error), error.found, error.hint, error.position) == (
-        "found. hint.",
-        "found.",
-        "hint.",
-        2,
-    )
+    assert str(error) == "here: found. hint."
+    assert (error.found, error.hint, error.position, error.place) == ("found.", "hint.", 2, "here")
 
 
 def test_what_python_users_expect_catches_ours() -> None:

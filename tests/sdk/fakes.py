@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.embedder import Embedding, Embeddings
+from egemma.embeddings import Embedding, Embeddings
 from egemma.index import Index
 from egemma_core.bundle import TOKENIZER
 from egemma_core.errors import TokenLimitError
@@ -76,20 +76,10 @@ class WordEmbedder:
         dim: int | None = None,
         overflow: str = "error",
     ) -> Embedding | Embeddings:
-        if not isinstance(text, str):
-            return self.embed_queries(text, task=task, dim=dim, overflow=overflow)
-        return self.embed_queries([text], task=task, dim=dim, overflow=overflow)[0]
-
-    def embed_queries(
-        self,
-        texts: Iterable[str],
-        *,
-        task: str = DEFAULT_TASK,
-        dim: int | None = None,
-        overflow: str = "error",
-    ) -> Embeddings:
         prompt = self.prompts.query(task)
-        return self._embed([("", prompt, text) for text in texts], dim, overflow)
+        texts = [text] if isinstance(text, str) else text
+        found = self._embed([("", prompt, one) for one in texts], dim, overflow)
+        return found[0] if isinstance(text, str) else found
 
     def embed_documents(
         self,
@@ -131,9 +121,11 @@ class WordEmbedder:
         lengths = tuple(self.count_tokens(prompt + text) for _, prompt, text in rows)
         cut = tuple(length > self.max_tokens for length in lengths)
         if overflow == "error" and any(cut):
+            first = cut.index(True)
             raise TokenLimitError(
-                f"text {cut.index(True)} has {lengths[cut.index(True)]} tokens, the model reads "
-                f"{self.max_tokens}."
+                f"the text has {lengths[first]} tokens, the limit is {self.max_tokens}.",
+                position=first,
+                place=f"text {first}",
             )
         vectors = np.empty((len(rows), self.dim), np.float32)
         for row, (title, prompt, text) in enumerate(rows):
@@ -165,4 +157,4 @@ def open_index(path: Path, name: str = "words-1", **settings: Any) -> Index:
 
 def model_of(index: Index) -> WordEmbedder:
     """The fake behind an index that `open_index` opened."""
-    return cast(WordEmbedder, index._embedder)
+    return cast(WordEmbedder, index._session.embedder)

@@ -214,7 +214,6 @@ def test_what_cannot_be_done_ends_with_1_and_one_line(
         ["add", "a.egx", "--lines", "--hidden"],
         ["search", "a.egx", "x", "--where", "{"],
         ["search", "a.egx", "x", "--where", "[]"],
-        ["search", "a.egx", "x", "--exact", "--approximate"],
         ["index"],
         ["index", "polish", "a.egx"],
         ["index", "migrate", "a.egx"],
@@ -395,27 +394,6 @@ def test_an_index_is_checked_copied_moved_and_given_another_model(
     (tmp_path / "c.egx").write_bytes(content)
     assert egemma_("index", "check", "c.egx") == 1
     assert "chunk 33" in egemma_.out
-
-
-def test_a_graph_is_built_and_used(egemma_: Shell) -> None:
-    pytest.importorskip("usearch", reason="the graph needs egemma[search]")
-    egemma_.json(
-        "add",
-        "a.egx",
-        "--lines",
-        stdin="".join(f"line {number} of water\n" for number in range(400)),
-    )
-    assert egemma_("search", "a.egx", "water", "--approximate") == 1
-    assert "egemma index graph" in egemma_.err
-    assert egemma_.json("index", "graph", "a.egx")["vectors"] == 400
-    found = egemma_.json(
-        "search", "a.egx", "line 7 of water", "-k", "1", "--approximate", "--shortlist", "1"
-    )
-    assert found["how"]["approximate"] is True
-    assert (
-        found["hits"]
-        == egemma_.json("search", "a.egx", "line 7 of water", "-k", "1", "--shortlist", "1")["hits"]
-    )
 
 
 def test_embed_takes_parquet_to_parquet(egemma_: Shell, bundle: Path) -> None:

@@ -80,7 +80,7 @@ def test_queries_and_raw_texts_are_embedded_in_order(bundle: Bundle, embedder: E
     queries = ["task: sentence similarity | query: " + text for text in TEXTS]
     assert (
         np.abs(
-            np.asarray(embedder.embed_queries(TEXTS, task="STS")) - expected(bundle, queries)
+            np.asarray(embedder.embed_query(TEXTS, task="STS")) - expected(bundle, queries)
         ).max()
         < BOUND
     )
@@ -149,8 +149,9 @@ def test_a_stream_takes_titles_and_names_the_position_in_the_whole(embedder: Emb
     texts[WINDOW_TEXTS + 2] = "a" * 10_000
     stream = embedder.stream_documents(texts, titles=(None for _ in texts))  # type: ignore[arg-type]
     assert len(next(stream)) == WINDOW_TEXTS
-    with pytest.raises(TokenLimitError, match=f"text {WINDOW_TEXTS + 2}: "):
+    with pytest.raises(TokenLimitError, match=f"text {WINDOW_TEXTS + 2}: ") as caught:
         next(stream)
+    assert caught.value.position == WINDOW_TEXTS + 2
 
 
 def test_results_can_be_indexed_sliced_and_walked(embedder: Embedder) -> None:
@@ -180,7 +181,6 @@ def test_results_become_arrays(embedder: Embedder) -> None:
 def test_one_string_is_not_a_list_of_texts(embedder: Embedder) -> None:
     for method in (
         embedder.embed_documents,
-        embedder.embed_queries,
         embedder.embed_raw,
         embedder.stream_documents,
     ):
@@ -193,13 +193,15 @@ def test_one_string_is_not_a_list_of_texts(embedder: Embedder) -> None:
 
 @pytest.mark.parametrize("bad", [3, None, b"bytes", ["nested"], np.zeros(3)])
 def test_what_is_not_text_is_refused_with_its_position(embedder: Embedder, bad: object) -> None:
-    for method in (embedder.embed_documents, embedder.embed_queries, embedder.embed_raw):
-        with pytest.raises(InputError, match="text 2 is "):
+    for method in (embedder.embed_documents, embedder.embed_query, embedder.embed_raw):
+        with pytest.raises(InputError, match="text 2: the text is ") as caught:
             method(["a", "b", bad])  # type: ignore[operator]
-    with pytest.raises(InputError, match="text 2 is "):
+        assert caught.value.position == 2
+    with pytest.raises(InputError, match="text 2: the text is "):
         next(embedder.stream_documents(["a", "b", bad]))  # type: ignore[list-item]
-    with pytest.raises(InputError, match="pass str"):
-        embedder.embed_query(bad)  # type: ignore[arg-type]
+    if not isinstance(bad, list):  # which is several texts
+        with pytest.raises(InputError, match=r"must be a list of str|must be str|list of texts"):
+            embedder.embed_query(bad)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("bad", [None, 7, {"a": 1}, {"a", "b"}])
@@ -215,21 +217,25 @@ def test_titles_must_match_the_texts(embedder: Embedder) -> None:
         embedder.embed_documents(["a", "b"], titles=["t"] * 3)
     with pytest.raises(ShapeError, match="more titles than the 0 texts"):
         embedder.embed_documents([], titles=["t"])
-    with pytest.raises(InputError, match="title 1 is int"):
+    with pytest.raises(InputError, match="text 1: its title is int"):
         embedder.embed_documents(["a", "b"], titles=["t", 5])  # type: ignore[list-item]
 
 
 def test_a_lone_surrogate_is_refused_with_its_position(embedder: Embedder) -> None:
-    with pytest.raises(InputError, match=r"text 1: .*U\+D800 at character"):
+    with pytest.raises(InputError, match=r"text 1: .*U\+D800 at character") as caught:
         embedder.embed_documents(["a", "b\ud800"])
+    assert (caught.value.position, caught.value.place) == (1, "text 1")
 
 
 def test_a_megabyte_is_refused_or_truncated_and_says_so(bundle: Bundle, embedder: Embedder) -> None:
     text = "water and oil " * 75_000
-    with pytest.raises(TokenLimitError, match=r"text 1: .* tokens, the limit is 128"):
+    with pytest.raises(TokenLimitError, match=r"text 1: .* tokens, the limit is 128") as caught:
         embedder.embed_documents(["short", text])
-    with pytest.raises(TokenLimitError, match=r"^the text has"):
+    assert (caught.value.position, caught.value.found[:8]) == (1, "the text")
+    assert 'overflow="truncate"' in caught.value.hint
+    with pytest.raises(TokenLimitError, match=r"^the text has") as caught:
         embedder.embed_query(text)
+    assert caught.value.position is None
     found = embedder.embed_documents(["short", text], overflow="truncate")
     assert found.truncated == (False, True)
     assert found.num_tokens[1] > 100_000
@@ -395,9 +401,8 @@ def test_a_path_without_a_bundle_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_builtin_model_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("egemma.embedder.BUILTIN_FOLDER", tmp_path / "builtin")
-    for open_it in (Embedder.builtin, lambda: Embedder.open("builtin")):
-        with pytest.raises(BundleError, match="without its built-in model"):
-            open_it()
+    with pytest.raises(BundleError, match="without its built-in model"):
+        Embedder.open("builtin")
 
 
 def test_the_builtin_model_is_a_bundle_by_name(
@@ -508,8 +513,8 @@ def test_no_manifest_however_wrong_gives_anything_but_an_egemma_error(
     [
         ({"factor": float("nan")}, "NaN"),
         ({"factor": float("inf")}, "NaN or infinity"),
-        ({"output": "last_hidden_state"}, "wanted are"),
-        ({"mask": "mask"}, "wanted are"),
+        ({"output": "last_hidden_state"}, "it must take"),
+        ({"mask": "mask"}, "it must take"),
     ],
 )
 def test_a_broken_export_gives_no_vectors(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from egemma.identity import ModelIdentity
 from egemma.index import Index, heads
 from egemma.index.codes import squares
-from egemma.index.file import read_state
+from egemma.index.facts import read_state
 from egemma.index.heads import (
     BLOCK_ROWS,
     Damage,

@@ -18,7 +18,7 @@ import pytest
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.identity import ModelIdentity
 from egemma.index import Hits, Index, describe_index
-from egemma.index.file import write_state
+from egemma.index.facts import write_state
 from egemma_core.errors import ConfigError, EgemmaError, IndexFileError, InputError
 from egemma_core.vectors import normalize
 from tests.sdk.fakes import TEXTS, WordEmbedder, model_of, open_index
@@ -286,7 +286,7 @@ def test_facts_that_were_made_to_fit_their_checksum_must_fit_each_other(tmp_path
         path = tmp_path / f"{facts}.egx"
         with open_index(path) as index:
             index.add(TEXTS)
-            with index._writing("write") as written:
+            with index._session.writing("write") as written:
                 write_state(written.connection, replace(written.state, **cast(Any, facts)))
         with pytest.raises(IndexFileError, match="does not fit together"):
             open_index(path)
@@ -541,7 +541,7 @@ def test_vectors_in_any_memory_layout_are_stored_as_their_values(index: Index) -
     ]
     for number, layout in enumerate(layouts):
         index.add_vectors(layout, ids=[f"{number} {row}" for row in range(10)])
-    hits = index.search_vector(vectors[3], 6)
+    hits = index.search(vectors[3], 6)
     assert {hit.id for hit in hits} == {f"{number} 3" for number in range(6)}
     assert len({hit.score for hit in hits}) == 1
 
@@ -571,18 +571,18 @@ def test_a_hundred_thousand_deletions_leave_what_was_not_deleted(tmp_path: Path)
         tmp_path / "a.egx", ModelIdentity(fingerprint="0" * 64, name="small", dims=SMALL, parts={})
     ) as index:
         index.add_vectors(vectors, ids=ids)
-        index.search_vector(vectors[0], 1)
+        index.search(vectors[0], 1)
         assert index.remove(sorted(set(ids) - {str(row) for row in kept})) == 100_000
         order = np.argsort(
             -(vectors[kept].astype(np.float64) @ vectors[7].astype(np.float64)), kind="stable"
         )
         for settings in ({"exact": True}, {"shortlist": 500}):
-            hits = index.search_vector(vectors[7], 20, **cast(Any, settings))
+            hits = index.search(vectors[7], 20, **cast(Any, settings))
             assert len({hit.id for hit in hits} & {str(kept[row]) for row in order[:20]}) >= 19
             assert hits.how.vectors == 500
-        assert len(index.search_vector(vectors[7], 10_000)) == 500
+        assert len(index.search(vectors[7], 10_000)) == 500
         index.add_vectors(vectors[:1], ids=["new"])
-        assert index.search_vector(vectors[0], 1)[0].id in ("new", "0")
+        assert index.search(vectors[0], 1)[0].id in ("new", "0")
         assert len(index) == 501
 
 

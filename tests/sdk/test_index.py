@@ -338,12 +338,13 @@ def test_a_copied_vector_is_the_stored_one_bit_for_bit(tmp_path: Path, floats: b
         words = [f"some words {number} " for number in range(300)]
         index.put([document("a", *words)])
         index.put([document("a", *words, *words)])
-        vectors = index._reader.execute(
+        vectors = index._session._reader.execute(
             "SELECT scales, rest, floats FROM vectors ORDER BY number"
         ).fetchall()
         assert vectors[:300] == vectors[300:]
         codes = b"".join(
-            row[0] for row in index._reader.execute("SELECT codes FROM heads ORDER BY block")
+            row[0]
+            for row in index._session._reader.execute("SELECT codes FROM heads ORDER BY block")
         )
         assert codes[: 300 * DIMS[-1]] == codes[300 * DIMS[-1] :]
         assert index.facts(check=True).damage is None
@@ -585,7 +586,7 @@ def test_vectors_that_are_not_unit_vectors_of_the_full_width_are_not_stored(
 
 def writer_of(index: Index) -> sqlite3.Connection:
     index.remove([])
-    return cast(sqlite3.Connection, index._writer)
+    return cast(sqlite3.Connection, index._session._writer)
 
 
 @pytest.mark.parametrize("table", ["documents", "chunks", "vectors", "heads", "blocks", "facts"])
@@ -652,10 +653,10 @@ def test_a_search_sees_one_state_though_another_connection_writes_in_the_middle(
 
             def interfere(statement: str) -> None:
                 if "FROM chunks c JOIN documents" in statement:
-                    reader._reader.set_trace_callback(None)
+                    reader._session._reader.set_trace_callback(None)
                     interfered.append(writer.remove(["a", "b", "c", "d"]))  # noqa: B023
 
-            reader._reader.set_trace_callback(interfere)
+            reader._session._reader.set_trace_callback(interfere)
             assert {hit.id for hit in reader.search("the", k=4, mode=cast(Any, mode))} == {
                 "a",
                 "b",
@@ -714,7 +715,7 @@ def test_threads_may_search_and_write_at_once_and_each_search_sees_one_state(
 
 def test_a_search_does_not_wait_for_a_write_of_the_same_index(index: Index) -> None:
     index.add(TEXTS)
-    with index._writing("remove") as written:
+    with index._session.writing("remove") as written:
         written.remove_documents(index.ids())
         found: list[int] = []
         thread = threading.Thread(target=lambda: found.append(len(index.search("cat"))))

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 
 from egemma.identity import ModelIdentity
 from egemma.index import Index, describe_index, file, is_new
-from egemma.index.file import APPLICATION_ID
+from egemma.index.facts import APPLICATION_ID
+from egemma.upkeep import check
 from egemma_core.errors import ConfigError, IndexFileError, IndexMismatchError
 from tests.sdk.fakes import DIMS, TEXTS, WordEmbedder, open_index
 
@@ -79,10 +77,7 @@ def test_a_file_can_be_opened_by_identity_or_by_nobody_and_then_embeds_nothing(
         identity = index.identity
     for key in (identity, None):
         with Index.open(tmp_path / "a.egx", key) as index:
-            assert (
-                index.search_vector(WordEmbedder().vector("the cat sat on the mat"), k=1)[0].id
-                == "cat"
-            )
+            assert index.search(WordEmbedder().vector("the cat sat on the mat"), k=1)[0].id == "cat"
             assert index.search("cat", mode="text")[0].id == "cat"
             for call in (
                 lambda: index.search("cat"),
@@ -144,14 +139,19 @@ def test_a_missing_file_folder_or_a_folder_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [-1, 0, 1, 3])
+def test_an_older_or_newer_format_is_refused_with_the_way_out(tmp_path: Path, version: int) -> None:
     open_index(tmp_path / "a.egx").close()
-    change(tmp_path / "a.egx", "PRAGMA user_version = 3")
-    for call in (open_index, describe_index):
+    change(tmp_path / "a.egx", f"PRAGMA user_version = {version}")
+    before = (tmp_path / "a.egx").read_bytes()
+    for call in (open_index, describe_index, check):
         with pytest.raises(
-            IndexFileError, match=r"format version 3, this egemma reads up to 2\. Update"
+            IndexFileError,
+            match=rf"format version {version}, and this egemma reads version 2\. "
+            r"Export it as JSON lines with the egemma that wrote it .* and import these here",
         ):
             call(tmp_path / "a.egx")
+    assert (tmp_path / "a.egx").read_bytes() == before
 
 
 def test_an_empty_file_becomes_an_index_only_when_it_may_be_created(tmp_path: Path) -> None:
@@ -254,8 +254,11 @@ def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
             overflow="truncate",
         )
         index.add(["word " * 100], ids=["chunked"], overflow="chunk")
-        assert index._reader.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-        for connection in (index._reader, cast(sqlite3.Connection, index._writer)):
+        assert index._session._reader.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        for connection in (
+            index._session._reader,
+            cast(sqlite3.Connection, index._session._writer),
+        ):
             assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
             assert connection.execute("PRAGMA trusted_schema").fetchone()[0] == 0
         inside = index.facts(check=True)
@@ -285,264 +288,6 @@ def test_the_file_says_what_it_holds(tmp_path: Path) -> None:
     assert described.file_bytes == (tmp_path / "a.egx").stat().st_size
     assert inside.damage is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.egx"]
-
-
-# Version 1.
-
-VERSION_1 = """
-CREATE TABLE facts (name TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL);
-CREATE TABLE documents (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, title TEXT, metadata TEXT, num_tokens INTEGER NOT NULL,
-    truncated INTEGER NOT NULL, vector_crc32 INTEGER NOT NULL, vector BLOB NOT NULL, text_crc32 INTEGER NOT NULL, text TEXT NOT NULL);
-PRAGMA application_id = 0x65474D41;
-PRAGMA user_version = 1;
-PRAGMA journal_mode = WAL;
-"""
-
-
-def write_version_1(path: Path, count: int) -> None:
-    """A file as the first egemma made it, from the description of that version."""
-    embedder = WordEmbedder()
-    connection = sqlite3.connect(path)
-    connection.executescript(VERSION_1)
-    facts = {
-        "fingerprint": embedder.fingerprint,
-        "model": "words-1 test (an old name)",
-        "dims": "[64, 32, 16]",
-        "model_path": "/models/one",
-    }
-    connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
-    for number in range(count):
-        id_, text = f"id {number}", f"ünï words {number} 🦊" if number else "the cat sat on the mat"
-        title, metadata, truncated = (
-            (None, "A title", "")[number % 3],
-            (None, f'{{"n": {number}, "ü": [null]}}')[number % 2],
-            int(number == 2),
-        )
-        vector = embedder.vector(text).astype("<f4").tobytes()
-        fields = "\0".join(
-            "" if field is None else str(field)
-            for field in (id_, title, metadata, number + 3, truncated, text)
-        )
-        connection.execute(
-            "INSERT INTO documents (id, title, metadata, num_tokens, truncated, vector_crc32, "
-            "vector, text_crc32, text) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                id_,
-                title,
-                metadata,
-                number + 3,
-                truncated,
-                zlib.crc32(vector, zlib.crc32(id_.encode())),
-                vector,
-                zlib.crc32(fields.encode()),
-                text,
-            ),
-        )
-    connection.execute("DELETE FROM documents WHERE id = 'id 7'")
-    connection.commit()
-    connection.close()
-
-
-def rows(path: Path, query: str) -> list[Any]:
-    connection = sqlite3.connect(path)
-    found = connection.execute(query).fetchall()
-    connection.close()
-    return found
-
-
-def test_an_index_of_version_1_is_brought_up_to_date_with_all_it_holds(tmp_path: Path) -> None:
-    write_version_1(tmp_path / "a.egx", 1500)
-    with pytest.raises(IndexFileError, match=r"version 1 .*Open it once"):
-        describe_index(tmp_path / "a.egx")
-    with open_index(tmp_path / "a.egx", create=False) as index:
-        # as of any other reader
-        assert index._reader.execute("PRAGMA busy_timeout").fetchone()[0] == 10_000
-        assert len(index) == 1499
-        assert index.ids() == [f"id {number}" for number in range(1500) if number != 7]
-        for number in (0, 1, 2, 3, 1499):
-            document = index.get([f"id {number}"])[0]
-            assert document.text == (
-                f"ünï words {number} 🦊" if number else "the cat sat on the mat"
-            )
-            assert document.title == ("A title" if number % 3 == 1 else None)
-            assert document.metadata == ({"n": number, "ü": [None]} if number % 2 else None)
-            assert (
-                document.num_tokens,
-                document.truncated,
-                document.num_chunks,
-                document.source,
-            ) == (number + 3, number == 2, 1, None)
-        hit = index.search("the cat sat on the mat", k=1, where={"n": {"$exists": False}})[0]
-        assert (hit.id, hit.position, hit.start, hit.stop) == ("id 0", 0, 0, 22)
-        assert hit.score == pytest.approx(1, abs=1e-3)
-        assert index.search("fox words 1234", mode="text", k=1)[0].id == "id 1234"
-        facts = index.facts(check=True)
-        assert (facts.format_version, facts.model, facts.model_path, facts.dims, facts.damage) == (
-            2,
-            "words-1 test (an old name)",
-            "/models/one",
-            DIMS,
-            None,
-        )
-        embedder = cast(Any, index._embedder)
-        index.add(["the cat sat on the mat", "new words"], ids=["id 0", "new"])
-        assert embedder.embedded == ["new words"]  # what was stored before keeps its vector
-    with pytest.raises(IndexMismatchError, match="an old name"):
-        open_index(tmp_path / "a.egx", "words-2")
-
-
-def test_vectors_of_version_1_score_as_they_did(tmp_path: Path) -> None:
-    write_version_1(tmp_path / "a.egx", 50)
-    stored = {
-        id_: np.frombuffer(vector, "<f4").astype(np.float64)
-        for id_, vector in rows(tmp_path / "a.egx", "SELECT id, vector FROM documents")
-    }
-    with open_index(tmp_path / "a.egx") as index:
-        query = WordEmbedder().vector("words 13 ünï").astype(np.float64)
-        for hit in index.search("words 13 ünï", k=49):
-            # 8 bits beyond the head
-            assert hit.score == pytest.approx(float(stored[hit.id] @ query), abs=3e-3)
-
-
-KILLED = """
-import os, signal, sys
-from egemma.index import rows
-from tests.sdk.fakes import open_index
-before = rows.Change.add_chunks
-calls = 0
-def add_chunks(self, *arguments):
-    global calls
-    before(self, *arguments)
-    calls += 1
-    if calls == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-rows.Change.add_chunks = add_chunks
-open_index(sys.argv[1])
-"""
-
-
-def test_an_upgrade_that_is_killed_in_the_middle_leaves_version_1_and_begins_again(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "a.egx"
-    write_version_1(path, 1500)
-    before = rows(path, "SELECT * FROM documents")
-    process = python(KILLED, path)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert rows(path, "PRAGMA user_version") == [(1,)]
-    assert rows(path, "SELECT * FROM documents") == before
-    assert rows(path, "SELECT count(*) FROM sqlite_master WHERE name NOT LIKE 'sqlite%'") == [(2,)]
-    with open_index(path) as index:
-        assert len(index) == 1499
-        assert index.facts(check=True).damage is None
-
-
-def test_several_processes_may_upgrade_the_same_file_at_once(tmp_path: Path) -> None:
-    write_version_1(tmp_path / "a.egx", 300)
-    script = (
-        "import sys; from tests.sdk.fakes import open_index; print('ready', flush=True); "
-        "sys.stdin.readline(); "
-        "print(len(open_index(sys.argv[1])))"
-    )
-    openers = [python(script, tmp_path / "a.egx") for _ in range(4)]
-    for opener in openers:
-        assert opener.stdout is not None
-        assert opener.stdout.readline() == "ready\n"
-    for opener in openers:
-        assert opener.stdin is not None
-        opener.stdin.write("\n")
-        opener.stdin.flush()
-    assert [opener.communicate() for opener in openers] == [("299\n", "")] * 4
-    assert describe_index(tmp_path / "a.egx", check=True).damage is None
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "UPDATE documents SET vector = substr(vector, 1, 100) WHERE id = 'id 3'",
-        "UPDATE documents SET vector = zeroblob(256) WHERE id = 'id 3'",
-        "UPDATE documents SET vector = 'text' WHERE id = 'id 3'",
-        "UPDATE documents SET vector = x'0000c07f' || substr(vector, 5) WHERE id = 'id 3'",
-        "UPDATE documents SET (vector, vector_crc32) = (SELECT vector, vector_crc32 FROM documents "
-        "WHERE id = 'id 4') WHERE id = 'id 3'",
-        "UPDATE documents SET id = x'696420' WHERE id = 'id 3'",
-        "UPDATE documents SET id = 'id 7' WHERE id = 'id 3'",
-        "UPDATE documents SET title = 'another' WHERE id = 'id 3'",
-        "UPDATE documents SET metadata = '{' WHERE id = 'id 3'",
-        "UPDATE documents SET text = 'another' WHERE id = 'id 3'",
-        "UPDATE documents SET text = x'ff' WHERE id = 'id 3'",
-        "UPDATE documents SET text = CAST(x'ff61' AS TEXT) WHERE id = 'id 3'",
-        "UPDATE documents SET truncated = 1 WHERE id = 'id 3'",
-        "UPDATE documents SET num_tokens = 'many' WHERE id = 'id 3'",
-        "DELETE FROM facts WHERE name = 'fingerprint'",
-        "UPDATE facts SET value = 'no' WHERE name = 'fingerprint'",
-        "UPDATE facts SET value = 'no' WHERE name = 'dims'",
-        "UPDATE facts SET value = '[16, 32]' WHERE name = 'dims'",
-        "UPDATE facts SET value = '[0]' WHERE name = 'dims'",
-        "UPDATE facts SET value = '[128]' WHERE name = 'dims'",
-        "UPDATE facts SET value = '[' || '1' || ']' WHERE name = 'dims'",
-        "UPDATE facts SET value = x'ff' WHERE name = 'dims'",
-        "UPDATE facts SET value = '[99999999999999999999]' WHERE name = 'dims'",
-        "DROP TABLE documents",
-        "ALTER TABLE documents DROP COLUMN truncated",
-        "ALTER TABLE documents RENAME TO papers",
-        "CREATE TABLE notes (text TEXT)",
-        "CREATE TABLE chunks (text TEXT)",
-        "CREATE VIEW all_texts AS SELECT text FROM documents",
-        "CREATE TRIGGER late AFTER DELETE ON facts BEGIN DELETE FROM documents; END",
-    ],
-)
-def test_a_damaged_or_altered_file_of_version_1_is_refused_and_stays_as_it_was(
-    tmp_path: Path, damage: str
-) -> None:
-    path = tmp_path / "a.egx"
-    write_version_1(path, 20)
-    change(path, damage)
-    before = rows(path, "SELECT name, sql FROM sqlite_master")
-    with pytest.raises(IndexFileError, match="damaged"):
-        open_index(path)
-    assert rows(path, "PRAGMA user_version") == [(1,)]
-    assert rows(path, "SELECT name, sql FROM sqlite_master") == before
-
-
-@pytest.mark.parametrize(
-    "vector",
-    [
-        b"",
-        b"\0",
-        bytes(256),
-        np.ones(64, "<f4").tobytes(),
-        np.full(64, np.nan, "<f4").tobytes(),
-        np.full(16, 0.25, "<f4").tobytes(),
-        np.full(65, 65**-0.5, "<f4").tobytes(),
-        bytes(255),
-    ],
-)
-def test_a_vector_that_cannot_be_is_damage_though_its_checksum_fits(
-    tmp_path: Path, vector: bytes
-) -> None:
-    path = tmp_path / "a.egx"
-    write_version_1(path, 20)
-    connection = sqlite3.connect(path)
-    connection.execute(
-        "UPDATE documents SET vector = ?, vector_crc32 = ? WHERE id = 'id 3'",
-        (vector, zlib.crc32(vector, zlib.crc32(b"id 3"))),
-    )
-    connection.commit()
-    connection.close()
-    with pytest.raises(IndexFileError, match="damaged"):
-        open_index(path)
-    assert rows(path, "PRAGMA user_version") == [(1,)]
-
-
-@pytest.mark.parametrize("version", [0, -1])
-def test_a_version_that_never_was_is_refused(tmp_path: Path, version: int) -> None:
-    open_index(tmp_path / "a.egx").close()
-    change(tmp_path / "a.egx", f"PRAGMA user_version = {version}")
-    with pytest.raises(IndexFileError, match=f"format version {version}"):
-        open_index(tmp_path / "a.egx")
 
 
 # Files that cannot be written.

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from egemma import upkeep
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.index import Index
 from egemma.index.migration import abandon
@@ -159,16 +160,18 @@ class IndexMachine(RuleBasedStateMachine):
     @rule()
     def compact(self) -> None:
         if self.half_way is None:
-            assert self.index.compact().chunks == sum(len(doc.chunks) for doc in self.docs.values())
+            assert upkeep.compact(self.index.path).chunks == sum(
+                len(doc.chunks) for doc in self.docs.values()
+            )
         else:
             with pytest.raises(IndexFileError, match="half way"):
-                self.index.compact()
+                upkeep.compact(self.index.path)
 
     @rule(target=copies)
     def backup(self) -> Any:
         self.count += 1
         copy = self.folder / f"copy{self.count}.egx"
-        self.index.backup(copy)
+        upkeep.backup(self.index.path, copy)
         return copy, self.model, self.floats, dict(self.docs), self.half_way
 
     @rule(copy=copies)
@@ -183,7 +186,7 @@ class IndexMachine(RuleBasedStateMachine):
     def export_and_import(self) -> Any:
         self.count += 1
         copy = self.folder / f"copy{self.count}.egx"
-        self.index.export_jsonl(self.folder / "a.jsonl", force=True)
+        upkeep.export_jsonl(self.index.path, self.folder / "a.jsonl", force=True)
         with Index.open(copy, cast(Any, MODELS[self.model])) as imported:
             report = imported.import_jsonl(self.folder / "a.jsonl")
             assert (report.documents, report.embedded) == (len(self.docs), 0)
@@ -194,7 +197,7 @@ class IndexMachine(RuleBasedStateMachine):
     def import_over(self, source: Any) -> None:
         path, model, _, documents, _ = source
         with Index.open(path, cast(Any, MODELS[model])) as other:
-            other.export_jsonl(self.folder / "b.jsonl", force=True)
+            upkeep.export_jsonl(other.path, self.folder / "b.jsonl", force=True)
         if model != self.model:
             with pytest.raises(IndexMismatchError):
                 self.index.import_jsonl(self.folder / "b.jsonl")
@@ -324,7 +327,7 @@ class IndexMachine(RuleBasedStateMachine):
         with pytest.raises(InputError):
             self.index.get(["never"])
         assert self.index.facts().chunks == sum(len(doc.chunks) for doc in self.docs.values())
-        assert self.index.check() == []
+        assert upkeep.check(self.index.path) == []
 
 
 TestIndexModel = IndexMachine.TestCase

@@ -18,12 +18,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from egemma import Embedder
+from egemma import Embedder, upkeep
 from egemma.identity import ModelIdentity
 from egemma.index import Index, describe_index
-from egemma.index.file import NEXT_TABLES, TABLES
+from egemma.index.facts import NEXT_TABLES, TABLES
 from egemma.index.migration import MigrationReport, abandon, migrate
-from egemma.index.upkeep import check, compact
+from egemma.upkeep import check, compact
 from egemma_core.errors import (
     ConfigError,
     IndexFileError,
@@ -116,19 +116,19 @@ def test_afterwards_the_index_answers_as_one_that_never_knew_another_model(
             embedded=600,
             resumed=0,
             truncated=0,
-            from_model=ModelIdentity.of(WordEmbedder(OLD).manifest).name,
-            to_model=ModelIdentity.of(new.manifest).name,
+            from_model=ModelIdentity.of(cast(Any, WordEmbedder(OLD).manifest)).name,
+            to_model=ModelIdentity.of(cast(Any, new).manifest).name,
         )
         assert seen == [(done, 600) for done in range(50, 601, 50)]
         assert answers(index) == wanted != old
         assert index.identity.fingerprint == new.fingerprint
         assert index.identity.dims == dims
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
         index.add(["w1 and something new"], ids=["later"])
         assert index.search("w1 and something new").hits[0].id == "later"
     with Index.open(tmp_path / "a.egx", cast(Any, new)) as index:
         assert len(index) == 601
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
     facts = describe_index(tmp_path / "a.egx")
     assert (facts.dims, facts.scan_width, facts.floats, facts.migrating_to) == (
         dims,
@@ -148,7 +148,7 @@ def test_the_old_model_is_not_needed_and_is_refused_afterwards_by_whoever_has_th
         migrate(tmp_path / "a.egx", cast(Any, WordEmbedder(NEW)))
         for doing in (
             lambda: reader.search("w1"),
-            lambda: reader.search_vector(WordEmbedder(OLD).vector("w1")),
+            lambda: reader.search(WordEmbedder(OLD).vector("w1")),
             lambda: reader.add(["x"]),
             lambda: reader.remove(["d1"]),
             lambda: reader.add_vectors(WordEmbedder(OLD).vector("x")[None], ids=["x"]),
@@ -185,7 +185,7 @@ def test_an_interrupted_migration_goes_on_and_embeds_nothing_twice(
         with pytest.raises(StopError):
             index.migrate(cast(Any, stopping), batch=50)
         assert answers(index) == before
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
         assert index.identity.name.startswith(OLD)
         assert index.facts().migrating_to is not None
         assert NEW in index.facts().migrating_to
@@ -194,7 +194,7 @@ def test_an_interrupted_migration_goes_on_and_embeds_nothing_twice(
         assert (report.resumed, report.embedded) == (50 * after, 300 - 50 * after)
         assert sorted(stopping.embedded + new.embedded) == sorted(documents.values())
         assert answers(index) == made_by(tmp_path / "b.egx", WordEmbedder(NEW), documents)
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
 
 
 def test_what_others_add_change_and_remove_meanwhile_is_migrated_as_it_is_then(
@@ -221,7 +221,7 @@ def test_what_others_add_change_and_remove_meanwhile_is_migrated_as_it_is_then(
 
         report = index.migrate(cast(Any, Stopping(before_each=meddle)), batch=50)
         assert report.chunks == len(documents) == index.facts().chunks
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
         ours = {
             query: {(hit.id, hit.score) for hit in index.search(query, 500)} for query in QUERIES
         }
@@ -239,7 +239,7 @@ def test_an_empty_index_and_one_whose_documents_all_left_can_be_migrated(tmp_pat
         index.add(TEXTS)
         index.remove(index.ids())
         assert index.migrate(cast(Any, WordEmbedder(OLD))).chunks == 0
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
         assert index.search("cat").hits == ()
 
 
@@ -280,13 +280,13 @@ def test_a_third_model_is_refused_half_way_until_the_migration_is_given_up(tmp_p
             ):
                 index.migrate(cast(Any, WordEmbedder(model)))
         with pytest.raises(IndexFileError, match="half way through a migration"):
-            index.compact()
+            upkeep.compact(index.path)
         assert abandon(path)
         assert not abandon(path)
         assert answers(index) == before
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
         assert index.facts().migrating_to is None
-        index.compact()
+        upkeep.compact(index.path)
         index.migrate(cast(Any, WordEmbedder("words-3")))
         assert answers(index) == made_by(tmp_path / "b.egx", WordEmbedder("words-3"), documents)
 
@@ -310,7 +310,7 @@ def test_a_migration_that_another_program_gave_up_or_completed_notices(tmp_path:
         assert report.embedded == 40
         assert len(fast.embedded) == 60
         assert answers(index) == made_by(tmp_path / "b.egx", WordEmbedder(NEW), documents)
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
 
 
 def test_a_text_too_long_for_the_new_model_is_named_before_any_work(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_text_too_long_for_the_new_model_is_named_before_any_work(tmp_path: Pa
         assert short.embedded == []
         assert index.facts().migrating_to is None
         assert index.migrate(cast(Any, short), overflow="truncate").truncated == 1
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
         assert [document.truncated for document in index.get(["a", "the long one"])] == [
             False,
             True,
@@ -351,7 +351,7 @@ def test_what_the_new_tokenizer_counts_replaces_what_the_old_one_counted(tmp_pat
             == [letters.count_tokens(letters.document_prompt(None) + text) for text in TEXTS]
             != counted
         )
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
 
 
 def test_a_vector_without_a_text_cannot_be_migrated_and_its_document_is_named(
@@ -378,7 +378,7 @@ def test_a_model_that_gives_nonsense_ends_the_migration_and_changes_nothing(tmp_
         with pytest.raises(InputError, match="3 vectors for 4 texts"):
             index.migrate(cast(Any, broken))
         assert answers(index) == before
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_damage_to_the_new_vectors_is_found_before_the_old_ones_go(
             index.migrate(cast(Any, Stopping(before_each=harm)), batch=20)
         assert answers(index) == before
         assert abandon(path)
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
 
 
 def test_a_disk_without_room_for_both_is_refused_before_any_work(
@@ -528,7 +528,7 @@ def test_threads_that_search_meanwhile_get_the_old_answers_until_the_switch_and_
         assert problems == []
         assert counts["old"]
         assert counts["new"]
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
 
 
 @pytest.mark.parametrize("dims", [DIMS, (96, 48, 24)], ids=str)
@@ -538,8 +538,8 @@ def test_a_search_and_an_addition_that_the_switch_overtakes_ask_the_new_model(
     class Overtaken(WordEmbedder):
         """Migrates the index while it is embedding, as another thread can."""
 
-        def embed_queries(self, *args: Any, **settings: Any) -> Any:
-            found = super().embed_queries(*args, **settings)
+        def embed_query(self, *args: Any, **settings: Any) -> Any:
+            found = super().embed_query(*args, **settings)
             index.migrate(cast(Any, new))
             return found
 
@@ -562,7 +562,7 @@ def test_a_search_and_an_addition_that_the_switch_overtakes_ask_the_new_model(
                 assert (found[0].id, round(found[0].score, 2)) == ("late", 1)
                 index.remove(["late"])
                 found = index.search("w1 w2 w3", 5).hits
-            assert index.check() == []
+            assert upkeep.check(index.path) == []
         with Index.open(tmp_path / f"fresh {doing}.egx", cast(Any, new)) as fresh:
             fresh.add(list(documents.values()), ids=list(documents))
             assert found == fresh.search("w1 w2 w3", 5).hits
@@ -616,6 +616,6 @@ def test_a_migration_killed_at_any_time_loses_at_most_a_batch(tmp_path: Path, af
     assert len(model.embedded) == report.embedded <= 200 - told
     with Index.open(path, cast(Any, WordEmbedder(NEW))) as index:
         assert answers(index) == wanted
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
     compact(path)
     assert check(path) == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from egemma import BundleError, ConfigError, Embedder
-from egemma.runtimes import Runtime, check_vectors, open_runtime
+from egemma.runtimes import Runtime, check_output, open_runtime
 from egemma_core.bundle import read_bundle
 from tests.sdk.conftest import run_python
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_vectors
@@ -91,7 +91,7 @@ def test_a_token_that_is_not_in_the_table_is_an_error(folder: Path, token: int) 
 
 def test_vectors_of_another_shape_type_or_length_or_without_a_number_are_refused() -> None:
     good = np.full((2, 4), 0.5, np.float32)
-    assert check_vectors(good, texts=2, dim=4, model="m") is good
+    assert check_output(good, texts=2, dim=4, model="m") is good
     for bad in (
         good[:1],
         good[:, :3],
@@ -103,7 +103,7 @@ def test_vectors_of_another_shape_type_or_length_or_without_a_number_are_refused
         good * np.array([[1], [1.01]], np.float32),
     ):
         with pytest.raises(BundleError, match="m gave"):
-            check_vectors(bad, texts=2, dim=4, model="m")
+            check_output(bad, texts=2, dim=4, model="m")
 
 
 # One thread pool per process.

@@ -20,8 +20,8 @@ from egemma.chunks import Chunk, ChunkedDocument
 from egemma.identity import ModelIdentity
 from egemma.index import Hits, Index
 from egemma.index import index as index_module
-from egemma.index.heads import kernel_name
-from egemma.index.tune import rewrite_heads
+from egemma.index.scan import kernel_name
+from egemma.index.upkeep.rewrite import rewrite_heads
 from egemma_core.errors import ConfigError, DimensionError, InputError, PromptError, TokenLimitError
 from egemma_core.vectors import normalize
 from tests.sdk.fakes import DIMS, TEXTS, WordEmbedder, open_index
@@ -93,7 +93,7 @@ def test_a_search_of_floats_gives_the_cosines_of_float64_at_every_trained_width(
     stored = random_vectors(ROWS + 200)[HELD.start : HELD.stop]
     for query in random_vectors(5, seed=1):
         order, cosines = cosine_order(query, stored, dim)
-        hits = filled["floats"].search_vector(
+        hits = filled["floats"].search(
             query, 25, dim=dim, exact=exact, **({} if exact else {"shortlist": 10_000})
         )
         assert [hit.id for hit in hits] == [f"{HELD[row]:04}" for row in order[:25]]
@@ -107,21 +107,21 @@ def test_codes_cost_little_of_a_cosine_and_the_cascade_finds_what_comparing_all_
 ) -> None:
     stored = random_vectors(ROWS + 200)
     for query in random_vectors(5, seed=2):
-        exact = filled["codes"].search_vector(query, 50, dim=dim, exact=True)
+        exact = filled["codes"].search(query, 50, dim=dim, exact=True)
         _, cosines = cosine_order(query, stored, dim)
         np.testing.assert_allclose(
             [hit.score for hit in exact], [cosines[int(hit.id)] for hit in exact], atol=5e-3
         )
-        cascade = filled["codes"].search_vector(query, 50, dim=dim, shortlist=10_000)
+        cascade = filled["codes"].search(query, 50, dim=dim, shortlist=10_000)
         assert cascade.hits == exact.hits
-        default = filled["codes"].search_vector(query, 10, dim=dim)
+        default = filled["codes"].search(query, 10, dim=dim)
         assert len({hit.id for hit in default} & {hit.id for hit in exact[:10]}) >= 9
 
 
 def test_a_short_shortlist_orders_only_what_the_heads_left_over(filled: dict[str, Index]) -> None:
     query = random_vectors(1, seed=3)[0]
     stored = random_vectors(ROWS + 200)
-    hits = filled["floats"].search_vector(query, 5, shortlist=5)
+    hits = filled["floats"].search(query, 5, shortlist=5)
     by_head, _ = cosine_order(query, stored[HELD.start : HELD.stop], DIMS[-1])
     _, cosines = cosine_order(query, stored, None)
     left_over = sorted((HELD[row] for row in by_head[:5]), key=lambda row: -cosines[row])
@@ -142,7 +142,7 @@ def test_scores_that_float32_cannot_tell_apart_are_ordered_as_in_float64(tmp_pat
         index.add_vectors(stored, ids=[f"{row:04}" for row in range(2000)])
         order, _ = cosine_order(query, stored, None)
         for settings_ in ({"exact": True}, {"shortlist": 2000}):
-            assert [hit.id for hit in index.search_vector(query, 5, **cast(Any, settings_))] == [
+            assert [hit.id for hit in index.search(query, 5, **cast(Any, settings_))] == [
                 f"{row:04}" for row in order[:5]
             ]
 
@@ -182,11 +182,11 @@ def test_vectors_that_are_read_some_at_a_time_are_ordered_all_together(
     filled: dict[str, Index], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for query in random_vectors(3, seed=6):
-        right = filled["codes"].search_vector(query, 60, exact=True).hits
+        right = filled["codes"].search(query, 60, exact=True).hits
         with monkeypatch.context() as patch:
             patch.setattr(index_module, "_EXACT_ROWS", 101)
-            assert filled["codes"].search_vector(query, 60, exact=True).hits == right
-            assert filled["codes"].search_vector(query, 60, shortlist=ROWS).hits == right
+            assert filled["codes"].search(query, 60, exact=True).hits == right
+            assert filled["codes"].search(query, 60, shortlist=ROWS).hits == right
 
 
 def test_fewer_hits_come_back_when_fewer_are_stored(index: Index) -> None:
@@ -206,14 +206,14 @@ def test_a_vector_of_a_smaller_width_searches_at_that_width(index: Index) -> Non
             (full[:dim] * np.float32(8), {}),
             (full.astype(np.float64), {"dim": dim}),
         ):
-            found = index.search_vector(vector, **cast(Any, settings_))
+            found = index.search(vector, **cast(Any, settings_))
             assert [hit.id for hit in found] == [hit.id for hit in wanted]
             np.testing.assert_allclose(
                 [hit.score for hit in found], [hit.score for hit in wanted], atol=1e-7
             )
             assert found.how == wanted.how
     with pytest.raises(InputError, match="dim=32"):
-        index.search_vector(full[:16], dim=32)
+        index.search(full[:16], dim=32)
 
 
 def test_queries_searched_together_get_what_each_gets_alone(filled: dict[str, Index]) -> None:
@@ -228,18 +228,16 @@ def test_queries_searched_together_get_what_each_gets_alone(filled: dict[str, In
         {"exact": True},
         {"shortlist": 3, "k": 2},
     ):
-        together = index.search_many(queries, **cast(Any, settings_))
+        together = index.search(queries, **cast(Any, settings_))
         assert together == [index.search(query, **cast(Any, settings_)) for query in queries]
-        assert index.search_many(iter(queries), **cast(Any, settings_)) == together
+        assert index.search(iter(queries), **cast(Any, settings_)) == together
     vectors = random_vectors(70, seed=5)
-    assert index.search_vectors(vectors, 3) == [
-        index.search_vector(vector, 3) for vector in vectors
-    ]
-    assert index.search_many([]) == index.search_vectors(vectors[:0]) == []
+    assert index.search(vectors, 3) == [index.search(vector, 3) for vector in vectors]
+    assert index.search([]) == index.search(vectors[:0]) == []
 
 
 def test_a_search_by_words_takes_nothing_that_is_about_vectors(filled: dict[str, Index]) -> None:
-    for settings_ in ({"dim": 16}, {"shortlist": 3}, {"exact": True}, {"approximate": True}):
+    for settings_ in ({"dim": 16}, {"shortlist": 3}, {"exact": True}):
         with pytest.raises(ConfigError, match="compares no vectors"):
             filled["codes"].search("text", mode="text", **cast(Any, settings_))
 
@@ -432,7 +430,7 @@ def test_more_words_than_full_text_takes_are_an_input_error(index: Index) -> Non
             index.search(
                 " ".join(f"w{number}" for number in range(10_000)), mode=cast(Any, mode)
             ) if mode == "text" else index._search(
-                index._plan(1, None, None, None, exact=False, approximate=False),
+                index._plan(1, None, None, None, exact=False),
                 WordEmbedder().vector("x")[None],
                 [" ".join(f"w{number}" for number in range(10_000))],
                 "hybrid",
@@ -494,7 +492,7 @@ def test_any_text_can_be_searched_for_and_is_found_where_it_has_a_word(
         index.add_vectors(random_vectors(1), ids=["x"], texts=[text])
         found = [hit.id for hit in index.search(text, mode="text")]
         quoted = '"' + text.replace('"', '""') + '"'
-        has_words = index._reader.execute(
+        has_words = index._session._reader.execute(
             "SELECT count(*) FROM words WHERE words MATCH ?", (quoted,)
         ).fetchone()[0]
         assert found == ["x"] * has_words
@@ -606,13 +604,13 @@ def test_a_search_says_how_it_was_done(filled: dict[str, Index]) -> None:
 
 def test_the_task_reaches_the_model(tmp_path: Path) -> None:
     class Tasks(WordEmbedder):
-        def embed_queries(self, texts: Any, *, task: str = "none", **settings_: Any) -> Any:
-            return super().embed_queries([f"{task} {text}" for text in texts], **settings_)
+        def embed_query(self, text: Any, *, task: str = "none", **settings_: Any) -> Any:
+            return super().embed_query([f"{task} {one}" for one in text], **settings_)
 
     with Index.open(tmp_path / "a.egx", cast(Any, Tasks())) as index:
         index.add(["clustering word", "retrieval word"])
         assert index.search("word", task="retrieval")[0].text == "retrieval word"
-        assert index.search_many(["word"], task="clustering")[0][0].text == "clustering word"
+        assert index.search(["word"], task="clustering")[0][0].text == "clustering word"
     with open_index(tmp_path / "a.egx") as index, pytest.raises(PromptError):
         index.search("word", task="no such task")
 
@@ -622,9 +620,9 @@ def test_a_k_that_is_no_count_is_refused(index: Index, k: Any) -> None:
     for call in (
         lambda: index.search("cat", k),
         lambda: index.search("cat", k, mode="text"),
-        lambda: index.search_many([], k),
-        lambda: index.search_vector(np.ones(64, np.float32), k),
-        lambda: index.search_vectors(np.ones((1, 64), np.float32), k),
+        lambda: index.search([], k),
+        lambda: index.search(np.ones(64, np.float32), k),
+        lambda: index.search(np.ones((1, 64), np.float32), k),
     ):
         with pytest.raises(ConfigError, match="k="):
             call()
@@ -642,7 +640,7 @@ def test_a_k_that_is_no_count_is_refused(index: Index, k: Any) -> None:
         ({"shortlist": 1.5}, ConfigError, "shortlist=1.5"),
         ({"shortlist": True}, ConfigError, "shortlist=True"),
         ({"exact": True, "shortlist": 5}, ConfigError, "exact=True"),
-        ({"exact": True, "approximate": True}, ConfigError, "exact=True"),
+        ({"exact": True, "shortlist": 3}, ConfigError, "exact=True"),
         ({"where": "lang = 'en'"}, ConfigError, "where"),
         ({"where": {"$where": "1"}}, ConfigError, r"\$where"),
         ({"where": [1]}, ConfigError, "where"),
@@ -654,7 +652,7 @@ def test_a_setting_that_cannot_work_is_refused_before_anything_is_embedded(
     index: Index, settings_: Any, error: Any, says: str
 ) -> None:
     index.add(TEXTS)
-    cast(Any, index._embedder).embed_queries = None
+    cast(Any, index._session.embedder).embed_query = None
     with pytest.raises(error, match=says):
         index.search("cat", **settings_)
 
@@ -665,9 +663,9 @@ def test_a_query_without_words_is_refused(index: Index, query: Any) -> None:
         with pytest.raises(InputError, match="queries"):
             index.search(query, mode=cast(Any, mode))
     with pytest.raises(InputError, match="one str"):
-        index.search_many("cat")
+        index.search("cat")
     with pytest.raises(InputError, match="queries"):
-        index.search_many(["cat", query])
+        index.search(["cat", query])
 
 
 def test_a_query_too_long_for_the_model_is_refused(index: Index) -> None:
@@ -700,13 +698,13 @@ def test_a_query_vector_without_a_direction_is_refused(index: Index, vector: Any
     index.add(TEXTS)
     for settings_ in ({}, {"dim": 16}, {"exact": True}):
         with pytest.raises(InputError), np.errstate(all="ignore"):
-            index.search_vector(vector, **cast(Any, settings_))
+            index.search(vector, **cast(Any, settings_))
 
 
 def test_query_vectors_of_other_widths_are_refused(index: Index) -> None:
     for width in (0, 1, 15, 63, 65, 768):
         with pytest.raises(DimensionError, match=f"dim={width}"):
-            index.search_vector(np.ones(width, np.float32))
+            index.search(np.ones(width, np.float32))
     for vectors in (
         np.ones(64, np.float32),
         np.ones((1, 1, 64), np.float32),
@@ -717,19 +715,19 @@ def test_query_vectors_of_other_widths_are_refused(index: Index) -> None:
         [[None] * 64],
     ):
         with pytest.raises(InputError):
-            index.search_vectors(cast(Any, vectors))
+            index.search(cast(Any, vectors))
 
 
 def test_a_vector_narrower_than_the_scan_searches_exactly_or_not_at_all(tmp_path: Path) -> None:
     identity = ModelIdentity(fingerprint="0" * 64, name="a model", dims=DIMS, parts={})
     with Index.open(tmp_path / "a.egx", identity) as index:
         index.add_vectors(random_vectors(20), ids=[str(row) for row in range(20)])
-        with index._writing("tune") as change:  # as `tune` may choose
+        with index._session.writing("tune") as change:  # as `tune` may choose
             rewrite_heads(change, 32)
         query = random_vectors(1, seed=9)[0]
         order, _ = cosine_order(query, random_vectors(20), 16)
         with pytest.raises(InputError, match="16 channels, this index scans 32"):
-            index.search_vector(query[:16], 1)
-        assert index.search_vector(query[:16], 1, exact=True)[0].id == str(order[0])
-        hits = index.search_vector(query, 1, dim=16)
+            index.search(query[:16], 1)
+        assert index.search(query[:16], 1, exact=True)[0].id == str(order[0])
+        hits = index.search(query, 1, dim=16)
         assert (hits[0].id, hits.how.dim, hits.how.scan_width) == (str(order[0]), 16, 32)

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from egemma import upkeep
 from egemma.identity import ModelIdentity
 from egemma.index import Index
-from egemma.index.file import read_state
-from egemma.index.tune import Tuned, interval, rewrite_heads
+from egemma.index.facts import read_state
+from egemma.index.tune import interval
+from egemma.index.tuned import Tuned
+from egemma.index.upkeep.rewrite import rewrite_heads
 from egemma_core.errors import ConfigError, IndexFileError, InputError, RuntimeUnavailableError
 from tests.sdk.fakes import TEXTS, WordEmbedder
 
@@ -70,17 +73,17 @@ def test_the_recall_is_that_of_searches_with_that_shortlist(
         )
         assert [row.scan_width for row in report.rows] == [16, 32]
         assert report.chosen is not None
-        truth = [ids(index.search_vector(query, 5, exact=True)) for query in queries]
+        truth = [ids(index.search(query, 5, exact=True)) for query in queries]
         for row in report.rows:
             with Index.open(
                 tmp_path / f"{row.scan_width}.egx", IDENTITY, threads=1, keep_floats=keep_floats
             ) as other:
                 other.add_vectors(unit_rows(ROWS), ids=[str(number) for number in range(ROWS)])
-                with other._writing("test") as change:  # the scan width that the row is about
+                with other._session.writing(
+                    "test"
+                ) as change:  # the scan width that the row is about
                     rewrite_heads(change, row.scan_width)
-                found = [
-                    ids(other.search_vector(query, 5, shortlist=row.shortlist)) for query in queries
-                ]
+                found = [ids(other.search(query, 5, shortlist=row.shortlist)) for query in queries]
             recall = np.mean([len({*a} & {*b}) / 5 for a, b in zip(found, truth, strict=True)])
             # one of 300 hits: a tie, or codes that were rounded twice
             assert recall == pytest.approx(row.recall, abs=0.004)
@@ -98,8 +101,8 @@ def test_the_shortest_shortlist_that_reaches_it_is_taken_and_the_default_from_th
         chosen = report.chosen
         assert chosen is not None
         assert chosen.ms == min(row.ms for row in report.rows if row.reaches)
-        hits = index.search_vectors(queries, 10)
-        truth = index.search_vectors(queries, 10, exact=True)
+        hits = index.search(queries, 10)
+        truth = index.search(queries, 10, exact=True)
         assert np.mean(
             [len({*ids(a)} & {*ids(b)}) / 10 for a, b in zip(hits, truth, strict=True)]
         ) == pytest.approx(chosen.recall, abs=0.002)
@@ -109,9 +112,9 @@ def test_the_shortest_shortlist_that_reaches_it_is_taken_and_the_default_from_th
             chosen.scan_width,
             ROWS,
         )
-        assert index.search_vector(queries[0], 20).how.shortlist == 2 * chosen.shortlist
-        assert index.search_vector(queries[0], 1).how.shortlist == chosen.shortlist
-        given = index.search_vector(queries[0], 10, shortlist=77).how
+        assert index.search(queries[0], 20).how.shortlist == 2 * chosen.shortlist
+        assert index.search(queries[0], 1).how.shortlist == chosen.shortlist
+        given = index.search(queries[0], 10, shortlist=77).how
         assert (given.shortlist, given.tuned_for) == (77, None)
         kept = json.loads(state_of(index).tuned)
         assert kept == {
@@ -127,9 +130,9 @@ def test_the_shortest_shortlist_that_reaches_it_is_taken_and_the_default_from_th
             "seed": 0,
             "chunks": ROWS,
         }
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
     with Index.open(tmp_path / "a.egx") as again:
-        assert again.search_vector(queries[0]).how.shortlist == chosen.shortlist
+        assert again.search(queries[0]).how.shortlist == chosen.shortlist
 
 
 def test_stored_chunks_stand_in_for_queries_and_do_not_find_themselves(tmp_path: Path) -> None:
@@ -154,42 +157,44 @@ def test_a_recall_out_of_reach_is_said_and_changes_nothing(tmp_path: Path) -> No
         assert "exact=True" in report.to_text()
         assert max(row.recall for row in report.rows) == 1  # even so: fifty queries do not prove it
         assert state_of(index) == before
-        assert index.search_vector(unit_rows(1)[0]).how.tuned_for is None
+        assert index.search(unit_rows(1)[0]).how.tuned_for is None
 
 
 @pytest.mark.parametrize("keep_floats", [True, False])
 def test_writing_the_heads_anew_keeps_every_vector_and_what_was_deleted_stays_so(
     tmp_path: Path, keep_floats: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("egemma.index.tune._TOGETHER", 1)  # so that a whole part is dead: block 2
+    monkeypatch.setattr(
+        "egemma.index.records.BLOCKS_TOGETHER", 1
+    )  # so that a whole part is dead: block 2
     rows, dead = unit_rows(1100), [*range(300, 900), 5, 1099]
     with (
         make(tmp_path / "a.egx", rows=1100, keep_floats=keep_floats) as index,
         Index.open(tmp_path / "a.egx", threads=1) as reader,
     ):
         index.remove([str(row) for row in dead])
-        reader.search_vector(rows[0])
+        reader.search(rows[0])
         for width in (32, 16, 32, 64):
-            with index._writing("test") as change:
+            with index._session.writing("test") as change:
                 rewrite_heads(change, width)
-            assert index.check() == []
+            assert upkeep.check(index.path) == []
             alive = np.setdiff1d(np.arange(1100), dead)
-            hits = reader.search_vectors(rows[alive], 1)  # another reader finds out
+            hits = reader.search(rows[alive], 1)  # another reader finds out
             assert [int(hit[0].id) for hit in hits] == alive.tolist()
             assert hits[0].how.scan_width == width
             # codes: a rounding or two of 1/254 of the largest
             assert min(hit[0].score for hit in hits) > (1 - 1e-6 if keep_floats else 0.9998)
         index.add_vectors(rows[:300], ids=[f"again {row}" for row in range(300)])
-        assert index.check() == []
-        assert {*ids(index.search_vector(rows[7], 2))} == {"7", "again 7"}
+        assert upkeep.check(index.path) == []
+        assert {*ids(index.search(rows[7], 2))} == {"7", "again 7"}
 
 
 def test_a_rewrite_that_fails_half_way_leaves_everything(tmp_path: Path) -> None:
     with make(tmp_path / "a.egx") as index:
-        before = index.search_vector(unit_rows(1, seed=7)[0], 10)
+        before = index.search(unit_rows(1, seed=7)[0], 10)
 
         def fail() -> None:
-            with index._writing("test") as change:
+            with index._session.writing("test") as change:
                 change.connection.execute(
                     "UPDATE vectors SET crc32 = crc32 + 1 WHERE number = 1400"
                 )
@@ -197,8 +202,8 @@ def test_a_rewrite_that_fails_half_way_leaves_everything(tmp_path: Path) -> None
 
         with pytest.raises(IndexFileError, match="vector 1400"):
             fail()
-        assert index.search_vector(unit_rows(1, seed=7)[0], 10) == before
-        assert index.check() == []
+        assert index.search(unit_rows(1, seed=7)[0], 10) == before
+        assert upkeep.check(index.path) == []
 
 
 def test_damage_is_found_and_not_measured(tmp_path: Path) -> None:

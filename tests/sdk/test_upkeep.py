@@ -14,15 +14,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from egemma import upkeep
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.identity import ModelIdentity
-from egemma.index import Index, describe_index, upkeep
-from egemma.index.upkeep import backup, check, compact
+from egemma.index import Index, describe_index
+from egemma.upkeep import backup, check, compact
 from egemma_core.errors import IndexFileError, IndexMismatchError, InputError
 from tests.sdk.conftest import ROOT
 from tests.sdk.fakes import DIMS, TEXTS, WordEmbedder, open_index
@@ -89,11 +90,11 @@ def sql(path: Path, *statements: str) -> None:
 
 def test_a_sound_index_has_no_findings_before_and_after_everything(tmp_path: Path) -> None:
     with filled(tmp_path / "a.egx") as index:
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
         index.remove([f"d{number}" for number in range(0, 600, 2)])
-        assert index.check() == check(tmp_path / "a.egx") == []
+        assert upkeep.check(index.path) == check(tmp_path / "a.egx") == []
         index.remove(index.ids())
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_an_index_of_a_folder_that_cannot_be_written_can_be_checked(tmp_path: Pa
     filled(tmp_path / "a.egx").close()
     (tmp_path / "a.egx").chmod(0o444)
     script = (
-        "import os, sys; from egemma.index.upkeep import check; os.setuid(65534); "
+        "import os, sys; from egemma.upkeep import check; os.setuid(65534); "
         "print(check(sys.argv[1]))"
     )
     if os.geteuid() == 0:
@@ -297,17 +298,17 @@ def test_a_backup_is_the_index_as_it_was_while_others_write(tmp_path: Path) -> N
         thread.start()
         try:
             for copy in range(3):
-                facts = index.backup(tmp_path / f"copy{copy}.egx")
+                facts = upkeep.backup(index.path, tmp_path / f"copy{copy}.egx")
                 assert facts.path == str(tmp_path / f"copy{copy}.egx")
                 with open_index(facts.path) as copied:
-                    assert copied.check() == []
+                    assert upkeep.check(copied.path) == []
                     pair = copied.get(["pair one", "pair two"]) if len(copied) > 601 else []
                     # both of one write, or none
                     assert len({document.text.split()[1] for document in pair}) <= 1
         finally:
             done.set()
             thread.join()
-        index.backup(tmp_path / "last.egx")
+        upkeep.backup(index.path, tmp_path / "last.egx")
         with open_index(tmp_path / "last.egx") as copied:
             assert answers(copied) == answers(index)
     assert not [
@@ -319,18 +320,18 @@ def test_a_backup_is_the_index_as_it_was_while_others_write(tmp_path: Path) -> N
 
 def test_a_backup_overwrites_nothing_unless_it_is_told_to(tmp_path: Path) -> None:
     with filled(tmp_path / "a.egx") as index:
-        index.backup(tmp_path / "b.egx")
+        upkeep.backup(index.path, tmp_path / "b.egx")
         before = (tmp_path / "b.egx").read_bytes()
         index.remove(["d30"])
         with pytest.raises(IndexFileError, match=r"b\.egx exists already"):
-            index.backup(tmp_path / "b.egx")
+            upkeep.backup(index.path, tmp_path / "b.egx")
         assert (tmp_path / "b.egx").read_bytes() == before
-        index.backup(tmp_path / "b.egx", force=True)
+        upkeep.backup(index.path, tmp_path / "b.egx", force=True)
         with open_index(tmp_path / "b.egx") as copied:
             assert answers(copied) == answers(index)
         for where in (tmp_path, tmp_path / "no" / "b.egx"):
             with pytest.raises(IndexFileError):
-                index.backup(where, force=True)
+                upkeep.backup(index.path, where, force=True)
 
 
 def test_a_backup_does_not_take_the_place_of_an_index_that_is_open(tmp_path: Path) -> None:
@@ -340,8 +341,8 @@ def test_a_backup_does_not_take_the_place_of_an_index_that_is_open(tmp_path: Pat
         with pytest.raises(
             IndexFileError, match=r"b\.egx-wal belongs to .*open or was left by a crash"
         ):
-            index.backup(tmp_path / "b.egx", force=True)
-        assert other.check() == []
+            upkeep.backup(index.path, tmp_path / "b.egx", force=True)
+        assert upkeep.check(other.path) == []
 
 
 def test_a_damaged_index_replaces_no_backup(tmp_path: Path) -> None:
@@ -371,7 +372,7 @@ def test_what_a_killed_backup_left_goes_with_the_next_one_and_that_of_a_live_one
     for left in (alive, dead, dead.with_name(dead.name + "-wal"), *others):
         left.write_bytes(b"left")
     with filled(tmp_path / "a.egx", 30) as index:
-        index.backup(tmp_path / "b.egx")
+        upkeep.backup(index.path, tmp_path / "b.egx")
     assert sorted(found.name for found in tmp_path.iterdir() if ".part" in found.name) == sorted(
         found.name for found in (alive, *others)
     )
@@ -384,7 +385,7 @@ def test_a_full_disk_refuses_backup_and_compaction_before_they_begin(
         monkeypatch.setattr(
             shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
         )  # type: ignore[attr-defined]
-        for doing in (lambda: index.backup(tmp_path / "b.egx"), index.compact):
+        for doing in (lambda: upkeep.backup(index.path, tmp_path / "b.egx"), index.compact):
             with pytest.raises(IndexFileError, match="MB free"):
                 doing()
         assert not (tmp_path / "b.egx").exists()
@@ -403,9 +404,9 @@ def test_compacting_changes_no_answer_and_wipes_what_was_deleted(tmp_path: Path)
         for some, renumbered in ((10, False), (300, True)):
             index.remove([f"gone{number}" for number in range(some)])
             before, facts = answers(index), index.facts()
-            report = index.compact()
+            report = upkeep.compact(index.path)
             assert answers(index) == before
-            assert index.check() == []
+            assert upkeep.check(index.path) == []
             assert report.renumbered == renumbered
             assert report.chunks == facts.chunks == index.facts().chunks
             assert report.bytes_after <= report.bytes_before
@@ -433,7 +434,7 @@ def test_compacting_changes_no_answer_and_wipes_what_was_deleted(tmp_path: Path)
             connection.close()
         index.add(["after w1"], ids=["after"])
         assert index.search("after w1").hits[0].id == "after"
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
     assert b"secretword" not in path.read_bytes()
 
 
@@ -457,10 +458,10 @@ def test_an_index_that_others_have_open_goes_on_after_it_was_compacted(tmp_path:
 def test_an_emptied_index_becomes_small(tmp_path: Path) -> None:
     with filled(tmp_path / "a.egx") as index:
         index.remove(index.ids())
-        report = index.compact()
+        report = upkeep.compact(index.path)
         assert report.chunks == 0
         assert report.bytes_after < 20 * 8192
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
         index.add(TEXTS)
         assert index.search("cat").hits[0].text == TEXTS[0]
 
@@ -501,7 +502,7 @@ def test_what_is_exported_and_imported_answers_the_same(tmp_path: Path, floats: 
         open_index(tmp_path / "b.egx") as copy,
     ):
         index.remove([f"d{number}" for number in range(100, 250)])
-        assert index.export_jsonl(tmp_path / "a.jsonl") == len(index)
+        assert upkeep.export_jsonl(index.path, tmp_path / "a.jsonl") == len(index)
         for _ in range(2):  # a second import changes nothing
             report = copy.import_jsonl(tmp_path / "a.jsonl")
             assert (report.documents, report.chunks, report.embedded) == (
@@ -511,17 +512,17 @@ def test_what_is_exported_and_imported_answers_the_same(tmp_path: Path, floats: 
             )
             assert answers(copy) == answers(index)
             assert copy.sources() == index.sources()
-            assert copy.check() == []
-        copy.export_jsonl(tmp_path / "b.jsonl")
+            assert upkeep.check(copy.path) == []
+        upkeep.export_jsonl(copy.path, tmp_path / "b.jsonl")
     with open_index(tmp_path / "c.egx", keep_floats=True) as third:
         third.import_jsonl(tmp_path / "b.jsonl")
-        assert third.check() == []
+        assert upkeep.check(third.path) == []
         assert [hit.id for hit in third.search("w7", 5)] != []
 
 
 def test_an_export_without_vectors_is_embedded_only_when_told_to(tmp_path: Path) -> None:
     with filled(tmp_path / "a.egx") as index:
-        index.export_jsonl(tmp_path / "a.jsonl", vectors=False)
+        upkeep.export_jsonl(index.path, tmp_path / "a.jsonl", vectors=False)
         wanted = answers(index)
     assert b'"head"' not in (tmp_path / "a.jsonl").read_bytes()
     with open_index(tmp_path / "b.egx") as copy:
@@ -534,7 +535,7 @@ def test_an_export_without_vectors_is_embedded_only_when_told_to(tmp_path: Path)
 
 def test_vectors_of_another_model_are_refused_and_can_be_made_anew(tmp_path: Path) -> None:
     with filled(tmp_path / "a.egx") as index, open_index(tmp_path / "b.egx", "words-2") as other:
-        index.export_jsonl(tmp_path / "a.jsonl")
+        upkeep.export_jsonl(index.path, tmp_path / "a.jsonl")
         with pytest.raises(
             IndexMismatchError,
             match=r"a\.jsonl holds vectors of words-1.*this is words-2.*reembed=True",
@@ -543,19 +544,21 @@ def test_vectors_of_another_model_are_refused_and_can_be_made_anew(tmp_path: Pat
         assert len(other) == 0
         other.import_jsonl(tmp_path / "a.jsonl", reembed=True)
         assert len(other) == len(index)
-        assert other.check() == []
+        assert upkeep.check(other.path) == []
 
 
 def test_vectors_without_texts_come_back_too(tmp_path: Path) -> None:
     vectors = np.stack([WordEmbedder().vector(text) for text in TEXTS])
     with (
         open_index(tmp_path / "a.egx") as index,
-        Index.open(tmp_path / "b.egx", ModelIdentity.of(WordEmbedder().manifest)) as copy,
+        Index.open(
+            tmp_path / "b.egx", ModelIdentity.of(cast(Any, WordEmbedder().manifest))
+        ) as copy,
     ):
         index.add_vectors(vectors, ids=list("abcd"))
-        index.export_jsonl(tmp_path / "a.jsonl")
+        upkeep.export_jsonl(index.path, tmp_path / "a.jsonl")
         copy.import_jsonl(tmp_path / "a.jsonl")
-        assert [hit.id for hit in copy.search_vector(vectors[2], 1)] == ["c"]
+        assert [hit.id for hit in copy.search(vectors[2], 1)] == ["c"]
 
 
 def test_an_export_overwrites_nothing_unless_it_is_told_to_and_leaves_no_half_file(
@@ -563,12 +566,12 @@ def test_an_export_overwrites_nothing_unless_it_is_told_to_and_leaves_no_half_fi
 ) -> None:
     path = tmp_path / "a.egx"
     with filled(path) as index:
-        index.export_jsonl(tmp_path / "a.jsonl")
+        upkeep.export_jsonl(index.path, tmp_path / "a.jsonl")
         before = (tmp_path / "a.jsonl").read_bytes()
         with pytest.raises(IndexFileError, match="exists already"):
-            index.export_jsonl(tmp_path / "a.jsonl")
+            upkeep.export_jsonl(index.path, tmp_path / "a.jsonl")
         with pytest.raises(IndexFileError, match="exists already"):
-            index.export_jsonl(tmp_path, force=True)
+            upkeep.export_jsonl(index.path, tmp_path, force=True)
     for damage in (
         "UPDATE vectors SET rest = zeroblob(length(rest)) WHERE number = 300",
         "UPDATE documents SET title = 'x' WHERE id = 'd9'",
@@ -581,7 +584,7 @@ def test_an_export_overwrites_nothing_unless_it_is_told_to_and_leaves_no_half_fi
             Index.open(tmp_path / "broken.egx") as broken,
             pytest.raises(IndexFileError, match="damaged"),
         ):
-            broken.export_jsonl(tmp_path / "a.jsonl", force=True)
+            upkeep.export_jsonl(broken.path, tmp_path / "a.jsonl", force=True)
     assert (tmp_path / "a.jsonl").read_bytes() == before
     assert sorted(found.name for found in tmp_path.iterdir() if ".part" in found.name) == []
 
@@ -589,7 +592,7 @@ def test_an_export_overwrites_nothing_unless_it_is_told_to_and_leaves_no_half_fi
 def exported(tmp_path: Path, **settings: Any) -> list[Any]:
     with open_index(tmp_path / "a.egx", **settings) as index:
         index.add(TEXTS, ids=list("abcd"), metadata=[{"n": 1}, None, {}, {"x": [1, {"y": None}]}])
-        index.export_jsonl(tmp_path / "a.jsonl", force=True)
+        upkeep.export_jsonl(index.path, tmp_path / "a.jsonl", force=True)
     return [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
 
 
@@ -655,7 +658,7 @@ def test_a_line_that_no_export_writes_is_refused_with_its_number(
             index.import_jsonl(tmp_path / "b.jsonl")
         assert says in str(caught.value)
         assert len(index) == 0
-        assert index.check() == []
+        assert upkeep.check(index.path) == []
         index.import_jsonl(tmp_path / "a.jsonl")
         assert len(index) == 4
 
@@ -729,7 +732,7 @@ def test_lines_without_end_and_files_that_are_none_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported(tmp_path)
-    monkeypatch.setattr("egemma.index.jsonl.MAX_LINE_BYTES", 200)
+    monkeypatch.setattr("egemma.index.jsonl_lines.MAX_LINE_BYTES", 200)
     with open_index(tmp_path / "b.egx") as index:
         with pytest.raises(InputError, match=r"line 1 is longer than"):
             index.import_jsonl(tmp_path / "a.jsonl")
@@ -741,18 +744,18 @@ def test_lines_without_end_and_files_that_are_none_are_refused(
 def test_an_import_that_is_interrupted_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("egemma.index.jsonl._TOGETHER", 50)
+    monkeypatch.setattr("egemma.index.jsonl._DOCUMENTS_TOGETHER", 50)
 
     def stop(done: int, total: int) -> None:
         if done == 150:
             raise KeyboardInterrupt
 
     with filled(tmp_path / "a.egx") as index, open_index(tmp_path / "b.egx") as copy:
-        index.export_jsonl(tmp_path / "a.jsonl")
+        upkeep.export_jsonl(index.path, tmp_path / "a.jsonl")
         with pytest.raises(KeyboardInterrupt):
             copy.import_jsonl(tmp_path / "a.jsonl", progress=stop)
         assert len(copy) == 150
-        assert copy.check() == []
+        assert upkeep.check(copy.path) == []
         copy.import_jsonl(tmp_path / "a.jsonl")
         assert answers(copy) == answers(index)
 
@@ -763,5 +766,5 @@ def test_a_backup_onto_the_index_itself_is_refused(tmp_path: Path) -> None:
         (tmp_path / "link.egx").symlink_to(tmp_path / "a.egx")
         for same in ("a.egx", "link.egx"):
             with pytest.raises(IndexFileError, match="is the index itself"):
-                index.backup(tmp_path / same, force=True)
+                upkeep.backup(index.path, tmp_path / same, force=True)
         assert index.ids() == ["1"]

@@ -13,20 +13,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from egemma.metadata import MAX_METADATA_DEPTH, pack_metadata
 from egemma.where import (
     MAX_COMPARISONS,
     MAX_FILTER_DEPTH,
-    MAX_METADATA_DEPTH,
     MAX_VALUES,
-    All,
-    Any_,
+    And,
     Compare,
     Not,
+    Or,
     matches,
-    pack_metadata,
     parse,
-    to_sqlite,
 )
+from egemma.where_sqlite import to_sqlite
 from egemma_core.errors import ConfigError, InputError
 
 # Few of each, so that filters and documents meet; and the ones that engines trip over.
@@ -306,10 +305,10 @@ def test_parse_gives_the_tree_that_is_written() -> None:
     assert parse({"lang": "en"}) == Compare(field=("lang",), op="$eq", value="en")
     assert parse(
         {"a": {"$ne": 1}, "$or": [{"b": {"$nin": [1]}}, {("c", "d"): {"$exists": True}}]}
-    ) == All(
+    ) == And(
         (
             Not(Compare(field=("a",), op="$eq", value=1)),
-            Any_(
+            Or(
                 (
                     Not(Compare(field=("b",), op="$in", value=(1,))),
                     Compare(field=("c", "d"), op="$exists", value=True),
@@ -432,7 +431,7 @@ SELF.append(SELF)
         ({"a": {"$in": list(range(MAX_VALUES + 1))}}, "a list of at most"),
         ({"a": {"$in": [[1]]}}, "\\$in"),
         ({"a": {"$exists": 1}}, "True or False"),
-        ({"a": {"$startswith": 1}}, "a str is wanted"),
+        ({"a": {"$startswith": 1}}, "must be a str"),
         ({"a": "x\0"}, "NUL"),
         ({"a\0": "x"}, "NUL"),
         ({"a": "\ud800"}, "surrogate"),
@@ -473,13 +472,13 @@ def test_numbers_and_texts_of_other_classes_are_taken_for_what_they_are() -> Non
         NOW = 2020
 
     condition = parse({"lang": Language.EN, "year": {"$in": [Year.NOW, np.float64(0.5)]}})
-    assert condition == All(
+    assert condition == And(
         (
             Compare(field=("lang",), op="$eq", value="en"),
             Compare(field=("year",), op="$in", value=(2020, 0.5)),
         )
     )
-    assert isinstance(condition, All)
+    assert isinstance(condition, And)
     first, second = condition.parts
     assert isinstance(first, Compare)
     assert isinstance(second, Compare)
@@ -499,7 +498,7 @@ def test_packed_metadata_comes_back_equal(metadata: dict[str, Any] | None) -> No
     [
         ([1], "list"),
         ("x", "str"),
-        ({1: "x"}, "keys are str"),
+        ({1: "x"}, "keys must be str"),
         ({"a": {1: "x"}}, "metadata\\['a'\\] has the key 1"),
         ({"a": [0, float("nan")]}, "metadata\\['a'\\]\\[1\\] is nan"),
         ({"a": float("-inf")}, "-inf"),

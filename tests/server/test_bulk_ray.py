@@ -224,7 +224,7 @@ def test_a_worker_gives_an_error_of_each_class_back_with_all_it_carries(
     run: Any, source: Path, tmp_path: Path, kind: type[EgemmaError], onnx_bundle: Path
 ) -> None:
     error = kind.__new__(kind, "three were found. Give two.")
-    vars(error).update(found="three were found.", hint="Give two.", position=2, reason="other")
+    vars(error).update(found="three were found.", hint="Give two.", position=2, place="")
 
     def fail(shard: Any) -> None:
         raise error

@@ -25,15 +25,8 @@ from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
 from egemma.index import Hits
-from egemma.where import (
-    MAX_COMPARISONS,
-    MAX_FILTER_DEPTH,
-    MAX_METADATA_DEPTH,
-    MAX_VALUES,
-    matches,
-    pack_metadata,
-    parse,
-)
+from egemma.metadata import MAX_METADATA_DEPTH, pack_metadata
+from egemma.where import MAX_COMPARISONS, MAX_FILTER_DEPTH, MAX_VALUES, matches, parse
 from egemma_core.errors import (
     ConfigError,
     DimensionError,
@@ -327,7 +320,7 @@ def test_nothing_is_found_in_an_empty_store_and_nothing_is_added_by_an_empty_cal
 
 def test_vectors_from_elsewhere_can_be_stored_without_texts_or_a_model(door: Door) -> None:
     vectors = unit(1, 20)
-    with door.open(ModelIdentity.of(WordEmbedder().manifest)) as store:
+    with door.open(ModelIdentity.of(cast(Any, WordEmbedder()).manifest)) as store:
         ids = [f"v{number}" for number in range(20)]
         assert store.add_vectors(vectors, ids=ids) == ids
         assert found(store.search(vectors[7], 1)) == ["v7"]

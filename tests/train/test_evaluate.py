@@ -488,7 +488,7 @@ def test_a_recipes_table_is_read() -> None:
         (
             "corpus",
             '{"id": "d9", "text": "\\ud800"}',
-            "corpus.jsonl, line 3: field 'text': a lone surrogate U\\+D800 at character 0",
+            "corpus.jsonl, line 3: field 'text' holds a lone surrogate U\\+D800 at character 0",
         ),
         (
             "corpus",

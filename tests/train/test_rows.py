@@ -185,7 +185,7 @@ BAD = {  # content, line, what the message says
     "a lone surrogate": (
         [b'{"query": "ab\\ud83d", "positive": "x"}'],
         1,
-        "field 'query': a lone surrogate U+D83D at character 2",
+        "field 'query' holds a lone surrogate U+D83D at character 2",
     ),
     "a list with a number": ([{**PAIR, "negative": ["x", 4]}], 1, "field 'negative': found int 4"),
     "a blank negative": ([{**PAIR, "negative": ""}], 1, "field 'negative': found str ''"),

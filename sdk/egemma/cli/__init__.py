@@ -299,16 +299,10 @@ def _add_remove_and_search(commands: _Commands) -> None:
         help="vectors that the first pass leaves to be compared at full width "
         "(default: what `egemma index tune` found, else the larger of 300 and 10 k)",
     )
-    first_pass = search.add_mutually_exclusive_group()
-    first_pass.add_argument(
+    search.add_argument(
         "--exact",
         action="store_true",
         help="compare every vector at full width, without a first pass",
-    )
-    first_pass.add_argument(
-        "--approximate",
-        action="store_true",
-        help="use the graph of `egemma index graph` as the first pass",
     )
     _add_model(search)
     _add_dim(search)
@@ -412,10 +406,6 @@ def _add_index_commands(top: argparse.ArgumentParser) -> None:
         "--sample", type=int, default=200, help="how many queries to try (default: 200)"
     )
     _add_model(tune)
-    graph = command(
-        "graph", "build the graph for approximate search; worth it from about a million passages"
-    )
-    _add_threads(graph)
     migrate = command(
         "migrate",
         "embed everything anew with another model; "
@@ -516,7 +506,6 @@ def _as_typed(text: str) -> str:
         ("allow_empty=True", "--allow-empty"),
         ("reembed=True (`--embed`)", "--embed"),
         ("exact=True", "--exact"),
-        ("approximate=True", "--approximate"),
         ("mode='vector'", "--mode vector"),
     ):
         text = text.replace(python, shell)

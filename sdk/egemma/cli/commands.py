@@ -275,7 +275,6 @@ def _search(args: argparse.Namespace) -> int:
         "task": args.task,
         "shortlist": args.shortlist,
         "exact": args.exact,
-        "approximate": args.approximate,
     }
     if args.mode == "text":  # words need no model
         with Index.open(args.index, create=False) as index:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from egemma import upkeep
 from egemma.cli.progress import Progress
 from egemma.cli.reading import read_lines
 from egemma.embedder import BUILTIN, Embedder
-from egemma.index import Index, describe_index, is_new, migration, upkeep
-from egemma.index.jsonl import read_header
+from egemma.index import Index, describe_index, is_new
+from egemma.index.jsonl_lines import read_header
 from egemma_core.errors import InputError
 
 _MB = 1e6
@@ -34,7 +35,6 @@ def run(args: argparse.Namespace, model_of: Callable[..., str]) -> int:
         "export": _export,
         "import": _import,
         "tune": _tune,
-        "graph": _graph,
         "migrate": _migrate,
         "abandon": _abandon,
     }
@@ -59,12 +59,7 @@ def _compact(args: argparse.Namespace, _: Callable[..., str]) -> int:
     _print(
         args,
         asdict(report),
-        f"{args.index}: {report.bytes_before / _MB:.1f} MB, now {report.bytes_after / _MB:.1f} MB"
-        + (
-            "; chunks have new numbers, so build the graph again if there was one"
-            if report.renumbered
-            else ""
-        ),
+        f"{args.index}: {report.bytes_before / _MB:.1f} MB, now {report.bytes_after / _MB:.1f} MB",
     )
     return 0
 
@@ -80,8 +75,9 @@ def _backup(args: argparse.Namespace, _: Callable[..., str]) -> int:
 
 
 def _export(args: argparse.Namespace, _: Callable[..., str]) -> int:
-    with Index.open(args.index, create=False) as index:
-        documents = index.export_jsonl(args.to, vectors=not args.no_vectors, force=args.force)
+    documents = upkeep.export_jsonl(
+        args.index, args.to, vectors=not args.no_vectors, force=args.force
+    )
     _print(
         args,
         {"file": args.to, "documents": documents},
@@ -134,24 +130,12 @@ def _tune(args: argparse.Namespace, model_of: Callable[..., str]) -> int:
     return 0 if report.chosen is not None else 1
 
 
-def _graph(args: argparse.Namespace, _: Callable[..., str]) -> int:
-    with (
-        Index.open(args.index, create=False, threads=args.threads) as index,
-        Progress("passages", None) as progress,
-    ):
-        notes = index.build_graph(progress=progress.at)
-    _print(args, asdict(notes), f"{args.index}: the graph holds {notes.vectors} passages")
-    return 0
-
-
 def _migrate(args: argparse.Namespace, _: Callable[..., str]) -> int:
     with (
         Embedder.open(args.to, threads=args.threads) as embedder,
         Progress("passages", None) as progress,
     ):
-        report = migration.migrate(
-            args.index, embedder, overflow=args.overflow, progress=progress.at
-        )
+        report = upkeep.migrate(args.index, embedder, overflow=args.overflow, progress=progress.at)
     with Index.open(args.index, create=False) as index:
         index.remember_model_path(args.to if args.to == BUILTIN else str(Path(args.to).resolve()))
     earlier = f", {report.resumed} were there from before" if report.resumed else ""
@@ -170,7 +154,7 @@ def _migrate(args: argparse.Namespace, _: Callable[..., str]) -> int:
 
 
 def _abandon(args: argparse.Namespace, _: Callable[..., str]) -> int:
-    if not migration.abandon(args.index):
+    if not upkeep.abandon(args.index):
         raise InputError(
             f"{args.index} is not on its way to another model: there is nothing to give up."
         )

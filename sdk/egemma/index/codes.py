@@ -20,7 +20,8 @@ _UNIT_SLACK = 1e-3
 
 
 def to_array(vectors: object) -> NDArray[Any]:
-    """
+    """Return vectors as an array of any type and shape.
+
     Raises:
         InputError: rows of different lengths, or a tensor that NumPy may not read.
     """
@@ -31,7 +32,7 @@ def to_array(vectors: object) -> NDArray[Any]:
 
 
 def check_vectors(vectors: object, dim: int) -> NDArray[np.float32]:
-    """(N, dim) float32, every row finite and of unit length.
+    """Return (N, dim) float32 rows, when every row is finite and of unit length.
 
     Raises:
         InputError: another shape, type or width, or a row that is zero, NaN, infinite or not of
@@ -40,7 +41,7 @@ def check_vectors(vectors: object, dim: int) -> NDArray[np.float32]:
     array = to_array(vectors)
     if array.ndim != 2 or array.shape[1] != dim:
         raise InputError(
-            f"the vectors have shape {array.shape}: wanted are rows of {dim} floats, the model's "
+            f"the vectors have shape {array.shape}: they must be rows of {dim} floats, the model's "
             "full width."
         )
     if array.dtype.kind != "f":
@@ -62,8 +63,7 @@ def check_vectors(vectors: object, dim: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where which channel of a vector stands: a head that is scanned, and the rest of it, in
-    segments with a scale each.
+    """Where each channel of a stored vector stands: in the head, or in a segment of the rest.
 
     The head is what every search goes through, and carries the most, as a Matryoshka prefix does:
     int8 codes for the scan, and four more bits beside the rest, so that it counts with 12 bits in
@@ -76,22 +76,22 @@ class Layout:
 
     @classmethod
     def of(cls, dims: Sequence[int], head: int) -> Layout:
+        """Return the layout of a model's vectors with a head of one of its widths."""
         return cls(head=head, edges=tuple(sorted(dim for dim in dims if dim > head)))
 
     @cached_property
     def dim(self) -> int:
-        """D, the full width."""
+        """D, the full width of a vector."""
         return self.edges[-1] if self.edges else self.head
 
     @cached_property
     def rest_bytes(self) -> int:
-        """Of one vector: half a byte for each channel of the head, then a byte for each that
-        follows.
-        """
+        """Bytes of a rest: half a byte per channel of the head, then one per further channel."""
         return (self.head + 1) // 2 + self.dim - self.head
 
     @cached_property
     def scales(self) -> int:
+        """How many scales a vector has: one for the head, one for each segment."""
         return 1 + len(self.edges)
 
 
@@ -134,7 +134,7 @@ def encode(
 def decode(
     heads: NDArray[np.int8], scales: NDArray[np.float32], rests: NDArray[np.uint8], layout: Layout
 ) -> NDArray[np.float64]:
-    """(N, D) stored vectors of what `encode` gave: nearly, but not exactly, of unit length."""
+    """Return (N, D) vectors of what `encode` gave: nearly, but not exactly, of unit length."""
     vectors = np.empty((len(heads), layout.dim), np.float64)
     packed = rests[:, : (layout.head + 1) // 2]
     nibbles = np.stack([packed & 15, packed >> 4], axis=2).reshape(len(heads), 2 * packed.shape[1])[
@@ -153,14 +153,14 @@ def decode(
 
 
 def squares(codes: NDArray[np.int8]) -> NDArray[np.int32]:
-    """(N,) sums of squared codes, exact: at most 127² · 133,000 channels fit."""
+    """Return (N,) exact sums of squared codes: at most 127² · 133,000 channels fit."""
     wide = codes.astype(np.int32)
     total: NDArray[np.int32] = np.einsum("nd,nd->n", wide, wide)
     return total
 
 
 def cosines(query: NDArray[np.float64], stored: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cosine of a query with stored rows; a row without a direction scores 0.
+    """Return the cosines of a query with stored rows; a row without a direction scores 0.
 
     Each row is summed alone and in the same order, so equal rows tie, wherever they stand.
 

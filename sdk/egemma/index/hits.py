@@ -1,6 +1,4 @@
-"""What comes out of an index: documents, hits, and how they were found; read from the file and
-checked.
-"""
+"""What comes out of an index: documents, hits, and how they were found."""
 
 from __future__ import annotations
 
@@ -8,10 +6,10 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-from egemma.index.damage import chunk_crc32, document_crc32
-from egemma.index.heads import Damage
+from egemma.index.checksums import Damage
+from egemma.index.records import chunk_with_document, chunks_of, find_document
 
 Mode = Literal["vector", "text", "hybrid"]
 MODES = ("vector", "text", "hybrid")
@@ -50,17 +48,17 @@ class Hit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
-    """What a search did."""
+class SearchInfo:
+    """How a search was done."""
 
     mode: Mode
     dim: int | None  # width that cosines were computed at; None where no vector was searched
     scan_width: int | None  # width of the first pass; None where there was none
     shortlist: int | None  # vectors that the first pass left over for the second
     vectors: int  # that the first pass went through
-    approximate: bool  # the first pass was a graph, which can miss some
+    approximate: bool  # the first pass can miss some, as a server's own index may
     kernel: str | None  # what computed the first pass
-    # of `vectors`, those that the first pass compared one by one; a graph found the others
+    # of `vectors`, those that the first pass compared one by one
     scanned: int = 0
     # chunks that there were when the shortlist was tuned; None where it was not tuned, or was given
     tuned_for: int | None = None
@@ -71,12 +69,18 @@ class Hits(Sequence[Hit]):
     """The hits of one query, best first, and how they were found."""
 
     hits: tuple[Hit, ...]
-    how: How
+    how: SearchInfo
 
     def __len__(self) -> int:
         return len(self.hits)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Hit: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Hit, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Hit | tuple[Hit, ...]:
         return self.hits[index]
 
 
@@ -87,105 +91,46 @@ def read_hit(
     cosine: float | None,
     bm25: float | None,
 ) -> Hit:
-    row = connection.execute(
-        "SELECT c.document, c.position, c.start, c.stop, c.num_tokens, c.truncated, c.title, "
-        "c.text, c.crc32, "
-        "d.id, d.title, d.metadata, d.source, d.crc32 FROM chunks c JOIN documents d ON d.number = "
-        "c.document "
-        "WHERE c.number = ?",
-        (number,),
-    ).fetchone()
-    if row is None:
-        raise Damage(f"chunk {number} cannot be looked up")
-    (
-        document,
-        position,
-        start,
-        stop,
-        num_tokens,
-        truncated,
-        title,
-        text,
-        crc,
-        id_,
-        document_title,
-        metadata,
-        source,
-        document_crc,
-    ) = row
-    if (
-        chunk_crc32(number, document, position, start, stop, num_tokens, truncated, title, text)
-        != crc
-    ):
-        raise Damage(f"chunk {number} is not what was stored")
-    if document_crc32(id_, document_title, metadata, source) != document_crc:
-        raise Damage(f"document {id_!r} is not what was stored")
+    """Read and check the chunk that a search found, and the document that it is of."""
+    chunk, document = chunk_with_document(connection, number)
     return Hit(
-        id=id_,
+        id=document.id,
         score=score,
-        text=text,
-        start=start,
-        stop=stop,
-        position=position,
-        title=title,
-        metadata=None if metadata is None else json.loads(metadata),
-        truncated=bool(truncated),
+        text=chunk.text,
+        start=chunk.start,
+        stop=chunk.stop,
+        position=chunk.position,
+        title=chunk.title,
+        metadata=None if document.metadata is None else json.loads(document.metadata),
+        truncated=bool(chunk.truncated),
         vector_score=cosine,
         text_score=bm25,
     )
 
 
 def read_document(connection: sqlite3.Connection, id_: str) -> Document | None:
-    row = connection.execute(
-        "SELECT number, title, metadata, source, crc32 FROM documents WHERE id = ?", (id_,)
-    ).fetchone()
-    if row is None:
+    """Read and check a document, and put its text together; None where nothing has this id."""
+    found = find_document(connection, id_)
+    if found is None:
         return None
-    number, title, metadata, source, crc = row
-    if document_crc32(id_, title, metadata, source) != crc:
-        raise Damage(f"document {id_!r} is not what was stored")
-    text: list[str] = []
-    read = tokens = count = 0
-    cut = False
-    for (
-        chunk,
-        position,
-        start,
-        stop,
-        num_tokens,
-        truncated,
-        chunk_title,
-        part,
-        chunk_crc,
-    ) in connection.execute(
-        "SELECT number, position, start, stop, num_tokens, truncated, title, text, crc32 FROM "
-        "chunks WHERE document = ? ORDER BY position",
-        (number,),
-    ):
-        if (
-            chunk_crc32(
-                chunk, number, position, start, stop, num_tokens, truncated, chunk_title, part
-            )
-            != chunk_crc
-            or start > read
-        ):
-            raise Damage(f"chunk {chunk} is not what was stored")
-        text.append(part[read - start :])
-        read, tokens, count, cut = (
-            max(read, stop),
-            tokens + num_tokens,
-            count + 1,
-            cut or bool(truncated),
-        )
-    if not count:
+    number, document = found
+    chunks = list(chunks_of(connection, number))
+    if not chunks:
         raise Damage(f"document {id_!r} has no chunks")
+    text: list[str] = []
+    read = 0  # characters of the document; chunks may overlap
+    for chunk in chunks:
+        if chunk.start > read:
+            raise Damage(f"chunk {chunk.number} is not what was stored")
+        text.append(chunk.text[read - chunk.start :])
+        read = max(read, chunk.stop)
     return Document(
         id=id_,
         text="".join(text),
-        title=title,
-        metadata=None if metadata is None else json.loads(metadata),
-        source=None if source is None else json.loads(source),
-        num_tokens=tokens,
-        truncated=cut,
-        num_chunks=count,
+        title=document.title,
+        metadata=None if document.metadata is None else json.loads(document.metadata),
+        source=None if document.source is None else json.loads(document.source),
+        num_tokens=sum(chunk.num_tokens for chunk in chunks),
+        truncated=any(chunk.truncated for chunk in chunks),
+        num_chunks=len(chunks),
     )

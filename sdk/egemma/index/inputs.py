@@ -12,33 +12,44 @@ from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
 from egemma.index.codes import to_array
-from egemma_core.errors import ConfigError, InputError
+from egemma_core.checks import unicode_text, whole_number
+from egemma_core.errors import InputError
 from egemma_core.vectors import check_dim, normalize
 
 MAX_K = 10_000
 
 
 def content_id(text: str, title: str | None = None) -> str:
-    """The id of a text that came without one: the same title and text always get the same."""
+    """Return the id of a text that came without one; equal titles and texts have equal ids."""
     return hashlib.sha256(json.dumps([title, text]).encode()).hexdigest()[:32]
 
 
-def check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_K:
-        raise ConfigError(f"k={k!r}: a whole number from 1 to {MAX_K}.")
+def check_k(k: int) -> int:
+    """Return how many hits are asked for, when that many can be.
+
+    Raises:
+        ConfigError: no whole number from 1 to MAX_K.
+    """
+    return whole_number("k", k, 1, MAX_K)
 
 
-def check_shortlist(shortlist: int | None) -> None:
-    if shortlist is not None and (
-        isinstance(shortlist, bool) or not isinstance(shortlist, int) or shortlist < 1
-    ):
-        raise ConfigError(
-            f"shortlist={shortlist!r}: a whole number of at least 1, or None for the index's own "
-            "choice."
-        )
+def check_shortlist(shortlist: int | None) -> int | None:
+    """Return the length of a shortlist, when it can be one; None leaves it to the index.
+
+    Raises:
+        ConfigError: no whole number of at least 1.
+    """
+    if shortlist is None:
+        return None
+    return whole_number("shortlist", shortlist, 1, hint="None leaves the choice to the index.")
 
 
 def one_per_text(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
+    """Return a list with one value per text; of Nones where no values are given.
+
+    Raises:
+        InputError: one value for all, or another count.
+    """
     if values is None:
         return [None] * count
     if isinstance(values, (str, Mapping)):
@@ -49,42 +60,55 @@ def one_per_text(name: str, values: Sequence[Any] | None, count: int) -> list[An
 
 
 def check_counts(num_tokens: Sequence[Any], count: int) -> list[int]:
-    counts = one_per_text("num_tokens", num_tokens, count)
-    for row, value in enumerate(counts):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, np.integer))
-            or not 0 <= value < 2**31
-        ):
-            raise InputError(f"num_tokens[{row}]={value!r}: a whole number of tokens, 0 or more.")
-    return [int(value) for value in counts]
+    """Return one number of tokens per text.
+
+    Raises:
+        InputError: another count, or an entry that is none.
+    """
+    return [
+        whole_number(f"num_tokens[{row}]", value, 0, 2**31 - 1, error=InputError)
+        for row, value in enumerate(one_per_text("num_tokens", num_tokens, count))
+    ]
 
 
-def check_text(what: str, text: object, *, blank: bool) -> None:
-    if not isinstance(text, str):
-        raise InputError(f"{what} is {type(text).__name__}: pass str; decode bytes first.")
-    if "\0" in text:
+def check_text(what: str, text: object, *, blank: bool, position: int | None = None) -> None:
+    """Check that a text can be stored.
+
+    Args:
+        what: names it in the message: "text 3", "the title of 'a'".
+        blank: whether it may be blank.
+        position: which of the call's texts it is, for the error.
+
+    Raises:
+        InputError: it is no Unicode text, holds a NUL, or is blank and must not be.
+    """
+    checked = unicode_text(what, text, position=position)
+    if "\0" in checked:
         raise InputError(
-            f"{what} holds a NUL character at {text.index(chr(0))}: other languages stop reading "
-            "there. Remove it."
+            f"{what} holds a NUL character at {checked.index(chr(0))}: other languages stop "
+            "reading there.",
+            hint="Remove it.",
+            position=position,
         )
-    if not blank and not text.strip():
-        raise InputError(f"{what} is blank: there is nothing to find in it. Leave it out.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    if not blank and not checked.strip():
         raise InputError(
-            f"{what} holds a lone surrogate U+{ord(text[error.start]):04X} at character "
-            f"{error.start}, which is not "
-            "Unicode text. Decode the source with errors='replace', or remove it."
-        ) from error
+            f"{what} is blank: there is nothing to find in it.",
+            hint="Leave it out.",
+            position=position,
+        )
 
 
 def check_id(id_: object) -> None:
+    """Check that an id can be stored; raises as `check_text`."""
     check_text(f"id {id_!r}", id_, blank=False)
 
 
 def check_ids(ids: object) -> list[str]:
+    """Return ids as a list, each checked.
+
+    Raises:
+        InputError: no sequence, or an entry that can be no id.
+    """
     if isinstance(ids, str) or not isinstance(ids, Sequence):
         raise InputError(f"ids is one {type(ids).__name__}: pass a list of ids.")
     for id_ in ids:
@@ -93,7 +117,11 @@ def check_ids(ids: object) -> list[str]:
 
 
 def check_unique(ids: Sequence[str], contents: Sequence[object]) -> None:
-    """One id may come twice in a call only with the same content."""
+    """Check that an id that comes twice in a call has the same content both times.
+
+    Raises:
+        InputError: it has another.
+    """
     seen: dict[str, object] = {}
     for id_, content in zip(ids, contents, strict=True):
         if seen.setdefault(id_, content) != content:
@@ -103,14 +131,15 @@ def check_unique(ids: Sequence[str], contents: Sequence[object]) -> None:
 
 
 def pack_json(name: str, value: Mapping[str, Any] | None) -> str | None:
-    """
+    """Return a JSON object as text, or None for None.
+
     Raises:
         InputError: not a JSON object.
     """
     if value is None:
         return None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise InputError(f"{name}={value!r}: a mapping from str to JSON values, or None.")
+        raise InputError(f"{name}={value!r} must be a mapping from str to JSON values, or None.")
     try:
         packed = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
         packed.encode()
@@ -128,7 +157,7 @@ def pack_json(name: str, value: Mapping[str, Any] | None) -> str | None:
 def query_rows(
     vectors: object, dim: int | None, identity: ModelIdentity
 ) -> tuple[NDArray[np.float64], int]:
-    """Queries as float64 unit rows of the width they came in, and the width to score at.
+    """Return queries as float64 unit rows of their own width, and the width to score at.
 
     Args:
         vectors: (B, W) floats, W a trained width; only their directions count.

@@ -1,25 +1,26 @@
-"""Documents on their way into an index: checked, compared with what is stored, written.
-
-Embedding happens between, elsewhere.
-"""
+"""Documents put into an index: compared with what is stored, embedded where needed, written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from sqlite3 import Connection
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.chunks import Chunk, ChunkedDocument
-from egemma.index.codes import decode
-from egemma.index.damage import chunk_hash, fits, vector_crc32
-from egemma.index.heads import BLOCK_ROWS, Damage
-from egemma.index.inputs import check_id, check_text, check_unique, pack_json
-from egemma.index.rows import Change, NewChunk, StoredChunk, stored_chunks, stored_heads
-from egemma.where import pack_metadata
+from egemma.chunks import Chunk
+from egemma.index.codes import check_vectors
+from egemma.index.prepare import Prepared, PreparedVectors
+from egemma.index.records import ChunkKey, chunk_keys, read_vector
+from egemma.index.rows import Change, NewChunk
 from egemma_core.errors import InputError
 from egemma_core.tokens import Overflow
+
+if TYPE_CHECKING:
+    from egemma.embedder import Embedder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,85 +34,80 @@ class PutReport:
     removed: int  # chunks of earlier versions that went
 
 
-@dataclass
-class Prepared:
-    """A document on its way in: checked, and as far as possible known."""
+def put_documents(
+    prepared: list[Prepared],
+    overflow: Overflow,
+    *,
+    current_embedder: Callable[[], Embedder],
+    reading: Callable[[str], AbstractContextManager[Connection]],
+    writing: Callable[[str], AbstractContextManager[Change]],
+) -> PutReport:
+    """Embed what the file has no vector of, and store all documents in one transaction.
 
-    id: str
-    title: str | None
-    metadata: str | None
-    source: str | None
-    chunks: tuple[Chunk, ...]
-    # chunk hash -> vector, tokens, truncated
-    vectors: dict[bytes, tuple[NDArray[np.float32], int, bool]] = field(default_factory=dict)
-
-
-def hash_of(chunk: Chunk) -> bytes:
-    return chunk_hash(chunk.title, chunk.text)
-
-
-def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> list[Prepared]:
-    """Check documents; the same one twice in a call counts once.
-
-    Only where vectors come with them may a text be blank.
+    Args:
+        current_embedder: gives the model that the file is of; a migration may change it meanwhile.
+        reading, writing: give a read or a write transaction on the file.
     """
-    prepared: dict[str, Prepared] = {}
-    for document in documents:
-        check_id(document.id)
-        title = document.title or None
-        if title is not None:
-            check_text(f"the title of {document.id!r}", title, blank=True)
-        if not document.chunks:
-            raise InputError(
-                f"document {document.id!r} has no chunks: there is nothing to find in it. Leave it "
-                "out."
-            )
-        chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
-        for number, chunk in enumerate(chunks):
-            check_text(f"chunk {number} of {document.id!r}", chunk.text, blank=True)
-            if chunk.title is not None:
-                check_text(
-                    f"the title of chunk {number} of {document.id!r}", chunk.title, blank=True
-                )
-            # what SQLite would not give back as it is
-            if type(chunk.start) is not int or type(chunk.stop) is not int:
-                raise InputError(
-                    f"chunk {number} of {document.id!r} has a span of {type(chunk.start).__name__} "
-                    f"and {type(chunk.stop).__name__}: "
-                    "pass int."
-                )
-            if chunk.stop - chunk.start != len(chunk.text) or chunk.start < 0:
-                raise InputError(
-                    f"chunk {number} of {document.id!r} spans {chunk.start} to {chunk.stop}, but "
-                    f"has {len(chunk.text)} characters."
-                )
-            if chunk.start > (chunks[number - 1].stop if number else 0):
-                raise InputError(
-                    f"chunk {number} of {document.id!r} begins at {chunk.start}: what stands "
-                    "before it is in no chunk."
-                )
-        # a blank chunk between others is part of the text
-        if not blank and not any(chunk.text.strip() for chunk in chunks):
-            raise InputError(
-                f"document {document.id!r} is blank: there is nothing to find in it. Leave it out."
-            )
-        made = Prepared(
-            document.id,
-            title,
-            pack_metadata(document.metadata),
-            pack_json("source", document.source),
-            chunks,
+    embedder = current_embedder()
+    embedded = 0
+    while True:
+        if embedder is not current_embedder():  # a migration came between, and is done
+            embedder = current_embedder()
+            for document in prepared:
+                document.vectors.clear()
+        with reading("read") as connection:
+            known = chunk_keys(connection, [document.id for document in prepared])
+        missing: dict[bytes, Chunk] = {}
+        for document in prepared:
+            reusable = reusable_chunks(known.get(document.id), overflow)
+            for hash_, chunk in document.hashed:
+                if hash_ not in document.vectors and hash_ not in reusable:
+                    missing.setdefault(hash_, chunk)
+        if missing:
+            _embed(prepared, missing, embedder, overflow)
+            embedded += len(missing)
+        report = None
+        with writing("add") as change:
+            if embedder is current_embedder():
+                report = store_documents(change, prepared, overflow)
+        # None: another writer took away what was to be reused, so begin again with what is embedded
+        if report is not None:
+            return replace(report, embedded=embedded)
+
+
+def _embed(
+    prepared: Sequence[Prepared],
+    missing: Mapping[bytes, Chunk],
+    embedder: Embedder,
+    overflow: Overflow,
+) -> None:
+    """Embed chunks, given by hash, and note each vector in the documents that have the chunk."""
+    embeddings = embedder.embed_documents(
+        [chunk.text for chunk in missing.values()],
+        titles=[chunk.title for chunk in missing.values()],
+        overflow=overflow,
+    )
+    vectors = check_vectors(embeddings.vectors, embedder.dim)
+    if len(vectors) != len(missing):
+        raise InputError(
+            f"the model gave {len(vectors)} vectors for {len(missing)} texts.",
+            hint="Check it with `egemma verify`.",
         )
-        check_unique([document.id, document.id], [made, prepared.get(document.id, made)])
-        prepared[document.id] = made
-    return list(prepared.values())
+    found = {
+        hash_: (vectors[row], int(embeddings.num_tokens[row]), bool(embeddings.truncated[row]))
+        for row, hash_ in enumerate(missing)
+    }
+    for document in prepared:
+        document.vectors.update(
+            (hash_, found[hash_]) for hash_, _ in document.hashed if hash_ in found
+        )
 
 
 def reusable_chunks(
-    known: tuple[int, list[StoredChunk]] | None, overflow: Overflow
-) -> dict[bytes, list[StoredChunk]]:
-    """Stored chunks by hash; one that was cut off is none where that is an error now."""
-    by_hash: dict[bytes, list[StoredChunk]] = {}
+    known: tuple[int, list[ChunkKey]] | None, overflow: Overflow
+) -> dict[bytes, list[ChunkKey]]:
+    """Return stored chunks by hash, without those that were cut off where that is an error now."""
+    by_hash: dict[bytes, list[ChunkKey]] = {}
     for chunk in known[1] if known else []:
         if not chunk.truncated or overflow == "truncate":
             by_hash.setdefault(chunk.hash, []).append(chunk)
@@ -121,36 +117,36 @@ def reusable_chunks(
 def store_documents(
     change: Change, prepared: list[Prepared], overflow: Overflow
 ) -> PutReport | None:
-    """Write documents; None, and nothing written, where a chunk has neither a vector at hand nor
-    one in the file any more.
+    """Write documents.
+
+    Returns:
+        None, with nothing written, where a chunk has neither a vector at hand nor one in the file.
     """
-    known = stored_chunks(change.connection, [document.id for document in prepared])
+    known = chunk_keys(change.connection, [document.id for document in prepared])
+    by_hash = {
+        document.id: reusable_chunks(known.get(document.id), overflow) for document in prepared
+    }
     for document in prepared:
-        reusable = reusable_chunks(known.get(document.id), overflow)
-        if any(
-            hash_of(chunk) not in reusable and hash_of(chunk) not in document.vectors
-            for chunk in document.chunks
-        ):
+        here = by_hash[document.id].keys() | document.vectors.keys()
+        if any(hash_ not in here for hash_, _ in document.hashed):
             return None
     chunks: list[NewChunk] = []
     vectors: list[NDArray[np.float32]] = []
-    # the same words twice in a document, of which the file has the vector once
-    twins: list[tuple[NewChunk, int]] = []
+    # the same words once more in a document: the stored vector is copied
+    copies: list[tuple[NewChunk, int]] = []
     gone: list[int] = []
     reused = 0
     for document in prepared:
-        reusable = reusable_chunks(known.get(document.id), overflow)
-        stored = known[document.id][1] if document.id in known else []
+        stored, reusable = known.get(document.id), by_hash[document.id]
         number = change.put_document(
             document.id,
             document.title,
             document.metadata,
             document.source,
-            known[document.id][0] if document.id in known else None,
+            None if stored is None else stored[0],
         )
         kept: set[int] = set()
-        for position, chunk in enumerate(document.chunks):
-            hash_ = hash_of(chunk)
+        for position, (hash_, chunk) in enumerate(document.hashed):
             new = NewChunk(
                 document=number,
                 position=position,
@@ -161,32 +157,24 @@ def store_documents(
                 title=chunk.title,
                 text=chunk.text,
             )
-            free = [twin for twin in reusable.get(hash_, []) if twin.number not in kept]
+            free = [key for key in reusable.get(hash_, []) if key.number not in kept]
             if free:
                 kept.add(free[0].number)
                 reused += 1
-                if (free[0].position, free[0].start, free[0].stop) != (
-                    position,
-                    chunk.start,
-                    chunk.stop,
-                ):
+                if free[0][2:5] != (position, chunk.start, chunk.stop):
                     change.move_chunk(free[0], new)
             elif hash_ in document.vectors:
                 vector, num_tokens, truncated = document.vectors[hash_]
                 chunks.append(replace(new, num_tokens=num_tokens, truncated=truncated))
                 vectors.append(vector)
             else:
-                twin = reusable[hash_][0]
-                twins.append(
-                    (
-                        replace(new, num_tokens=twin.num_tokens, truncated=twin.truncated),
-                        twin.number,
-                    )
-                )
-        gone += [chunk.number for chunk in stored if chunk.number not in kept]
-    for new, number in twins:
+                key = reusable[hash_][0]
+                new = replace(new, num_tokens=key.num_tokens, truncated=key.truncated)
+                copies.append((new, key.number))
+        gone += [key.number for key in (stored[1] if stored else []) if key.number not in kept]
+    for new, source in copies:
         chunks.append(new)
-        vectors.append(stored_floats(change, number))
+        vectors.append(read_vector(change.connection, change.state, source))
     change.remove_chunks(gone)
     if chunks:
         change.add_chunks(chunks, np.stack(vectors))
@@ -194,35 +182,30 @@ def store_documents(
         documents=len(prepared),
         chunks=sum(len(document.chunks) for document in prepared),
         embedded=0,
-        reused=reused + len(twins),
+        reused=reused + len(copies),
         removed=len(gone),
     )
 
 
-def stored_floats(change: Change, number: int) -> NDArray[np.float32]:
-    """(D,) a stored vector, as near to its floats as the file has it."""
-    block, slot = divmod(number, BLOCK_ROWS)
-    layout = change.state.layout
-    head = stored_heads(change.connection, "heads", block)[1][
-        slot * layout.head : (slot + 1) * layout.head
+def store_vectors(change: Change, prepared: PreparedVectors) -> None:
+    """Write documents of one chunk each, whose vectors were computed elsewhere."""
+    known = chunk_keys(change.connection, [row.id for row in prepared.rows])
+    change.remove_chunks([key.number for _, keys in known.values() for key in keys])
+    chunks = [
+        NewChunk(
+            document=change.put_document(
+                row.id, row.title, metadata, None, known[row.id][0] if row.id in known else None
+            ),
+            position=0,
+            start=0,
+            stop=len(row.text),
+            num_tokens=num_tokens,
+            truncated=bool(truncated),
+            title=row.title,
+            text=row.text,
+        )
+        for row, metadata, num_tokens, truncated in zip(
+            prepared.rows, prepared.metadata, prepared.num_tokens, prepared.truncated, strict=True
+        )
     ]
-    row = change.connection.execute(
-        "SELECT crc32, scales, rest, floats FROM vectors WHERE number = ?", (number,)
-    ).fetchone()
-    if (
-        row is None
-        or not fits(layout, change.state.floats, *row[1:])
-        or vector_crc32(number, head, *row[1:]) != row[0]
-    ):
-        raise Damage(f"vector {number} is not what was stored")
-    _, scales, rest, floats = row
-    if floats is not None:
-        return np.frombuffer(floats, "<f4")
-    decoded: NDArray[np.float64] = decode(
-        np.frombuffer(head, np.int8)[None],
-        np.frombuffer(scales, "<f4")[None],
-        np.frombuffer(rest, np.uint8)[None],
-        layout,
-    )
-    vector: NDArray[np.float32] = decoded[0].astype(np.float32)
-    return vector
+    change.add_chunks(chunks, prepared.vectors)

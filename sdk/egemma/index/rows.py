@@ -1,4 +1,7 @@
-"""What one write transaction does to the tables. Nothing here embeds, locks or commits."""
+"""What one write does to the tables: the only place that writes rows of content.
+
+Nothing here embeds, locks or commits.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from egemma.index.blocks import read_heads, read_live
+from egemma.index.checksums import (
+    Damage,
+    block_crc32,
+    chunk_crc32,
+    chunk_hash,
+    document_crc32,
+    head_crc32,
+    vector_crc32,
+)
 from egemma.index.codes import encode, squares
-from egemma.index.damage import chunk_crc32, chunk_hash, document_crc32, vector_crc32
-from egemma.index.file import read_state, write_state
-from egemma.index.heads import BLOCK_ROWS, LIVE_BYTES, Damage, block_crc32, head_crc32
+from egemma.index.facts import BLOCK_ROWS, LIVE_BYTES, read_state, write_state
+from egemma.index.records import ChunkKey, parts_of
 
-_LET_IN = 16  # rows between two moments at which other threads may go on
-_MANY = 500  # parameters of one statement; SQLite takes 999 everywhere
+_YIELD_ROWS = 16  # rows between two moments at which other threads may go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +44,8 @@ class NewChunk:
     text: str
 
 
-@dataclass(frozen=True)
-class StoredChunk:
-    """What a later version of the same document is compared with."""
-
-    number: int
-    hash: bytes
-    position: int
-    start: int
-    stop: int
-    num_tokens: int
-    truncated: bool
-
-
 class Change:
-    """The bookkeeping of one write: blocks that were touched, numbers given out.
+    """One write, and its bookkeeping: blocks that were touched, numbers given out.
 
     End it with `finish`, then commit.
     """
@@ -66,7 +64,7 @@ class Change:
         source: str | None,
         number: int | None,
     ) -> int:
-        """Insert a document, or change the one with this number; returns its number."""
+        """Insert a document, or change the one with this number, and return its number."""
         crc = document_crc32(id_, title, metadata, source)
         self._touched = True
         if number is None:
@@ -96,8 +94,11 @@ class Change:
         rests: NDArray[np.uint8],
         vectors: NDArray[np.float32] | None,
     ) -> None:
-        """As `add_chunks`, for vectors as `encode` gave them for this file's layout, and their
-        floats where the file keeps these.
+        """Store chunks like `add_chunks`, from vectors that are rounded already.
+
+        Args:
+            heads, scales, rests: as `encode` gave them for this file's layout.
+            vectors: their floats, where the file keeps these.
         """
         first = self.state.next_number
         wide = [None] * len(chunks) if vectors is None else vectors.astype("<f4")
@@ -105,7 +106,7 @@ class Change:
         for number, (chunk, *parts, exact) in enumerate(
             zip(chunks, heads, scales.astype("<f4"), rests, wide, strict=True), start=first
         ):
-            if number % _LET_IN == 0:
+            if number % _YIELD_ROWS == 0:
                 # a search in another thread would otherwise wait for Python's 5 ms, time and again
                 time.sleep(0)
             head, scale, rest = (part.tobytes() for part in parts)
@@ -145,15 +146,15 @@ class Change:
         self.connection.executemany(
             "INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", texts
         )
-        append_heads(self.connection, "heads", first, heads)
+        append_heads(self.connection, first, heads)
         for number in range(first, first + len(chunks)):
             self._mark(number, live=True)
         self.state = replace(
             self.state, next_number=first + len(chunks), chunks=self.state.chunks + len(chunks)
         )
 
-    def move_chunk(self, stored: StoredChunk, chunk: NewChunk) -> None:
-        """The same words at another place of their document: the number and the vector stay."""
+    def move_chunk(self, stored: ChunkKey, chunk: NewChunk) -> None:
+        """Move a chunk within its document; its number and its vector stay."""
         fields = (
             chunk.document,
             chunk.position,
@@ -176,8 +177,8 @@ class Change:
         )
 
     def remove_chunks(self, numbers: Sequence[int]) -> None:
-        """Numbers of stored chunks, each once."""
-        for part in _parts(numbers):
+        """Delete chunks, given as numbers that are stored, each once."""
+        for part in parts_of(numbers):
             marks = ", ".join("?" * len(part))
             texts = self.connection.execute(
                 f"SELECT number, coalesce(title, ''), text FROM chunks WHERE number IN ({marks})",
@@ -185,7 +186,7 @@ class Change:
             ).fetchall()
             if len(texts) != len(part):
                 raise Damage(f"{len(part)} chunks are to go, {len(texts)} are there")
-            # The full-text table keeps no text, so it must be told what it forgets.
+            # the full-text table keeps no texts: to delete from it takes the same texts again
             self.connection.executemany(
                 "INSERT INTO words (words, rowid, title, text) VALUES ('delete', ?, ?, ?)", texts
             )
@@ -196,9 +197,9 @@ class Change:
         self.state = replace(self.state, chunks=self.state.chunks - len(numbers))
 
     def remove_documents(self, ids: Iterable[str]) -> int:
-        """Returns how many were there."""
+        """Delete documents with their chunks, and return how many of the ids were stored."""
         removed = 0
-        for part in _parts(list(dict.fromkeys(ids))):
+        for part in parts_of(list(dict.fromkeys(ids))):
             marks = ", ".join("?" * len(part))
             documents = [
                 row[0]
@@ -220,15 +221,12 @@ class Change:
         return removed
 
     def touch_all(self) -> None:
-        """All heads are new: every reader reads them anew."""
+        """Mark all blocks as changed, so that every reader reads them anew."""
         self._touched = True
         self.connection.execute("UPDATE blocks SET changed = ?", (self.state.generation + 1,))
 
     def finish(self) -> None:
-        """Write blocks and facts.
-
-        Afterwards every reader finds out what changed by `blocks.changed`.
-        """
+        """Write blocks and facts; readers learn from `blocks.changed` what to read again."""
         if not self._live and not self._touched:
             return
         generation = self.state.generation + 1
@@ -245,16 +243,8 @@ class Change:
     def _mark(self, number: int, *, live: bool) -> None:
         block, slot = divmod(number, BLOCK_ROWS)
         if block not in self._live:
-            row = self.connection.execute(
-                "SELECT live, crc32 FROM blocks WHERE number = ?", (block,)
-            ).fetchone()
-            if row is not None and (
-                not isinstance(row[0], bytes)
-                or len(row[0]) != LIVE_BYTES
-                or block_crc32(block, row[0]) != row[1]
-            ):
-                raise Damage(f"block {block} of the vectors is not what was stored")
-            self._live[block] = bytearray(LIVE_BYTES) if row is None else bytearray(row[0])
+            stored = read_live(self.connection, block)
+            self._live[block] = bytearray(LIVE_BYTES if stored is None else stored)
         bit = 1 << slot % 8
         if live:
             self._live[block][slot // 8] |= bit
@@ -263,10 +253,12 @@ class Change:
 
 
 def append_heads(
-    connection: sqlite3.Connection, table: str, first: int, heads: NDArray[np.int8]
+    connection: sqlite3.Connection, first: int, heads: NDArray[np.int8], prefix: str = ""
 ) -> None:
-    """Store (N, width) heads of the numbers from `first` on, behind those that the last block has
-    already.
+    """Store (N, W) heads of the numbers from `first` on, behind those that are there.
+
+    Args:
+        prefix: "next_" for the heads of a migration.
     """
     width = heads.shape[1]
     start = 0
@@ -276,55 +268,19 @@ def append_heads(
         codes = np.ascontiguousarray(heads[start:stop])
         old_squares, old_codes = b"", b""
         if slot:
-            old_squares, old_codes = stored_heads(connection, table, block)
+            old_squares, old_codes = read_heads(connection, block, prefix)
             if len(old_codes) != slot * width:
                 raise Damage(f"block {block} of the vectors is not what was stored")
-        new_squares, new_codes = (
-            old_squares + squares(codes).astype("<i4").tobytes(),
-            old_codes + codes.tobytes(),
-        )
-        connection.execute(
-            f"INSERT OR REPLACE INTO {table} (block, crc32, squares, codes) VALUES (?, ?, ?, ?)",
-            (block, head_crc32(block, new_squares, new_codes), new_squares, new_codes),
-        )
+        new_squares = old_squares + squares(codes).astype("<i4").tobytes()
+        write_heads(connection, block, new_squares, old_codes + codes.tobytes(), prefix)
         start = stop
 
 
-def stored_heads(connection: sqlite3.Connection, table: str, block: int) -> tuple[bytes, bytes]:
-    """Squares and codes of a block, checked."""
-    row = connection.execute(
-        f"SELECT squares, codes, crc32 FROM {table} WHERE block = ?", (block,)
-    ).fetchone()
-    if (
-        row is None
-        or not isinstance(row[0], bytes)
-        or not isinstance(row[1], bytes)
-        or head_crc32(block, row[0], row[1]) != row[2]
-    ):
-        raise Damage(f"block {block} of the vectors is not what was stored")
-    return row[0], row[1]
-
-
-def stored_chunks(
-    connection: sqlite3.Connection, ids: Sequence[str]
-) -> dict[str, tuple[int, list[StoredChunk]]]:
-    """For those of the ids that are stored: the document's number, and its chunks by position."""
-    found: dict[str, tuple[int, list[StoredChunk]]] = {}
-    for part in _parts(ids):
-        rows = connection.execute(
-            "SELECT d.id, d.number, c.number, c.hash, c.position, c.start, c.stop, c.num_tokens, "
-            "c.truncated FROM documents d "
-            f"JOIN chunks c ON c.document = d.number WHERE d.id IN ({', '.join('?' * len(part))}) "
-            "ORDER BY c.position",
-            part,
-        )
-        for id_, document, number, hash_, position, start, stop, num_tokens, truncated in rows:
-            found.setdefault(id_, (document, []))[1].append(
-                StoredChunk(number, hash_, position, start, stop, num_tokens, bool(truncated))
-            )
-    return found
-
-
-def _parts(values: Sequence[object]) -> Iterable[list[object]]:
-    for start in range(0, len(values), _MANY):
-        yield list(values[start : start + _MANY])
+def write_heads(
+    connection: sqlite3.Connection, block: int, squares: bytes, codes: bytes, prefix: str = ""
+) -> None:
+    """Store the heads of a block in place of what it has."""
+    connection.execute(
+        f"INSERT OR REPLACE INTO {prefix}heads (block, crc32, squares, codes) VALUES (?, ?, ?, ?)",
+        (block, head_crc32(block, squares, codes), squares, codes),
+    )

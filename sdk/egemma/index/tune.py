@@ -1,229 +1,128 @@
-"""Which scan width and shortlist find what an exact search finds, measured on the vectors that are
-in the file.
-"""
+"""Which scan width and shortlist find what an exact search finds, measured on a file's vectors."""
 
 from __future__ import annotations
 
-import json
 import math
 import sqlite3
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index.codes import Layout, decode, encode, squares
-from egemma.index.damage import fits, vector_crc32
-from egemma.index.heads import (
-    BLOCK_ROWS,
-    Damage,
-    Heads,
-    head_crc32,
-    int8_products,
-    inverse_lengths,
-    round_queries,
-)
+from egemma.identity import ModelIdentity, check_same_model
+from egemma.index.codes import Layout, cosines, encode, squares
+from egemma.index.facts import State, read_state, write_state
+from egemma.index.file import MIGRATE_HINT, opened, transaction
+from egemma.index.heads import Heads
+from egemma.index.records import all_vectors, read_vectors
+from egemma.index.rows import Change
+from egemma.index.scan import int8_products, inverse_lengths, round_queries
+from egemma.index.search import unit_rows
+from egemma.index.tuned import TuneReport, TuneRow
+from egemma.index.upkeep.rewrite import rewrite_heads
+from egemma_core.checks import number, whole_number
 from egemma_core.errors import ConfigError
 
-if TYPE_CHECKING:
-    from egemma.index.file import State
-    from egemma.index.rows import Change
-
 SAMPLE = 200
-_TOGETHER = 16  # blocks that are read at a time
 _TIMED_BYTES = 64 * 2**20  # heads of a width that are timed; more take longer in proportion
 _TIMED_RUNS = 9
+_RESCORE_RUNS = 5
 _RESAMPLES = 2000
 _STEP = 1.25  # from one shortlist that is tried to the next
 _LONGEST = 10_000  # shortlist that is tried
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """What `tune` stores in the file."""
-
-    scan_width: int
-    shortlist: int
-    k: int
-    recall: float  # of the sample
-    low: float  # of its confidence interval
-    high: float
-    confidence: float
-    queries: int
-    own_queries: bool  # stored chunks stood in for queries
-    seed: int
-    chunks: int  # in the index at that time
-
-    @classmethod
-    def from_json(cls, text: str) -> Tuned:
-        """
-        Raises:
-            Damage: not what `to_json` gave.
-        """
-        try:
-            found = json.loads(text)
-            tuned = cls(**found)
-            whole = [
-                tuned.scan_width,
-                tuned.shortlist,
-                tuned.k,
-                tuned.queries,
-                tuned.seed,
-                tuned.chunks,
-            ]
-        except (TypeError, ValueError, RecursionError) as error:
-            raise Damage(f"what was tuned cannot be read ({error})") from error
-        if (
-            not all(type(number) is int and number >= 0 for number in whole)
-            or min(tuned.shortlist, tuned.k) < 1
-        ):
-            raise Damage("what was tuned is impossible")
-        return tuned
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    def shortlist_for(self, k: int) -> int:
-        """In proportion for more hits; as it is for fewer, because the best hit is not found at a
-        tenth of the work of ten.
-        """
-        return max(self.shortlist, -(-self.shortlist * k // self.k))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneRow:
-    """One scan width, with the shortest shortlist that reaches the recall, or else the longest that
-    was tried.
-    """
-
-    scan_width: int
-    shortlist: int
-    recall: float  # of the sample
-    low: float  # of the confidence interval
-    high: float
-    reaches: bool  # `low` is not below what is wanted
-    ms: float  # of one query, median: the scan and the comparison at full width
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneReport:
-    """What `Index.tune` measured and did."""
-
-    recall: float  # that was wanted
-    k: int
-    confidence: float
-    queries: int
-    own_queries: bool  # stored chunks stood in for queries, each without itself
-    seed: int
-    chunks: int
-    floats: bool  # the truth is of float32 vectors; else of the codes that are stored
-    rows: tuple[TuneRow, ...]
-    chosen: TuneRow | None  # the fastest of those that reach it; None where none does
-    rewritten: bool  # the heads were written anew at another width
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    def to_text(self) -> str:
-        asked = (
-            f"{self.queries} stored chunks as queries, each without itself"
-            if self.own_queries
-            else f"{self.queries} queries"
-        )
-        lines = [
-            f"recall@{self.k} of at least {self.recall:g} wanted, with {self.confidence:.0%} "
-            f"confidence; {asked}, {self.chunks} chunks, seed {self.seed}.",
-            "The truth is an exact search at full width of the stored "
-            f"{'float32 vectors' if self.floats else 'codes'}.",
-            "",
-            "| scan width | shortlist | recall | interval | ms a query |",
-            "|---:|---:|---:|---:|---:|",
-        ]
-        for row in self.rows:
-            mark = "" if row.reaches else " (not reached)"
-            lines.append(
-                f"| {row.scan_width} | {row.shortlist} | {row.recall:.4f}{mark} | {row.low:.4f} to "
-                f"{row.high:.4f} | {row.ms:.2f} |"
-            )
-        if self.chosen is None:
-            best = max(self.rows, key=lambda row: row.low)
-            lines += [
-                "",
-                f"Nothing was changed: no shortlist reaches it. The best is {best.low:.4f}, with "
-                f"{best.shortlist} at {best.scan_width} channels. "
-                "Ask for less, pass more queries, or search with exact=True.",
-            ]
-        else:
-            lines += [
-                "",
-                f"Chosen and stored: a scan of {self.chosen.scan_width} channels and a shortlist "
-                f"of {self.chosen.shortlist}"
-                f"{', for which the heads were written anew' if self.rewritten else ''}.",
-            ]
-        return "\n".join(lines)
-
-    def tuned(self) -> Tuned | None:
-        if self.chosen is None:
-            return None
-        return Tuned(
-            scan_width=self.chosen.scan_width,
-            shortlist=self.chosen.shortlist,
-            k=self.k,
-            recall=self.chosen.recall,
-            low=self.chosen.low,
-            high=self.chosen.high,
-            confidence=self.confidence,
-            queries=self.queries,
-            own_queries=self.own_queries,
-            seed=self.seed,
-            chunks=self.chunks,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
+class TuneRequest:
     """What a caller of `tune` asks for."""
 
-    recall: float = 0.99
-    k: int = 10
-    sample: int = SAMPLE  # stored chunks, where no queries are given
-    seed: int = 0
-    confidence: float = 0.95
+    recall: float = 0.99  # part of the best k that shall be found
+    k: int = 10  # hits that searches will ask for; for more the shortlist grows in proportion
+    sample: int = SAMPLE  # stored chunks that stand in for queries, where none are given
+    seed: int = 0  # of the choice of chunks and of the bootstrap
+    confidence: float = 0.95  # of the interval around the recall
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.recall, bool)
-            or not isinstance(self.recall, (int, float))
-            or not 0 < self.recall < 1
-        ):
+        hint = "All of it is what exact=True finds."
+        number("recall", self.recall, above=0, below=1, hint=hint)
+        number("confidence", self.confidence, 0.5, 0.999)
+        whole_number("k", self.k, 1, 1000)
+        whole_number("sample", self.sample, 10, 100_000)
+        whole_number("seed", self.seed, 0, 2**32 - 1)
+
+
+def tune(
+    path: Path,
+    identity: ModelIdentity,
+    request: TuneRequest,
+    queries: NDArray[np.float64] | None,
+    *,
+    threads: int,
+    writing: Callable[[str], AbstractContextManager[Change]],
+) -> TuneReport:
+    """Find the fastest scan width and shortlist that find what an exact search finds.
+
+    They are measured on the vectors in the file, and stored in it. Every trained width is tried but
+    the full one. The truth is an exact search at full width, the speed is that of this machine now,
+    and what counts is the lower end of the recall's confidence interval. Where another width is
+    chosen, all heads are written anew in one transaction. Where nothing reaches the recall, nothing
+    is stored.
+
+    Args:
+        identity: the model that the file must be of.
+        queries: (B, D) unit rows; None takes stored chunks, each without itself.
+        writing: gives a write transaction on the same file.
+
+    Raises:
+        ConfigError: there are not more than k chunks.
+        IndexFileError: the index is damaged, or cannot be written.
+    """
+    with opened(path, "tune", write=False) as connection, transaction(connection):
+        state = read_state(connection)
+        check_same_model(path, state.identity, identity, MIGRATE_HINT)
+        if state.chunks <= request.k:
             raise ConfigError(
-                f"recall={self.recall!r}: a number between 0 and 1, such as 0.99. All of it is "
-                "what exact=True finds."
+                f"{path} has {state.chunks} chunks: there is nothing to tune for k={request.k}. "
+                "Add more first."
             )
-        if (
-            isinstance(self.confidence, bool)
-            or not isinstance(self.confidence, float)
-            or not 0.5 <= self.confidence <= 0.999
-        ):
-            raise ConfigError(f"confidence={self.confidence!r}: a number from 0.5 to 0.999.")
-        for name, value, least, most in (
-            ("k", self.k, 1, 1000),
-            ("sample", self.sample, 10, 100_000),
-            ("seed", self.seed, 0, 2**32 - 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise ConfigError(f"{name}={value!r}: a whole number from {least} to {most}.")
+        heads = Heads(state.scan_width, threads)
+        heads.refresh(connection, state)
+        live = np.flatnonzero(heads.live[: heads.count])
+        own = pick_chunks(live, request) if queries is None else None
+        if own is not None:
+            queries = read_vectors(connection, state, heads.codes[own], own)
+        assert queries is not None
+        report = measure(
+            connection,
+            state,
+            unit_rows(queries, identity.dim),
+            own,
+            request,
+            threads,
+            lambda shortlist: rescore_ms(connection, state, heads, live, shortlist),
+        )
+    tuned = report.tuned()
+    if tuned is None:
+        return report
+    with writing("tune") as change:
+        if change.state.scan_width != tuned.scan_width:
+            rewrite_heads(change, tuned.scan_width)
+            report = replace(report, rewritten=True)
+        change.state = replace(change.state, tuned=tuned.to_json())
+        write_state(change.connection, change.state)
+    return report
 
 
-def pick_chunks(live: NDArray[np.int64], wanted: Wanted) -> NDArray[np.int64]:
-    """Numbers of stored chunks that stand in for queries."""
+def pick_chunks(live: NDArray[np.int64], request: TuneRequest) -> NDArray[np.int64]:
+    """Return the numbers of stored chunks that stand in for queries."""
     return np.sort(
-        np.random.default_rng(wanted.seed).choice(
-            live, min(wanted.sample, len(live)), replace=False
+        np.random.default_rng(request.seed).choice(
+            live, min(request.sample, len(live)), replace=False
         )
     )
 
@@ -233,11 +132,11 @@ def measure(
     state: State,
     queries: NDArray[np.float64],
     own: NDArray[np.int64] | None,
-    wanted: Wanted,
+    request: TuneRequest,
     threads: int,
     rescore_ms: Callable[[int], float],
 ) -> TuneReport:
-    """Compare every width's scan with an exact search. Call inside a read transaction.
+    """Compare every width's scan with an exact search; call it inside a read transaction.
 
     Args:
         queries: (B, D) unit rows.
@@ -245,17 +144,17 @@ def measure(
             elsewhere.
         rescore_ms: how long the comparison of so many chunks at full width takes.
     """
-    truth = _exact(connection, state, queries, own, wanted.k)
+    truth = _exact(connection, state, queries, own, request.k)
     ranks, scan_ms = _ranks(connection, state, queries, own, truth, threads)
-    resampled = np.random.default_rng(wanted.seed).integers(
+    resampled = np.random.default_rng(request.seed).integers(
         0, len(queries), (_RESAMPLES, len(queries))
     )
     rows = []
     for width in sorted(ranks):
-        for shortlist in _shortlists(wanted.k, state.chunks):
+        for shortlist in _shortlists(request.k, state.chunks):
             found = (ranks[width] < shortlist).mean(axis=1)  # (B,) recall of each query
-            low, high = interval(found, wanted.k, wanted.confidence, resampled)
-            if low >= wanted.recall:
+            low, high = interval(found, request.k, request.confidence, resampled)
+            if low >= request.recall:
                 break
         rows.append(
             TuneRow(
@@ -264,18 +163,18 @@ def measure(
                 recall=float(found.mean()),
                 low=low,
                 high=high,
-                reaches=low >= wanted.recall,
+                reaches=low >= request.recall,
                 ms=scan_ms[width] + rescore_ms(shortlist),
             )
         )
     good = [row for row in rows if row.reaches]
     return TuneReport(
-        recall=wanted.recall,
-        k=wanted.k,
-        confidence=wanted.confidence,
+        recall=request.recall,
+        k=request.k,
+        confidence=request.confidence,
         queries=len(queries),
         own_queries=own is not None,
-        seed=wanted.seed,
+        seed=request.seed,
         chunks=state.chunks,
         floats=state.floats,
         rows=tuple(rows),
@@ -287,7 +186,7 @@ def measure(
 def interval(
     found: NDArray[np.float64], k: int, confidence: float, resampled: NDArray[np.int64]
 ) -> tuple[float, float]:
-    """Between which the recall of all queries of this kind lies.
+    """Return between which two values the recall of all queries of this kind lies.
 
     The wider, on each side, of a bootstrap over queries, which knows that the hits of one query are
     missed together, and Wilson's interval over all hits, which knows that a sample without a miss
@@ -326,10 +225,10 @@ def _exact(
     own: NDArray[np.int64] | None,
     k: int,
 ) -> NDArray[np.int64]:
-    """(B, k) numbers of the chunks with the highest cosine at full width."""
+    """Return (B, k) numbers of the chunks with the highest cosine at full width."""
     numbers, scores = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
     narrow = queries.astype(np.float32)
-    for some, vectors in stored_vectors(connection, state):
+    for some, vectors in all_vectors(connection, state):
         length = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
         found = narrow @ (vectors / np.where(length > 0, length, 1)[:, None]).T  # (B, n)
         if own is not None:
@@ -352,8 +251,9 @@ def _ranks(
     truth: NDArray[np.int64],
     threads: int,
 ) -> tuple[dict[int, NDArray[np.int64]], dict[int, float]]:
-    """For each width but the full one: (B, k) how many chunks its scan puts before each true hit;
-    and the time of a scan in ms.
+    """Return the rank of each true hit in the scan of each width, and the ms that a scan takes.
+
+    A rank, (B, k), is how many chunks the scan puts before that hit.
     """
     widths = sorted(state.identity.dims)[:-1] or [state.identity.dim]
     wide = {
@@ -365,7 +265,7 @@ def _ranks(
     }
     of_truth: dict[int, dict[int, NDArray[np.int8]]] = {width: {} for width in widths}
     among = np.unique(truth)
-    for some, vectors in stored_vectors(connection, state):
+    for some, vectors in all_vectors(connection, state):
         hits = np.isin(some, among)
         for width, (_, layout) in wide.items():
             of_truth[width].update(
@@ -382,7 +282,7 @@ def _ranks(
         for width in widths
     }  # (B, k)
     timed: dict[int, list[NDArray[np.int8]]] = {width: [] for width in widths}
-    for some, vectors in stored_vectors(connection, state):
+    for some, vectors in all_vectors(connection, state):
         for width, (codes, layout) in wide.items():
             heads = encode(vectors, layout)[0]
             scores = _scores(heads, codes)  # (B, n)
@@ -400,7 +300,7 @@ def _ranks(
 
 
 def _scores(heads: NDArray[np.int8], queries: NDArray[np.int8]) -> NDArray[np.float32]:
-    """(B, n) as `Heads.scan` orders by."""
+    """Return (B, n) scores like those that `Heads.scan` orders by."""
     scores = np.empty((len(queries), len(heads)), np.float32)
     np.multiply(int8_products(queries)(heads).T, inverse_lengths(squares(heads)), out=scores)
     return scores
@@ -409,7 +309,7 @@ def _scores(heads: NDArray[np.int8], queries: NDArray[np.int8]) -> NDArray[np.fl
 def _scan_ms(
     codes: NDArray[np.int8], queries: NDArray[np.int8], threads: int, chunks: int
 ) -> float:
-    """Of one query over all chunks, median."""
+    """Return the median time of a scan for one query over all chunks."""
     heads = Heads(codes.shape[1], threads)
     heads.fill(codes)
     times = []
@@ -421,134 +321,17 @@ def _scan_ms(
     return 1e3 * statistics.median(times) * chunks / len(codes)
 
 
-def stored_vectors(
-    connection: sqlite3.Connection, state: State
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """All chunks' numbers and (n, D) vectors, some thousand at a time, each checked: floats where
-    the file keeps them, else codes.
-
-    Raises:
-        Damage: a row is missing or is not what was stored.
-    """
-    layout, seen = state.layout, 0
-    for first in range(0, state.next_number, BLOCK_ROWS * _TOGETHER):
-        heads = b"".join(_heads_of(connection, first // BLOCK_ROWS, layout.head))
-        rows = connection.execute(
-            "SELECT number, crc32, scales, rest, floats FROM vectors WHERE number >= ? AND number "
-            "< ? ORDER BY number",
-            (first, first + BLOCK_ROWS * _TOGETHER),
-        ).fetchall()
-        for number, crc, scales, rest, floats in rows:
-            head = heads[(number - first) * layout.head : (number - first + 1) * layout.head]
-            if (
-                not fits(layout, state.floats, scales, rest, floats)
-                or vector_crc32(number, head, scales, rest, floats) != crc
-            ):
-                raise Damage(f"vector {number} is not what was stored")
-        if not rows:
-            continue
-        numbers = np.array([row[0] for row in rows])
-        if state.floats:
-            yield (
-                numbers,
-                np.frombuffer(b"".join(row[4] for row in rows), "<f4")
-                .reshape(-1, layout.dim)
-                .astype(np.float32),
-            )
-        else:
-            codes = np.frombuffer(heads, np.int8).reshape(-1, layout.head)[numbers - first]
-            yield (
-                numbers,
-                decode(
-                    codes,
-                    np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(
-                        -1, layout.scales
-                    ),
-                    np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(
-                        -1, layout.rest_bytes
-                    ),
-                    layout,
-                ).astype(np.float32),
-            )
-        seen += len(rows)
-    if seen != state.chunks:
-        raise Damage(f"{state.chunks} chunks are counted, {seen} vectors are there")
-
-
-def _heads_of(connection: sqlite3.Connection, first: int, width: int) -> Iterator[bytes]:
-    expected = first
-    for block, crc, head_squares, codes in connection.execute(
-        "SELECT block, crc32, squares, codes FROM heads WHERE block >= ? AND block < ? "
-        "ORDER BY block",
-        (first, first + _TOGETHER),
-    ):
-        sound = (
-            isinstance(head_squares, bytes) and isinstance(codes, bytes) and len(codes) % width == 0
+def rescore_ms(
+    connection: sqlite3.Connection, state: State, heads: Heads, live: NDArray[np.int64], count: int
+) -> float:
+    """Return the median time to read so many vectors and compare them with a query."""
+    times = []
+    for run in range(_RESCORE_RUNS):
+        numbers = np.sort(
+            np.random.default_rng(run).choice(live, min(count, len(live)), replace=False)
         )
-        if block != expected or not sound or head_crc32(block, head_squares, codes) != crc:
-            raise Damage(f"block {block} of the vectors is not what was stored")
-        expected += 1
-        yield codes
-
-
-def rewrite_heads(change: Change, width: int) -> None:
-    """Give every vector a head of another width, inside a write transaction.
-
-    Where the file keeps no floats the codes are rounded once more, and channels that leave the head
-    keep 8 of their 12 bits.
-    """
-    state, connection = change.state, change.connection
-    layout = Layout.of(state.identity.dims, width)
-    written = 0  # blocks
-    # which holds nothing open between two parts
-    for numbers, vectors in stored_vectors(connection, state):
-        heads, scales, rests = encode(vectors, layout)
-        scales = scales.astype("<f4")
-        rows = []
-        for number, head, scale, rest, vector in zip(
-            numbers.tolist(), heads, scales, rests, vectors, strict=True
-        ):
-            floats = vector.astype("<f4").tobytes() if state.floats else None
-            rows.append(
-                (
-                    vector_crc32(number, head.tobytes(), scale.tobytes(), rest.tobytes(), floats),
-                    scale.tobytes(),
-                    rest.tobytes(),
-                    number,
-                )
-            )
-        connection.executemany(
-            "UPDATE vectors SET crc32 = ?, scales = ?, rest = ? WHERE number = ?", rows
-        )
-        first = int(numbers[0]) // BLOCK_ROWS // _TOGETHER * _TOGETHER
-        _write_heads(connection, written, first, state, layout)  # of blocks without a live chunk
-        written = first + _TOGETHER
-        _write_heads(connection, first, written, state, layout, numbers, heads)
-    _write_heads(connection, written, -(-state.next_number // BLOCK_ROWS), state, layout)
-    change.state = replace(state, scan_width=width)
-    change.touch_all()
-
-
-def _write_heads(
-    connection: sqlite3.Connection,
-    start: int,
-    stop: int,
-    state: State,
-    layout: Layout,
-    numbers: NDArray[np.int64] | None = None,
-    heads: NDArray[np.int8] | None = None,
-) -> None:
-    """Blocks `start` to `stop`, as far as there are any: these chunks' heads, zeros for dead
-    ones.
-    """
-    for block in range(start, min(stop, -(-state.next_number // BLOCK_ROWS))):
-        first, last = BLOCK_ROWS * block, min(BLOCK_ROWS * (block + 1), state.next_number)
-        codes = np.zeros((last - first, layout.head), np.int8)
-        if numbers is not None and heads is not None:
-            here = (numbers >= first) & (numbers < last)
-            codes[numbers[here] - first] = heads[here]
-        packed = squares(codes).astype("<i4").tobytes(), codes.tobytes()
-        connection.execute(
-            "UPDATE heads SET crc32 = ?, squares = ?, codes = ? WHERE block = ?",
-            (head_crc32(block, *packed), *packed, block),
-        )
+        started = time.perf_counter()
+        stored = read_vectors(connection, state, heads.codes[numbers], numbers)
+        cosines(stored[0], stored)
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)

@@ -1,32 +1,32 @@
-"""Full text: what a user types as an FTS5 query that can only search, and the chunks it finds."""
+"""Full text: a query of FTS5 from what a user types, and the chunks that it finds."""
 
 from __future__ import annotations
 
 import re
 import sqlite3
 
-from egemma.index.heads import Damage
+from egemma.index.checksums import Damage
 from egemma_core.errors import InputError
 
 _WORD = re.compile(r"\w+")
 # SQLite's idea of a letter is older than Python's, and has combining accents in it: a piece with
 # one of these goes to it whole.
-_DOUBTFUL = re.compile(r"[^\x00-\x7f\w]")
+_NOT_FOR_PYTHON = re.compile(r"[^\x00-\x7f\w]")
 _NEVER_STORED = re.compile(r"[\0\ud800-\udfff]")
 MAX_WORDS = 1000
 
 
 def match_of(query: str) -> str | None:
-    """Any of the words, each quoted, so that no operator, column or quote of FTS5 can come from a
-    user; None where there is no word.
+    """Return an FTS5 query for any of the words, or None where there is no word.
 
-    FTS5 cuts what stands in quotes once more, and finds it where the same words follow each other.
+    Each word is quoted, so that no operator, column or quote of FTS5 can come from a user. FTS5
+    cuts what stands in quotes once more, and finds it where the same words follow each other.
 
     Raises:
         InputError: more words than a query can have.
     """
     query = _NEVER_STORED.sub(" ", query)
-    pieces = [piece.replace('"', '""') for piece in query.split() if _DOUBTFUL.search(piece)]
+    pieces = [piece.replace('"', '""') for piece in query.split() if _NOT_FOR_PYTHON.search(piece)]
     words = list(dict.fromkeys(_WORD.findall(query) + pieces))
     if len(words) > MAX_WORDS:
         raise InputError(
@@ -42,7 +42,7 @@ def best_words(
     count: int,
     condition: tuple[str, list[object]] | None,
 ) -> list[tuple[int, float]]:
-    """Chunk numbers and BM25 (higher is better), best first, equal ones by number.
+    """Return chunk numbers and BM25 (higher is better), best first, equal ones by number.
 
     Args:
         condition: SQL and its parameters for chunk numbers that may come back; None for all.

@@ -34,7 +34,7 @@ class Runtime(Protocol):
         """What one run takes: "one" text, or "dynamic": any number of them."""
 
     def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One vector per text.
+        """Compute one vector per text.
 
         Args:
             ids: (B, T) int64.
@@ -65,8 +65,8 @@ def open_runtime(bundle: Bundle, *, threads: int, kleidiai: bool) -> Runtime:
 
         if not kleidiai:
             raise ConfigError(
-                "kleidiai=False is a switch of ONNX Runtime, this bundle is for ExecuTorch. Leave "
-                "it out."
+                "kleidiai=False is a switch of ONNX Runtime, this bundle is for ExecuTorch.",
+                hint="Leave it out.",
             )
         runtime: Runtime = ExecuTorchRuntime(
             bundle.model_path,
@@ -83,17 +83,20 @@ def open_runtime(bundle: Bundle, *, threads: int, kleidiai: bool) -> Runtime:
     if manifest.batch == "dynamic" and runtime.batch == "one":
         runtime.close()
         raise BundleError(
-            f"{bundle.model_path} takes one text per run, the manifest says batch='dynamic'. "
-            "Export again."
+            f"{bundle.model_path} takes one text per run, the manifest says batch='dynamic'.",
+            hint="Export again.",
         )
     return runtime
 
 
-def check_vectors(
+def check_output(
     vectors: NDArray[np.float32], *, texts: int, dim: int, model: object
 ) -> NDArray[np.float32]:
-    """`vectors`, if they are (texts, dim) float32, finite and of length 1, as the bundle format
-    promises.
+    """Return a model's output when it is what the bundle format promises: unit vectors.
+
+    Args:
+        vectors: must be (texts, dim) float32, finite, each row of length 1.
+        model: its file, for the message.
 
     Raises:
         BundleError: they are not; a model that gives NaN must not fill an index, and one that lost
@@ -102,17 +105,19 @@ def check_vectors(
     if vectors.dtype != np.float32 or vectors.shape != (texts, dim):
         raise BundleError(
             f"{model} gave {vectors.shape} {vectors.dtype}, the manifest says {(texts, dim)} "
-            "float32. Export again."
+            "float32.",
+            hint="Export again.",
         )
     if not np.isfinite(vectors).all():
         raise BundleError(
-            f"{model} gave NaN or infinity. Copy the bundle again, or export it again and look at "
-            "its verification."
+            f"{model} gave NaN or infinity.",
+            hint="Copy the bundle again, or export it again and look at its verification.",
         )
     lengths = np.linalg.norm(vectors, axis=1)
-    if not (np.abs(lengths - 1) <= LARGEST_LENGTH_ERROR).all():
+    worst = np.abs(lengths - 1).argmax() if texts else 0
+    if texts and not abs(lengths[worst] - 1) <= LARGEST_LENGTH_ERROR:
         raise BundleError(
-            f"{model} gave a vector of length {lengths[np.abs(lengths - 1).argmax()]:.4g}, not 1: "
-            "it lost its last step. Export again."
+            f"{model} gave a vector of length {lengths[worst]:.4g}, not 1: it lost its last step.",
+            hint="Export again.",
         )
     return vectors

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.runtimes import check_vectors
+from egemma.runtimes import check_output
 from egemma_core.errors import BundleError, ConfigError, EgemmaError, RuntimeUnavailableError
 
 NATIVE = Path(__file__).resolve().parent.parent / "_native"
@@ -25,7 +25,7 @@ _OTHERS = re.compile(
 
 @dataclass
 class _Pool:
-    """ExecuTorch's thread pool: one per process, whoever opens a model."""
+    """The thread pool of ExecuTorch: one per process, whoever opens a model."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     threads: int = 0  # its size while models are open
@@ -67,14 +67,14 @@ class ExecuTorchRuntime:
             )
             if not self._model:
                 raise BundleError(
-                    f"{path}: ExecuTorch {self.version} cannot load it: {self._error()}. Copy it "
-                    "again."
+                    f"{path}: ExecuTorch {self.version} cannot load it: {self._error()}.",
+                    hint="Copy it again.",
                 )
             if found_dim.value != dim or found_tokens.value < max_tokens:
                 raise BundleError(
                     f"{path} reads {found_tokens.value} tokens and gives {found_dim.value} "
-                    "channels; the manifest says "
-                    f"{max_tokens} and {dim}. Export again."
+                    f"channels; the manifest says {max_tokens} and {dim}.",
+                    hint="Export again.",
                 )
         except BaseException:
             self.close()
@@ -86,22 +86,20 @@ class ExecuTorchRuntime:
         ids, mask = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
         # what is not written does not pass for a vector
         vectors = np.full((1, self._dim), np.nan, np.float32)
-        if (
-            self._egx.egx_run(
-                self._model,
-                ids.ctypes.data,
-                mask.ctypes.data,
-                ids.shape[1],
-                vectors.ctypes.data,
-                self._dim,
-            )
-            != 0
-        ):
+        failed = self._egx.egx_run(
+            self._model,
+            ids.ctypes.data,
+            mask.ctypes.data,
+            ids.shape[1],
+            vectors.ctypes.data,
+            self._dim,
+        )
+        if failed:
             raise BundleError(
                 f"{self._path}: ExecuTorch {self.version} failed on {ids.shape[1]} tokens: "
                 f"{self._error()}."
             )
-        return check_vectors(vectors, texts=1, dim=self._dim, model=self._path)
+        return check_output(vectors, texts=1, dim=self._dim, model=self._path)
 
     def close(self) -> None:
         if self._model:
@@ -119,14 +117,14 @@ def _take_threads(egx: ctypes.CDLL, threads: int) -> None:
         if _pool.process not in (None, os.getpid()):
             raise EgemmaError(
                 "this process was forked from one that had an ExecuTorch model open; its threads "
-                "did not come along. "
-                "Open models after the fork only, or start workers with the 'spawn' method."
+                "did not come along.",
+                hint="Open models after the fork only, or start workers with the 'spawn' method.",
             )
         if _pool.open_models and _pool.threads != threads:
             raise ConfigError(
                 f"threads={threads}: an open ExecuTorch model computes with {_pool.threads}, and "
-                "the thread pool is one for "
-                f"the whole process. Ask for {_pool.threads}, or close that model first."
+                "the thread pool is one for the whole process.",
+                hint=f"Ask for {_pool.threads}, or close that model first.",
             )
         if not _pool.open_models and egx.egx_set_threads(threads) != 0:
             raise EgemmaError(f"threads={threads}: {egx.egx_error().decode('utf-8', 'replace')}")
@@ -141,30 +139,29 @@ def _give_threads_back() -> None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """libegx with its five ExecuTorch libraries, loaded once."""
+    """Load libegx with its five ExecuTorch libraries, once."""
     path = NATIVE / ("libegx.dylib" if sys.platform == "darwin" else "libegx.so")
     if not path.is_file():
         raise RuntimeUnavailableError(
-            "this egemma was built without ExecuTorch and cannot run model.pte. Install a wheel "
-            "that has it, build egemma again without "
+            "this egemma was built without ExecuTorch and cannot run model.pte.",
+            hint="Install a wheel that has it, build egemma again without "
             "EGEMMA_BUILD_EXECUTORCH=0 on Linux or macOS, or export the model with --runtime "
-            "onnxruntime."
+            "onnxruntime.",
         )
-    strangers = _other_executorch()
-    if strangers:
+    others = _other_executorch()
+    if others:
         raise RuntimeUnavailableError(
-            f"another copy of ExecuTorch is loaded in this process ({strangers[0]}); both would "
-            "share the libraries and the thread pool of "
-            "whichever came first. "
-            "Run the bundle in a process of its own, one that imports neither `executorch` nor an "
-            "exporter."
+            f"another copy of ExecuTorch is loaded in this process ({others[0]}); both would "
+            "share the libraries and the thread pool of whichever came first.",
+            hint="Run the bundle in a process of its own, one that imports neither `executorch` "
+            "nor an exporter.",
         )
     try:
         return _declare(ctypes.CDLL(str(path)))
     # AttributeError: an in-place build older than this file
     except (OSError, AttributeError) as error:
         raise RuntimeUnavailableError(
-            f"{path} cannot be used: {error}. Build egemma again on this machine."
+            f"{path} cannot be used: {error}.", hint="Build egemma again on this machine."
         ) from error
 
 
@@ -187,7 +184,7 @@ def _declare(egx: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _other_executorch() -> list[str]:
-    """Libraries of the `executorch` Python package in this process."""
+    """List the libraries of the `executorch` Python package in this process."""
     maps = Path("/proc/self/maps")
     if maps.exists():
         rows = (

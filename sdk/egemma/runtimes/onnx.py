@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.runtimes import check_vectors
+from egemma.runtimes import check_output
 from egemma_core.errors import BundleError, RuntimeUnavailableError
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
@@ -60,27 +60,22 @@ class OnnxRuntime:
                 str(path),
                 options,
                 providers=["CPUExecutionProvider"],
-                # its fallback prints, and tries the same
-                # again
-                enable_fallback=0,
+                enable_fallback=0,  # it prints, and tries the same again
             )
-            inputs, outputs = (
-                _nodes(self._session.get_inputs()),
-                _nodes(self._session.get_outputs()),
-            )
+            inputs = _nodes(self._session.get_inputs())
+            outputs = _nodes(self._session.get_outputs())
         except Exception as error:  # its exceptions have no other parent
             raise BundleError(
-                f"{path}: ONNX Runtime {self.version} cannot load it: {_first_line(error)}. Copy "
-                "it again."
+                f"{path}: ONNX Runtime {self.version} cannot load it: {_first_line(error)}.",
+                hint="Copy it again.",
             ) from error
-        wanted = dict.fromkeys(INPUTS, ("tensor(int64)", 2))
-        if {
-            name: (kind, len(shape)) for name, (kind, shape) in inputs.items()
-        } != wanted or outputs.get(OUTPUT, ("",))[0] != "tensor(float)":
+        taken = {name: (kind, len(shape)) for name, (kind, shape) in inputs.items()}
+        given = outputs.get(OUTPUT, ("",))[0]
+        if taken != dict.fromkeys(INPUTS, ("tensor(int64)", 2)) or given != "tensor(float)":
             raise BundleError(
-                f"{path}: takes {inputs} and gives {outputs}; wanted are {INPUTS} int64 (B, T) and "
-                f"{OUTPUT} float32 (B, D). "
-                "Export again."
+                f"{path} takes {inputs} and gives {outputs}; it must take {INPUTS} int64 (B, T) "
+                f"and give {OUTPUT} float32 (B, D).",
+                hint="Export again.",
             )
         self.batch = "one" if isinstance(inputs[INPUTS[0]][1][0], int) else "dynamic"
         self._shrink = onnxruntime.RunOptions()
@@ -103,23 +98,25 @@ class OnnxRuntime:
                 f"{self._path}: ONNX Runtime {self.version} failed on {ids.shape} tokens: "
                 f"{_first_line(error)}."
             ) from error
-        return check_vectors(vectors, texts=len(ids), dim=self._dim, model=self._path)
+        return check_output(vectors, texts=len(ids), dim=self._dim, model=self._path)
 
     def close(self) -> None:
         del self._session
 
 
 def _nodes(nodes: Iterable[Any]) -> dict[str, tuple[str, list[int | str | None]]]:
-    """Element type and shape of a graph's inputs or outputs; a free size is a name or None."""
+    """Return element type and shape of a graph's inputs or outputs by name.
+
+    A free size is a name or None.
+    """
     return {node.name: (node.type, node.shape) for node in nodes}
 
 
 def _import_onnxruntime() -> ModuleType:
-    """Import it with telemetry off: since 1.32 the import alone writes a device id and reports to
-    Microsoft.
+    """Import ONNX Runtime with its telemetry off.
 
-    Where the application imported it before us with telemetry on, that was its choice; we stop
-    further events and say so.
+    Since 1.32 the import alone writes a device id and reports to Microsoft. Where the application
+    imported it before us with telemetry on, that was its choice; we stop further events and say so.
     """
     if "onnxruntime" in sys.modules and os.environ.get(_TELEMETRY_SWITCH) != "1":
         import onnxruntime  # type: ignore[import-untyped]
@@ -127,8 +124,7 @@ def _import_onnxruntime() -> ModuleType:
         onnxruntime.disable_telemetry_events()
         warnings.warn(
             f"onnxruntime was imported before egemma without {_TELEMETRY_SWITCH}=1 and may have "
-            "reported its start; its "
-            f"events are off from now on. Set {_TELEMETRY_SWITCH}=1 first.",
+            f"reported its start; its events are off from now on. Set {_TELEMETRY_SWITCH}=1 first.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -138,7 +134,7 @@ def _import_onnxruntime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise RuntimeUnavailableError(
-            f"ONNX Runtime cannot be imported ({error}): pip install onnxruntime."
+            f"ONNX Runtime cannot be imported: {error}.", hint="pip install onnxruntime"
         ) from error
     return onnxruntime  # type: ignore[no-any-return]
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.embedder import BUILTIN, BUILTIN_FOLDER, WINDOW_TEXTS, Embedder, Embeddings
+from egemma.embedder import WINDOW_TEXTS, Embedder, folder_of
+from egemma.embeddings import Embeddings
 from egemma_core.bundle import Bundle, read_bundle
 from egemma_core.errors import BundleError, EgemmaError, InputError, TokenLimitError
 from egemma_core.prompts import DEFAULT_TASK
@@ -54,7 +55,7 @@ def open_bundle(bundle: str | Path) -> Bundle:
     Raises:
         BundleError: there is no bundle, or a damaged one.
     """
-    return read_bundle(BUILTIN_FOLDER if bundle == BUILTIN else bundle)
+    return read_bundle(folder_of(bundle))
 
 
 class ShardEmbedder:
@@ -146,14 +147,13 @@ class ShardEmbedder:
         except (TokenLimitError, InputError) as error:
             if error.position is None:
                 raise
-            # Those before it were read. Of those after it each is read once more: embedding again
-            # after each of many bad rows would read the window as often as there are bad rows.
-            found = self._encoding_problems(texts, titles, good[error.position :])
-            if not found:
-                raise
-            self._refuse(shard, start, found)
-            problems |= found
-            good = [row for row in good if row not in found]
+            late: dict[int, EgemmaError] = {good[error.position]: error.at("")}
+            self._refuse(shard, start, late)
+            # Those before it were read. Those after it are tokenized alone: embedding again after
+            # each of many bad rows would read the window as often as there are bad rows.
+            late |= self._encoding_problems(texts, titles, good[error.position + 1 :])
+            problems |= late
+            good = [row for row in good if row not in late]
             embedded = self._embed(texts, titles, good)
         vectors = np.zeros((len(texts), self.job.dim), np.float32)
         vectors[good] = embedded.vectors
@@ -188,10 +188,7 @@ class ShardEmbedder:
     def _encoding_problems(
         self, texts: Sequence[Any], titles: Sequence[Any], rows: Sequence[int]
     ) -> dict[int, EgemmaError]:
-        """Return what is wrong with each of these rows that the tokenizer refuses.
-
-        Where a bad row ends the run, the first one is enough.
-        """
+        """Return what is wrong with each of these rows that the tokenizer refuses."""
         settings = self.job.settings
         found: dict[int, EgemmaError] = {}
         for row in rows:
@@ -204,20 +201,19 @@ class ShardEmbedder:
                 self._tokenizer.encode(prompt + texts[row], overflow=settings.overflow)
             except (TokenLimitError, InputError) as error:
                 found[row] = error
-                if self._on_error == "fail":
-                    break
         return found
 
     def _refuse(self, shard: Shard, start: int, problems: dict[int, EgemmaError]) -> None:
         if problems and self._on_error == "fail":
             row = min(problems)
-            where = place_of(self.folder, shard.file, shard.start + start + row)
-            raise type(problems[row])(
-                f"{where}: {problems[row]}",
-                hint="Or go on with on_error='null', which keeps the row without a vector and "
-                "says why.",
-                position=shard.start + start + row,
-            ) from problems[row]
+            problem, position = problems[row], shard.start + start + row
+            raise type(problem)(
+                problem.found,
+                hint=f"{problem.hint} Or go on with on_error='null', which keeps the row without a "
+                "vector and says why.".strip(),
+                position=position,
+                place=place_of(self.folder, shard.file, position),
+            ) from problem
 
     def _table(
         self,
@@ -268,9 +264,10 @@ class ShardEmbedder:
         if name == self.job.settings.id_column and column.null_count:
             row = shard.start + column.is_null().to_pylist().index(True)
             raise InputError(
-                f"{place_of(self.folder, shard.file, row)}: {name!r} is null.",
+                f"{name!r} is null.",
                 hint="Give every row an id.",
                 position=row,
+                place=place_of(self.folder, shard.file, row),
             )
         return column
 

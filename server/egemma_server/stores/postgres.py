@@ -22,11 +22,9 @@ from egemma_core.errors import ConfigError, StoreError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.vectors import check_dim
 from egemma_server.request import (
-    Matrix,
     SearchOptions,
     SearchRequest,
     Texts,
-    Vector,
     model_here,
 )
 from egemma_server.stores import postgres_documents as documents
@@ -237,13 +235,11 @@ class PostgresIndex:
             return documents.read_ids(run, self._tables, condition)
 
     @overload
-    def search(
-        self, query: str | Vector, k: int = 10, **options: Unpack[SearchOptions]
-    ) -> Hits: ...
+    def search(self, query: str, k: int = 10, **options: Unpack[SearchOptions]) -> Hits: ...
     @overload
-    def search(
-        self, query: Texts | Matrix, k: int = 10, **options: Unpack[SearchOptions]
-    ) -> list[Hits]: ...
+    def search(self, query: Texts, k: int = 10, **options: Unpack[SearchOptions]) -> list[Hits]: ...
+    @overload  # one vector or rows of them: NumPy's types do not tell
+    def search(self, query: NDArray[Any], k: int = 10, **options: Unpack[SearchOptions]) -> Any: ...
     def search(
         self,
         query: str | Texts | NDArray[Any],

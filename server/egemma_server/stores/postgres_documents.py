@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.where import All, Condition
+from egemma.where import And, Condition
 from egemma_server.stores.postgres_tables import Run, Tables, literal
 from egemma_server.stores.postgres_where import filterable, to_postgres
 from egemma_server.stores.rows import Row
@@ -116,7 +116,7 @@ def count_documents(run: Run, tables: Tables, condition: Condition | None = None
 
 def sql_test(condition: Condition | None) -> tuple[str, list[Any]]:
     """Return a filter as SQL and its parameters; no filter is true for every document."""
-    return to_postgres(All(()) if condition is None else condition)
+    return to_postgres(And(()) if condition is None else condition)
 
 
 def packed_vectors(vectors: NDArray[Any], *, half: bool) -> list[bytes]:

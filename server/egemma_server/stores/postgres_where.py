@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any, cast
 
-from egemma.where import All, Any_, Compare, Condition, Not, Scalar, comparable, is_number
+from egemma.where import And, Compare, Condition, Not, Or, Scalar, comparable, is_number
 
 _ORDER = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
 
@@ -24,10 +24,10 @@ def to_postgres(condition: Condition) -> tuple[str, list[Any]]:
 
 
 def _sql(condition: Condition, parameters: list[Any]) -> str:
-    if isinstance(condition, (All, Any_)):
+    if isinstance(condition, (And, Or)):
         if not condition.parts:
-            return "true" if isinstance(condition, All) else "false"
-        glue = " AND " if isinstance(condition, All) else " OR "
+            return "true" if isinstance(condition, And) else "false"
+        glue = " AND " if isinstance(condition, And) else " OR "
         return f"({glue.join(_sql(part, parameters) for part in condition.parts)})"
     if isinstance(condition, Not):
         return f"(NOT {_sql(condition.part, parameters)})"

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-from egemma.where import All, Compare, Condition, Not, Scalar, comparable, is_number
+from egemma.where import And, Compare, Condition, Not, Scalar, comparable, is_number
 
 TERMS, NUMBERS = "terms", "numbers"  # keys of a point's payload
 # Qdrant compares numbers as doubles; below this no two whole numbers are one double
@@ -54,7 +54,7 @@ def to_qdrant(condition: Condition) -> tuple[Any, bool]:
     parts = [to_qdrant(part) for part in condition.parts]
     exact = all(exact for _, exact in parts)
     filters = [part for part, _ in parts if part is not None]
-    if isinstance(condition, All):
+    if isinstance(condition, And):
         return (models.Filter(must=filters) if filters else None), exact
     if not parts:
         return _never()

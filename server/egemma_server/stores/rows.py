@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
 from egemma.index.codes import check_vectors
-from egemma.index.hits import Document, Hit, Hits, How
+from egemma.index.hits import Document, Hit, Hits, SearchInfo
 from egemma.index.inputs import (
     check_counts,
     check_id,
@@ -23,7 +23,7 @@ from egemma.index.inputs import (
     content_id,
     one_per_text,
 )
-from egemma.where import pack_metadata
+from egemma.metadata import pack_metadata
 from egemma_core.checks import one_of
 from egemma_core.errors import ConfigError, InputError, NotFoundError
 from egemma_core.tokens import Overflow
@@ -237,7 +237,7 @@ def ranked_hits(
     ranked: Sequence[tuple[str, float]],
     cosines: Mapping[str, float],
     text_scores: Mapping[str, float],
-    how: How,
+    how: SearchInfo,
 ) -> Hits:
     """Return the hits of one query.
 
@@ -267,9 +267,9 @@ def _described(
         one_per_text("metadata", metadata, len(texts)),
     )
     for position, (text, title) in enumerate(zip(texts, named, strict=True)):
-        check_text(f"text {position}", text, blank=blank)
+        check_text(f"text {position}", text, blank=blank, position=position)
         if title is not None:
-            check_text(f"title {position}", title, blank=True)
+            check_text(f"title {position}", title, blank=True, position=position)
     return [title or None for title in named], [pack_metadata(entry) for entry in entries]
 
 

@@ -1,117 +1,52 @@
-"""What can be wrong inside an index file, and how it is found: checksums of rows, and counts that
-must agree.
-"""
+"""Read all of an index, and compare it with its checksums and with everything else."""
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import groupby, zip_longest
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from egemma.index.codes import Layout, squares
-from egemma.index.heads import BLOCK_ROWS, block_crc32, head_crc32, live_numbers
+from egemma.index.blocks import heads_are_sound, live_is_sound, live_numbers
+from egemma.index.checksums import Damage, chunk_crc32, chunk_hash
+from egemma.index.codes import squares
+from egemma.index.facts import BLOCK_ROWS, State, read_state
+from egemma.index.file import opened, transaction
+from egemma.index.records import unsound_documents, vector_is_sound
 
-if TYPE_CHECKING:
-    from egemma.index.file import State
+MAX_FINDINGS = 100
 
 
-def fields_crc32(*fields: str | int | None) -> int:
-    """Of a row of `documents` or `chunks`: numbers in decimal, NULL as empty, NUL between each two,
-    UTF-8.
+def check(path: str | Path) -> list[str]:
+    """Read everything, and compare it with its checksums and with everything else.
+
+    The full-text table is made anew beside the file, and compared too.
+
+    Returns:
+        What does not fit, at most MAX_FINDINGS; empty for a sound index.
+
+    Raises:
+        IndexFileError: no file, no index, or so damaged that it cannot be opened.
     """
-    # A text stays as it is: str() of an enumeration's member, which is stored as its text, would be
-    # its name.
-    return zlib.crc32(
-        "\0".join(
-            "" if field is None else field if isinstance(field, str) else str(field)
-            for field in fields
-        ).encode()
-    )
+    found: list[str] = []
+    with opened(path, "check", write=False) as connection:
+        try:
+            with transaction(connection):
+                for finding in findings(connection, read_state(connection)):
+                    found.append(finding)
+                    if len(found) == MAX_FINDINGS:
+                        break
+        except (sqlite3.Error, UnicodeDecodeError, Damage) as error:
+            found.append(f"{error}; what comes after it was not checked")
+    return found
 
 
-def facts_crc32(facts: Mapping[str, str | None]) -> str:
-    """Of the names and values of all facts that are there, by name; in decimal, as facts are
-    texts.
-    """
-    return str(
-        fields_crc32(
-            *(
-                part
-                for name, value in sorted(facts.items())
-                if value is not None
-                for part in (name, value)
-            )
-        )
-    )
-
-
-def document_crc32(id_: str, title: str | None, metadata: str | None, source: str | None) -> int:
-    return fields_crc32(id_, title, metadata, source)
-
-
-def chunk_crc32(
-    number: int,
-    document: int,
-    position: int,
-    start: int,
-    stop: int,
-    num_tokens: int,
-    truncated: int,
-    title: str | None,
-    text: str,
-) -> int:
-    return fields_crc32(number, document, position, start, stop, num_tokens, truncated, title, text)
-
-
-def vector_crc32(number: int, head: bytes, scales: bytes, rest: bytes, floats: bytes | None) -> int:
-    """Of the chunk's number and all that is stored of its vector, the head too, so that no vector
-    can stand at another's number.
-    """
-    crc = zlib.crc32(
-        rest,
-        zlib.crc32(scales, zlib.crc32(head, zlib.crc32(number.to_bytes(8, "little", signed=True)))),
-    )
-    return crc if floats is None else zlib.crc32(floats, crc)
-
-
-def fits(layout: Layout, keeps_floats: bool, scales: object, rest: object, floats: object) -> bool:
-    """Whether the columns of a vector have their types and lengths."""
-    whole = (
-        isinstance(floats, bytes) and len(floats) == 4 * layout.dim
-        if keeps_floats
-        else floats is None
-    )
-    return (
-        isinstance(scales, bytes)
-        and len(scales) == 4 * layout.scales
-        and isinstance(rest, bytes)
-        and len(rest) == layout.rest_bytes
-        and whole
-    )
-
-
-def chunk_hash(title: str | None, text: str) -> bytes:
-    """Of what is embedded: 16 bytes. Equal ones of one document share a vector."""
-    return hashlib.sha256("\0".join((title or "", text)).encode()).digest()[:16]
-
-
-def find_damage(connection: sqlite3.Connection, state: State) -> str | None:
-    """Read everything and compare it with its checksums and with everything else; the first that
-    does not fit, or None.
-
-    Call inside a transaction, so that all of it is of one moment.
-    """
-    return next(all_damage(connection, state), None)
-
-
-def all_damage(connection: sqlite3.Connection, state: State) -> Iterator[str]:
-    """As `find_damage`, everything that does not fit.
+def findings(connection: sqlite3.Connection, state: State) -> Iterator[str]:
+    """Yield everything in the file that does not fit; call it inside a transaction.
 
     SQLite's own errors come as they are: a damaged page can end the reading.
     """
@@ -121,40 +56,12 @@ def all_damage(connection: sqlite3.Connection, state: State) -> Iterator[str]:
     yield from _damaged_documents(connection)
     yield from _damaged_blocks(connection, state)
     yield from _damaged_chunks(connection, state)
-    yield from _damaged_tilings(connection)
+    yield from _incomplete_documents(connection)
     yield from _damaged_words(connection)
 
 
-def find_document_damage(connection: sqlite3.Connection, num_chunks: int) -> str | None:
-    """What would make a filter, or a list of ids, pass a document over without a word: its row, or
-    its place in an index of SQLite's.
-    """
-    found = next(_documents_of_another_checksum(connection), None)
-    if found is not None:
-        return found
-    documents = connection.execute("SELECT count(*) FROM documents").fetchone()[0]
-    chunks, with_chunks = connection.execute(
-        "SELECT count(*), count(DISTINCT c.document) FROM chunks c JOIN documents d ON d.number = "
-        "c.document"
-    ).fetchone()
-    return (
-        None
-        if (chunks, with_chunks) == (num_chunks, documents)
-        else f"{num_chunks} chunks of {documents} documents are counted, {chunks} of {with_chunks} "
-        "can be found"
-    )
-
-
-def _documents_of_another_checksum(connection: sqlite3.Connection) -> Iterator[str]:
-    for id_, title, metadata, source, crc in connection.execute(
-        "SELECT id, title, metadata, source, crc32 FROM documents NOT INDEXED"
-    ):
-        if not isinstance(id_, str) or document_crc32(id_, title, metadata, source) != crc:
-            yield f"document {id_!r} is not what was stored"
-
-
 def _damaged_documents(connection: sqlite3.Connection) -> Iterator[str]:
-    yield from _documents_of_another_checksum(connection)
+    yield from unsound_documents(connection)
     for table, column, other in (
         ("chunks", "document", "documents"),
         ("vectors", "number", "chunks"),
@@ -178,17 +85,10 @@ def _damaged_blocks(connection: sqlite3.Connection, state: State) -> Iterator[st
     for expected, (block, changed, live, crc, head_squares, codes, head_crc) in enumerate(
         blocks, start=1
     ):
-        sound = (
-            isinstance(live, bytes)
-            and isinstance(head_squares, bytes)
-            and isinstance(codes, bytes)
-            and block == expected - 1
+        sound = live_is_sound(block, live, crc) and heads_are_sound(
+            block, head_squares, codes, head_crc
         )
-        if (
-            not sound
-            or block_crc32(block, live) != crc
-            or head_crc32(block, head_squares, codes) != head_crc
-        ):
+        if block != expected - 1 or not sound:
             yield f"block {block} of the vectors is not what was stored"
             continue
         if not isinstance(changed, int) or not 0 <= changed <= state.generation:
@@ -224,54 +124,33 @@ def _damaged_blocks(connection: sqlite3.Connection, state: State) -> Iterator[st
 
 
 def _damaged_chunks(connection: sqlite3.Connection, state: State) -> Iterator[str]:
-    counted = 0
-    heads: dict[int, bytes] = {}
+    counted, width, layout = 0, state.scan_width, state.layout
+    heads: dict[int, bytes] = {}  # of the block that the last chunk is in
     rows = connection.execute(
         "SELECT c.number, c.document, c.position, c.start, c.stop, c.num_tokens, c.truncated, "
-        "c.title, c.text, c.hash, c.crc32, "
-        "v.scales, v.rest, v.floats, v.crc32 FROM chunks c LEFT JOIN vectors v ON v.number = "
-        "c.number ORDER BY c.number"
+        "c.title, c.text, c.hash, c.crc32, v.crc32, v.scales, v.rest, v.floats "
+        "FROM chunks c LEFT JOIN vectors v ON v.number = c.number ORDER BY c.number"
     )
-    for (
-        number,
-        document,
-        position,
-        start,
-        stop,
-        num_tokens,
-        truncated,
-        title,
-        text,
-        hash_,
-        crc,
-        scales,
-        rest,
-        floats,
-        vector_crc,
-    ) in rows:
+    for row in rows:
         counted += 1
-        if (
-            chunk_crc32(number, document, position, start, stop, num_tokens, truncated, title, text)
-            != crc
-            or chunk_hash(title, text) != hash_
-        ):
+        chunk, hash_, crc, vector = row[:9], row[9], row[10], row[11:]
+        number, (title, text) = chunk[0], chunk[7:]
+        if chunk_crc32(*chunk) != crc or chunk_hash(title, text) != hash_:
             yield f"chunk {number} is not what was stored"
         block, slot = divmod(number, BLOCK_ROWS)
         if block not in heads:
-            row = connection.execute("SELECT codes FROM heads WHERE block = ?", (block,)).fetchone()
-            heads = {block: row[0] if row is not None and isinstance(row[0], bytes) else b""}
-        head = heads[block][slot * state.scan_width : (slot + 1) * state.scan_width]
-        if (
-            not fits(state.layout, state.floats, scales, rest, floats)
-            or vector_crc32(number, head, scales, rest, floats) != vector_crc
-        ):
+            found = connection.execute("SELECT codes FROM heads WHERE block = ?", (block,))
+            codes = (found.fetchone() or (None,))[0]
+            heads = {block: codes if isinstance(codes, bytes) else b""}
+        head = heads[block][slot * width : (slot + 1) * width]
+        if not vector_is_sound(layout, state.floats, number, head, *vector):
             yield f"vector {number} is not what was stored"
     if counted != state.chunks:
         yield f"{state.chunks} chunks are counted, {counted} can be read"
 
 
-def _damaged_tilings(connection: sqlite3.Connection) -> Iterator[str]:
-    """What no checksum of a row sees: a document that lacks a chunk, or has one twice."""
+def _incomplete_documents(connection: sqlite3.Connection) -> Iterator[str]:
+    """Yield what no checksum of a row sees: documents that lack a chunk, or have one twice."""
     rows = connection.execute(
         "SELECT d.id, c.position, c.start, c.stop, length(c.text) FROM chunks c JOIN documents d "
         "ON d.number = c.document "
@@ -283,7 +162,7 @@ def _damaged_tilings(connection: sqlite3.Connection) -> Iterator[str]:
             if position != expected or not 0 <= start <= read or stop - start != characters:
                 yield (
                     f"document {id_!r} is not whole: its chunk {position} spans {start} to "
-                    f"{stop}, where chunk {expected} from {read} on is wanted"
+                    f"{stop}, where chunk {expected} must begin at {read} or before"
                 )
                 break
             read = max(read, stop)
@@ -307,8 +186,9 @@ _AGAIN = ("again", "again_instances", "stored_instances", "again_words", "stored
 
 
 def _damaged_words(connection: sqlite3.Connection) -> Iterator[str]:
-    """The full-text table keeps no text of its own, so it is made again beside the file, and the
-    two are compared.
+    """Yield where the full-text table differs from one that is made again beside the file.
+
+    The table keeps no text of its own, so its rows have no checksums.
     """
     documents = connection.execute("SELECT count(*) FROM words").fetchone()[0]
     chunks = connection.execute("SELECT count(*) FROM chunks").fetchone()[0]
@@ -370,9 +250,7 @@ def _damaged_words(connection: sqlite3.Connection) -> Iterator[str]:
 
 
 def _first_difference(one: sqlite3.Cursor, other: sqlite3.Cursor) -> tuple[Any, ...] | None:
-    """The first row that only one of them has, or has at that place; None where all rows are the
-    same.
-    """
+    """Return the first row in which two tables differ, or None where they are the same."""
     try:
         return next(
             (left or right for left, right in zip_longest(one, other) if left != right), None

@@ -1,0 +1,437 @@
+"""What an index file holds, read and checked: the only place that reads rows of content.
+
+Every function below is called inside a transaction, so that all it reads is of one moment. A row
+whose checksum, type or length does not fit ends the reading with `Damage`.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from egemma.index.blocks import HeadReader, heads_between
+from egemma.index.checksums import Damage, chunk_crc32, document_crc32, vector_crc32
+from egemma.index.codes import Layout, decode
+from egemma.index.facts import BLOCK_ROWS, State
+
+MAX_PARAMETERS = 500  # of one statement; SQLite takes 999 everywhere
+BLOCKS_TOGETHER = 16  # blocks whose vectors are read at a time
+
+_CHUNK = (
+    "c.number, c.document, c.position, c.start, c.stop, c.num_tokens, c.truncated, c.title, c.text"
+)
+_DOCUMENT = "d.id, d.title, d.metadata, d.source"
+_VECTOR = "v.crc32, v.scales, v.rest, v.floats"
+
+
+class StoredDocument(NamedTuple):
+    """A row of `documents`, in the order in which its checksum reads it."""
+
+    id: str
+    title: str | None
+    metadata: str | None  # JSON
+    source: str | None  # JSON
+
+
+class StoredChunk(NamedTuple):
+    """A row of `chunks`, in the order in which its checksum reads it."""
+
+    number: int
+    document: int
+    position: int
+    start: int
+    stop: int
+    num_tokens: int
+    truncated: int
+    title: str | None
+    text: str
+
+
+class StoredVector(NamedTuple):
+    """All that is stored of one vector, in bytes."""
+
+    head: bytes
+    scales: bytes
+    rest: bytes
+    floats: bytes | None
+
+
+class ChunkKey(NamedTuple):
+    """What a later version of the same document is compared with."""
+
+    number: int
+    hash: bytes
+    position: int
+    start: int
+    stop: int
+    num_tokens: int
+    truncated: bool
+
+
+def parts_of(values: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yield lists that are short enough for the parameters of one statement."""
+    rest = list(values)
+    for start in range(0, len(rest), MAX_PARAMETERS):
+        yield rest[start : start + MAX_PARAMETERS]
+
+
+# Documents
+
+
+def count_documents(connection: sqlite3.Connection) -> int:
+    """Return how many documents there are."""
+    return int(connection.execute("SELECT count(*) FROM documents").fetchone()[0])
+
+
+def count_truncated(connection: sqlite3.Connection) -> int:
+    """Return of how many chunks only the beginning was embedded."""
+    return int(connection.execute("SELECT count(*) FROM chunks WHERE truncated").fetchone()[0])
+
+
+def find_document(connection: sqlite3.Connection, id_: str) -> tuple[int, StoredDocument] | None:
+    """Return a document's number and row, or None where nothing has this id.
+
+    Raises:
+        Damage: also where the row is there and SQLite's own index of ids does not know it.
+    """
+    select = f"SELECT d.number, d.crc32, {_DOCUMENT} FROM documents d"
+    row = connection.execute(f"{select} WHERE d.id = ?", (id_,)).fetchone()
+    if row is None:
+        if connection.execute(
+            "SELECT 1 FROM documents NOT INDEXED WHERE id = ?", (id_,)
+        ).fetchone():
+            raise Damage(f"document {id_!r} is there, and SQLite's index of ids does not know it")
+        return None
+    number, crc, *fields = row
+    return number, _document(crc, fields)
+
+
+def documents_with_source(connection: sqlite3.Connection) -> Iterator[StoredDocument]:
+    """Yield the documents that ingestion put in."""
+    for crc, *fields in connection.execute(
+        f"SELECT d.crc32, {_DOCUMENT} FROM documents d WHERE d.source IS NOT NULL"
+    ):
+        yield _document(crc, fields)
+
+
+def documents_by_first_chunk(
+    connection: sqlite3.Connection,
+) -> Iterator[tuple[int, StoredDocument]]:
+    """Yield all documents, in the order of their first chunks, which orders equal scores."""
+    for number, crc, *fields in connection.execute(
+        f"SELECT d.number, d.crc32, {_DOCUMENT} FROM documents d JOIN (SELECT document, "
+        "min(number) AS first FROM chunks GROUP BY document) c ON c.document = d.number "
+        "ORDER BY c.first"
+    ):
+        yield number, _document(crc, fields)
+
+
+def ids_where(
+    connection: sqlite3.Connection, condition: str, parameters: Sequence[object]
+) -> list[str]:
+    """Return the ids of the documents that a filter's SQL is true for, in the order of adding."""
+    rows = connection.execute(
+        f"SELECT id FROM documents WHERE {condition} ORDER BY number", tuple(parameters)
+    )
+    return [row[0] for row in rows]
+
+
+def unsound_documents(connection: sqlite3.Connection) -> Iterator[str]:
+    """Yield what is wrong with each document whose row is not what was stored."""
+    for crc, *fields in connection.execute(
+        f"SELECT d.crc32, {_DOCUMENT} FROM documents d NOT INDEXED"
+    ):
+        try:
+            _document(crc, fields)
+        except Damage as damage:
+            yield str(damage)
+
+
+def check_documents(connection: sqlite3.Connection, num_chunks: int) -> None:
+    """Check what no hit's checksum can see: documents that a filter or a list passes over.
+
+    Raises:
+        Damage: a row is not what was stored, or an index of SQLite's leads past it.
+    """
+    for found in unsound_documents(connection):
+        raise Damage(found)
+    documents = count_documents(connection)
+    chunks, with_chunks = connection.execute(
+        "SELECT count(*), count(DISTINCT c.document) FROM chunks c JOIN documents d "
+        "ON d.number = c.document"
+    ).fetchone()
+    if (chunks, with_chunks) != (num_chunks, documents):
+        raise Damage(
+            f"{num_chunks} chunks of {documents} documents are counted, {chunks} of {with_chunks} "
+            "can be found"
+        )
+
+
+def _document(crc: object, fields: Sequence[Any]) -> StoredDocument:
+    document = StoredDocument._make(fields)
+    if not isinstance(document.id, str) or document_crc32(*document) != crc:
+        raise Damage(f"document {document.id!r} is not what was stored")
+    return document
+
+
+# Chunks
+
+
+def chunk_with_document(
+    connection: sqlite3.Connection, number: int
+) -> tuple[StoredChunk, StoredDocument]:
+    """Return a chunk and the document that it is of."""
+    row = connection.execute(
+        f"SELECT c.crc32, d.crc32, {_CHUNK}, {_DOCUMENT} FROM chunks c JOIN documents d "
+        "ON d.number = c.document WHERE c.number = ?",
+        (number,),
+    ).fetchone()
+    if row is None:
+        raise Damage(f"chunk {number} cannot be looked up")
+    return _chunk(row[0], row[2:11]), _document(row[1], row[11:])
+
+
+def chunks_of(connection: sqlite3.Connection, document: int) -> Iterator[StoredChunk]:
+    """Yield the chunks of a document by position."""
+    for crc, *fields in connection.execute(
+        f"SELECT c.crc32, {_CHUNK} FROM chunks c WHERE c.document = ? "
+        "ORDER BY c.position, c.number",
+        (document,),
+    ):
+        yield _chunk(crc, fields)
+
+
+def chunks_from(
+    connection: sqlite3.Connection, first: int, limit: int
+) -> list[tuple[str, StoredChunk]]:
+    """Return the next chunks from a number on, each with the id of its document."""
+    rows = connection.execute(
+        f"SELECT d.id, c.crc32, {_CHUNK} FROM chunks c JOIN documents d ON d.number = c.document "
+        "WHERE c.number >= ? ORDER BY c.number LIMIT ?",
+        (first, limit),
+    ).fetchall()
+    return [(id_, _chunk(crc, fields)) for id_, crc, *fields in rows]
+
+
+def chunks_with_new_counts(
+    connection: sqlite3.Connection, last: int, limit: int
+) -> list[tuple[StoredChunk, int, int]]:
+    """Return the next chunks after a number that a migration's tokenizer counts differently.
+
+    Each comes with its new number of tokens, and whether it is truncated.
+    """
+    rows = connection.execute(
+        f"SELECT t.num_tokens, t.truncated, c.crc32, {_CHUNK} FROM chunks c "
+        "JOIN next_tokens t ON t.number = c.number WHERE c.number > ? AND "
+        "(c.num_tokens != t.num_tokens OR c.truncated != t.truncated) ORDER BY c.number LIMIT ?",
+        (last, limit),
+    ).fetchall()
+    return [(_chunk(row[2], row[3:]), row[0], row[1]) for row in rows]
+
+
+def chunk_keys(
+    connection: sqlite3.Connection, ids: Iterable[str]
+) -> dict[str, tuple[int, list[ChunkKey]]]:
+    """Return, for those of the ids that are stored, the document's number and its chunks' keys."""
+    found: dict[str, tuple[int, list[ChunkKey]]] = {}
+    for part in parts_of(ids):
+        rows = connection.execute(
+            "SELECT d.id, d.number, c.number, c.hash, c.position, c.start, c.stop, c.num_tokens, "
+            "c.truncated FROM documents d JOIN chunks c ON c.document = d.number WHERE d.id IN "
+            f"({', '.join('?' * len(part))}) ORDER BY c.position",
+            part,
+        )
+        for id_, document, *fields, truncated in rows:
+            key = ChunkKey._make((*fields, bool(truncated)))
+            found.setdefault(id_, (document, []))[1].append(key)
+    return found
+
+
+# of the chunks whose document passes a filter
+CHUNKS_WHERE = (
+    "SELECT chunks.number FROM documents JOIN chunks ON chunks.document = documents.number WHERE {}"
+)
+
+
+def numbers_where(
+    connection: sqlite3.Connection, state: State, condition: str, parameters: Sequence[object]
+) -> NDArray[np.int64]:
+    """Return the numbers of the chunks whose document a filter's SQL is true for."""
+    rows = connection.execute(CHUNKS_WHERE.format(condition), tuple(parameters)).fetchall()
+    numbers = np.fromiter((row[0] for row in rows), np.int64, len(rows))
+    if len(rows) and not 0 <= numbers.min() <= numbers.max() < state.next_number:
+        raise Damage(
+            f"chunks have the numbers {numbers.min()} to {numbers.max()}, given out were 0 to "
+            f"{state.next_number - 1}"
+        )
+    return numbers
+
+
+def _chunk(crc: object, fields: Sequence[Any]) -> StoredChunk:
+    chunk = StoredChunk._make(fields)
+    if chunk_crc32(*chunk) != crc:
+        raise Damage(f"chunk {chunk.number} is not what was stored")
+    return chunk
+
+
+# Vectors
+
+
+def vector_is_sound(
+    layout: Layout,
+    keeps_floats: bool,
+    number: int,
+    head: bytes,
+    crc: object,
+    scales: object,
+    rest: object,
+    floats: object,
+) -> bool:
+    """Return whether the columns of a vector have their types, their lengths and their checksum."""
+    return (
+        isinstance(scales, bytes)
+        and len(scales) == 4 * layout.scales
+        and isinstance(rest, bytes)
+        and len(rest) == layout.rest_bytes
+        and (
+            isinstance(floats, bytes) and len(floats) == 4 * layout.dim
+            if keeps_floats
+            else floats is None
+        )
+        and vector_crc32(number, head, scales, rest, floats) == crc  # type: ignore[arg-type]
+    )
+
+
+def chunks_with_vectors_of(
+    connection: sqlite3.Connection, state: State, heads: HeadReader, document: int
+) -> Iterator[tuple[StoredChunk, StoredVector]]:
+    """Yield the chunks of a document by position, each with its vector."""
+    return _with_vectors(
+        connection, state, heads, "c.document = ? ORDER BY c.position, c.number", (document,)
+    )
+
+
+def chunks_with_vectors_after(
+    connection: sqlite3.Connection, state: State, heads: HeadReader, last: int, limit: int
+) -> list[tuple[StoredChunk, StoredVector]]:
+    """Return the next chunks after a number, each with its vector."""
+    after = "c.number > ? ORDER BY c.number LIMIT ?"
+    return list(_with_vectors(connection, state, heads, after, (last, limit)))
+
+
+def check_vectors_from(
+    connection: sqlite3.Connection, layout: Layout, first: int, *, keeps_floats: bool
+) -> None:
+    """Read the vectors of a migration from a number on, to check them."""
+    heads = HeadReader(connection, layout.head, "next_")
+    for number, *columns in connection.execute(
+        f"SELECT v.number, {_VECTOR} FROM next_vectors v WHERE v.number >= ? ORDER BY v.number",
+        (first,),
+    ):
+        if not vector_is_sound(layout, keeps_floats, number, heads.head(number), *columns):
+            raise Damage(f"the new vector {number} is not what was stored")
+
+
+def read_vector(connection: sqlite3.Connection, state: State, number: int) -> NDArray[np.float32]:
+    """Return (D,) a stored vector, as near to its floats as the file has it."""
+    head = HeadReader(connection, state.scan_width).head(number)
+    codes = np.frombuffer(head, np.int8)[None]
+    vector = read_vectors(connection, state, codes, np.array([number]))[0]
+    return vector.astype(np.float32)
+
+
+def read_vectors(
+    connection: sqlite3.Connection,
+    state: State,
+    codes: NDArray[np.int8],
+    numbers: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Return (n, D) stored vectors: floats where the file keeps them, else codes.
+
+    Args:
+        codes: (n, W) their heads, as they are in memory.
+        numbers: (n,) rising numbers of chunks.
+    """
+    rows = connection.execute(
+        f"SELECT v.number, {_VECTOR} FROM json_each(?) AS j CROSS JOIN vectors AS v "
+        "ON v.number = j.value",
+        (json.dumps(numbers.tolist()),),
+    ).fetchall()
+    if [row[0] for row in rows] != numbers.tolist():
+        raise Damage(f"{len(numbers)} vectors are wanted, {len(rows)} are there")
+    _check_vectors(state, map(bytes, codes), rows)
+    return _unpacked(state, codes, rows).astype(np.float64, copy=False)
+
+
+def all_vectors(
+    connection: sqlite3.Connection, state: State
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Yield all chunks' numbers and (n, D) vectors, some blocks at a time.
+
+    Nothing is held open between two parts, so the caller may write to what was read.
+    """
+    width, blocks, seen = state.scan_width, BLOCKS_TOGETHER, 0
+    for first in range(0, state.next_number, BLOCK_ROWS * blocks):
+        heads = b"".join(heads_between(connection, first // BLOCK_ROWS, blocks, width))
+        rows = connection.execute(
+            f"SELECT v.number, {_VECTOR} FROM vectors v WHERE v.number >= ? AND v.number < ? "
+            "ORDER BY v.number",
+            (first, first + BLOCK_ROWS * blocks),
+        ).fetchall()
+        slots = (row[0] - first for row in rows)
+        _check_vectors(state, (heads[slot * width : (slot + 1) * width] for slot in slots), rows)
+        if rows:
+            numbers = np.array([row[0] for row in rows])
+            codes = np.frombuffer(heads, np.int8).reshape(-1, width)[numbers - first]
+            yield numbers, _unpacked(state, codes, rows).astype(np.float32)
+        seen += len(rows)
+    if seen != state.chunks:
+        raise Damage(f"{state.chunks} chunks are counted, {seen} vectors are there")
+
+
+def _with_vectors(
+    connection: sqlite3.Connection,
+    state: State,
+    heads: HeadReader,
+    condition: str,
+    parameters: Sequence[object],
+) -> Iterator[tuple[StoredChunk, StoredVector]]:
+    rows = connection.execute(
+        f"SELECT c.crc32, {_CHUNK}, {_VECTOR} FROM chunks c LEFT JOIN vectors v "
+        f"ON v.number = c.number WHERE {condition}",
+        tuple(parameters),
+    ).fetchall()
+    layout = state.layout
+    for row in rows:
+        chunk, (crc, *parts) = _chunk(row[0], row[1:10]), row[10:]
+        head = heads.head(chunk.number)
+        if not vector_is_sound(layout, state.floats, chunk.number, head, crc, *parts):
+            raise Damage(f"vector {chunk.number} is not what was stored")
+        yield chunk, StoredVector(head, *parts)
+
+
+def _check_vectors(state: State, heads: Iterable[bytes], rows: Sequence[Sequence[Any]]) -> None:
+    layout, keeps_floats = state.layout, state.floats
+    for head, row in zip(heads, rows, strict=True):
+        if not vector_is_sound(layout, keeps_floats, row[0], head, *row[1:]):
+            raise Damage(f"vector {row[0]} is not what was stored")
+
+
+def _unpacked(
+    state: State, codes: NDArray[np.int8], rows: Sequence[Sequence[Any]]
+) -> NDArray[np.float32] | NDArray[np.float64]:
+    """Return (n, D) vectors of rows that were checked, and their heads."""
+    layout = state.layout
+    if state.floats:
+        return np.frombuffer(b"".join(row[4] for row in rows), "<f4").reshape(-1, layout.dim)
+    return decode(
+        codes,
+        np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, layout.scales),
+        np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, layout.rest_bytes),
+        layout,
+    )
