@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from egemma.exported import exported
 from egemma_core.bundle import TOKENIZER
 from egemma_core.errors import ConfigError, IndexMismatchError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 PARTS = ("weights", "tokenizer", "prompts", "architecture", "scheme")
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
     """A model as a store knows it.

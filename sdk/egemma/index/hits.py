@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from egemma.exported import exported
 from egemma.index.damage import chunk_crc32, document_crc32
 from egemma.index.heads import Damage
 
@@ -17,6 +18,7 @@ Mode = Literal["vector", "text", "hybrid"]
 MODES = ("vector", "text", "hybrid")
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """One stored document."""
@@ -31,6 +33,7 @@ class Document:
     num_chunks: int
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class Hit:
     """One search result: a chunk of a document."""
@@ -66,6 +69,7 @@ class How:
     tuned_for: int | None = None
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class Hits(Sequence[Hit]):
     """The hits of one query, best first, and how they were found."""

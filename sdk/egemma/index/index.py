@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egemma.chunks import Chunk, ChunkedDocument, split_text
+from egemma.exported import exported
 from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index import jsonl, migration, upkeep
@@ -68,7 +69,14 @@ from egemma.index.inputs import (
     one_per_text,
     query_rows,
 )
-from egemma.index.put import PutReport, hash_of, prepare, reusable_chunks, store_documents
+from egemma.index.put import (
+    PutReport,
+    hash_of,
+    naming_document,
+    prepare,
+    reusable_chunks,
+    store_documents,
+)
 from egemma.index.rows import Change, NewChunk, stored_chunks
 from egemma.index.tune import SAMPLE, TuneReport, Wanted, measure, pick_chunks, rewrite_heads
 from egemma.index.vectors import Plan, default_shortlist, rescore_ms, shortened, stored_vectors
@@ -91,6 +99,7 @@ _EXACT_ROWS = 4096  # vectors that an exact search holds at a time
 _KEPT_FILTERS = 16
 
 
+@exported
 class Index:
     """An open index file and the model that reads and writes it. Make one with `Index.open`.
 
@@ -249,9 +258,9 @@ class Index:
             one_per_text("metadata", metadata, len(texts)),
         )
         for position, (text, title) in enumerate(zip(texts, titles, strict=True)):
-            check_text(f"text {position}", text, blank=False)
+            check_text(f"text {position}", text, blank=False, position=position)
             if title is not None:
-                check_text(f"title {position}", title, blank=True)
+                check_text(f"title {position}", title, blank=True, position=position)
         given = (
             [content_id(text, title or None) for text, title in zip(texts, titles, strict=True)]
             if ids is None
@@ -312,17 +321,22 @@ class Index:
             with self._reading("read") as connection:
                 known = stored_chunks(connection, [document.id for document in prepared])
             missing: dict[bytes, Chunk] = {}
+            owners: list[str] = []  # the document of each of them
             for document in prepared:
                 reusable = reusable_chunks(known.get(document.id), overflow)
                 for chunk in document.chunks:
-                    if hash_of(chunk) not in document.vectors and hash_of(chunk) not in reusable:
-                        missing.setdefault(hash_of(chunk), chunk)
+                    hash_ = hash_of(chunk)
+                    known_already = hash_ in document.vectors or hash_ in reusable
+                    if not known_already and hash_ not in missing:
+                        missing[hash_] = chunk
+                        owners.append(document.id)
             if missing:
-                fresh = embedder.embed_documents(
-                    [chunk.text for chunk in missing.values()],
-                    titles=[chunk.title for chunk in missing.values()],
-                    overflow=overflow,
-                )
+                with naming_document(documents, owners):
+                    fresh = embedder.embed_documents(
+                        [chunk.text for chunk in missing.values()],
+                        titles=[chunk.title for chunk in missing.values()],
+                        overflow=overflow,
+                    )
                 vectors = check_vectors(fresh.vectors, embedder.dim)
                 if len(vectors) != len(missing):
                     raise InputError(

@@ -60,7 +60,14 @@ def check_counts(num_tokens: Sequence[Any], count: int) -> list[int]:
     return [int(value) for value in counts]
 
 
-def check_text(what: str, text: object, *, blank: bool) -> None:
+def check_text(what: str, text: object, *, blank: bool, position: int | None = None) -> None:
+    try:
+        _check_text(what, text, blank=blank)
+    except InputError as error:
+        raise error.at(error.place, position=position) from error
+
+
+def _check_text(what: str, text: object, *, blank: bool) -> None:
     if not isinstance(text, str):
         raise InputError(f"{what} is {type(text).__name__}: pass str; decode bytes first.")
     if "\0" in text:

@@ -5,7 +5,8 @@ Embedding happens between, elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from egemma.index.heads import BLOCK_ROWS, Damage
 from egemma.index.inputs import check_id, check_text, check_unique, pack_json
 from egemma.index.rows import Change, NewChunk, StoredChunk, stored_chunks, stored_heads
 from egemma.metadata import pack_metadata
-from egemma_core.errors import InputError
+from egemma_core.errors import EgemmaError, InputError
 from egemma_core.tokens import Overflow
 
 
@@ -56,55 +57,75 @@ def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> lis
     Only where vectors come with them may a text be blank.
     """
     prepared: dict[str, Prepared] = {}
-    for document in documents:
-        check_id(document.id)
-        title = document.title or None
-        if title is not None:
-            check_text(f"the title of {document.id!r}", title, blank=True)
-        if not document.chunks:
-            raise InputError(
-                f"document {document.id!r} has no chunks: there is nothing to find in it. Leave it "
-                "out."
-            )
-        chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
-        for number, chunk in enumerate(chunks):
-            check_text(f"chunk {number} of {document.id!r}", chunk.text, blank=True)
-            if chunk.title is not None:
-                check_text(
-                    f"the title of chunk {number} of {document.id!r}", chunk.title, blank=True
-                )
-            # what SQLite would not give back as it is
-            if type(chunk.start) is not int or type(chunk.stop) is not int:
-                raise InputError(
-                    f"chunk {number} of {document.id!r} has a span of {type(chunk.start).__name__} "
-                    f"and {type(chunk.stop).__name__}: "
-                    "pass int."
-                )
-            if chunk.stop - chunk.start != len(chunk.text) or chunk.start < 0:
-                raise InputError(
-                    f"chunk {number} of {document.id!r} spans {chunk.start} to {chunk.stop}, but "
-                    f"has {len(chunk.text)} characters."
-                )
-            if chunk.start > (chunks[number - 1].stop if number else 0):
-                raise InputError(
-                    f"chunk {number} of {document.id!r} begins at {chunk.start}: what stands "
-                    "before it is in no chunk."
-                )
-        # a blank chunk between others is part of the text
-        if not blank and not any(chunk.text.strip() for chunk in chunks):
-            raise InputError(
-                f"document {document.id!r} is blank: there is nothing to find in it. Leave it out."
-            )
-        made = Prepared(
-            document.id,
-            title,
-            pack_metadata(document.metadata),
-            pack_json("source", document.source),
-            chunks,
-        )
-        check_unique([document.id, document.id], [made, prepared.get(document.id, made)])
+    for position, document in enumerate(documents):
+        try:
+            made = _prepare(document, blank=blank)
+            check_unique([document.id, document.id], [made, prepared.get(document.id, made)])
+        except InputError as error:
+            raise error.at(error.place, position=position) from error
         prepared[document.id] = made
     return list(prepared.values())
+
+
+def _prepare(document: ChunkedDocument, *, blank: bool) -> Prepared:
+    check_id(document.id)
+    title = document.title or None
+    if title is not None:
+        check_text(f"the title of {document.id!r}", title, blank=True)
+    if not document.chunks:
+        raise InputError(
+            f"document {document.id!r} has no chunks: there is nothing to find in it. Leave it out."
+        )
+    chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
+    for number, chunk in enumerate(chunks):
+        check_text(f"chunk {number} of {document.id!r}", chunk.text, blank=True)
+        if chunk.title is not None:
+            check_text(f"the title of chunk {number} of {document.id!r}", chunk.title, blank=True)
+        # what SQLite would not give back as it is
+        if type(chunk.start) is not int or type(chunk.stop) is not int:
+            raise InputError(
+                f"chunk {number} of {document.id!r} has a span of {type(chunk.start).__name__} "
+                f"and {type(chunk.stop).__name__}: "
+                "pass int."
+            )
+        if chunk.stop - chunk.start != len(chunk.text) or chunk.start < 0:
+            raise InputError(
+                f"chunk {number} of {document.id!r} spans {chunk.start} to {chunk.stop}, but "
+                f"has {len(chunk.text)} characters."
+            )
+        if chunk.start > (chunks[number - 1].stop if number else 0):
+            raise InputError(
+                f"chunk {number} of {document.id!r} begins at {chunk.start}: what stands "
+                "before it is in no chunk."
+            )
+    # a blank chunk between others is part of the text
+    if not blank and not any(chunk.text.strip() for chunk in chunks):
+        raise InputError(
+            f"document {document.id!r} is blank: there is nothing to find in it. Leave it out."
+        )
+    return Prepared(
+        document.id,
+        title,
+        pack_metadata(document.metadata),
+        pack_json("source", document.source),
+        chunks,
+    )
+
+
+@contextmanager
+def naming_document(documents: Sequence[ChunkedDocument], owners: Sequence[str]) -> Iterator[None]:
+    """Say in an error about a chunk which document of the call it is of.
+
+    Args:
+        owners: the id of the document of each chunk that is embedded.
+    """
+    try:
+        yield
+    except EgemmaError as error:
+        if error.position is None:
+            raise
+        position = [document.id for document in documents].index(owners[error.position])
+        raise error.at(f"text {position}", position=position) from error
 
 
 def reusable_chunks(
