@@ -9,17 +9,18 @@ from typing import Any
 
 from egemma import Embedder, Embeddings, Hits, Index, ModelIdentity
 from egemma.chunks import Chunk, ChunkedDocument, Heading, split_text
-from egemma.index.codes import Layout, decode, encode, squares
-from egemma.index.damage import (
+from egemma.index.checksums import (
+    block_crc32,
     chunk_crc32,
     chunk_hash,
     document_crc32,
     facts_crc32,
+    head_crc32,
     vector_crc32,
 )
-from egemma.index.heads import block_crc32, head_crc32
-from egemma.index.upkeep import check as check_index
+from egemma.index.codes import Layout, decode, encode, squares
 from egemma.index.words import match_of
+from egemma.upkeep import check as check_index
 from egemma.where import matches, parse
 from egemma_core.bundle import Manifest, describe_files, fingerprint_of, read_bundle
 from egemma_core.errors import EgemmaError
@@ -66,4 +67,5 @@ __all__ = [
 
 def search_vector(index: Index, vector: Any, **asked: Any) -> Hits:
     """The hits of a query's vector."""
-    return index.search_vector(vector, **asked)
+    hits: Hits = index.search(vector, **asked)
+    return hits

@@ -41,8 +41,7 @@ class EgemmaError(Exception):
     def __init__(
         self, found: str, *, hint: str = "", position: int | None = None, place: str = ""
     ) -> None:
-        text = f"{place}: {found}" if place else found
-        super().__init__(f"{text} {hint}" if hint else text)
+        super().__init__(_text(found, hint, place))
         self.found = found
         self.hint = hint
         self.position = position
@@ -62,16 +61,22 @@ class EgemmaError(Exception):
             place: a file, a line, a row; it stands where the error's own place stood.
             position: of the text or row in the caller's own call; None keeps the error's.
         """
-        kept = self.position if position is None else position
-        copy = type(self)(self.found, hint=self.hint, position=kept, place=place)
+        copy = _restored(type(self), (_text(self.found, self.hint, place),), self.__dict__)
+        copy.place = place
+        if position is not None:
+            copy.position = position
         return copy.with_traceback(self.__traceback__)
 
 
-def _restored(
-    kind: type[EgemmaError], arguments: tuple[Any, ...], attributes: dict[str, Any]
-) -> EgemmaError:
-    """Return an error as it was pickled, of its own class."""
+def _text(found: str, hint: str, place: str) -> str:
+    text = f"{place}: {found}" if place else found
+    return f"{text} {hint}" if hint else text
+
+
+def _restored(kind: type[Self], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> Self:
+    """Return an error of that class with these attributes, without its own `__init__`."""
     error = kind.__new__(kind, *arguments)
+    error.args = arguments
     error.__dict__.update(attributes)
     return error
 

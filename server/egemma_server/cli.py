@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from egemma.cli import MODEL_VARIABLE
+from egemma.cli.parser import MODEL_VARIABLE
 from egemma_core.errors import EgemmaError
 from egemma_core.prompts import DEFAULT_TASK
 

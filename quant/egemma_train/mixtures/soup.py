@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from egemma_core.checkpoint import Checkpoint, open_checkpoint, sha256_of
+from egemma_core.checkpoint import Checkpoint, open_checkpoint
 from egemma_core.checks import number
 from egemma_core.errors import CheckpointError, ConfigError
-from egemma_core.files import publish_folder, write_json
+from egemma_core.files import publish_folder, sha256_of, write_json
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from egemma_core.checkpoint import sha256_of
 from egemma_core.errors import CheckpointError, ConfigError, MissingDependencyError
+from egemma_core.files import sha256_of
 from egemma_train.teachers.teacher import Embedded, Role, no_vectors, unit_vectors
 
 # what a sentence-transformers model is computed from

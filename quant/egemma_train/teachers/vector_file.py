@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from egemma_core.checkpoint import sha256_of
 from egemma_core.checks import unicode_text
 from egemma_core.errors import InputError
+from egemma_core.files import sha256_of
 from egemma_core.json_lines import BadRowError, shortened
 from egemma_train.data.json_rows import checking_row, rows_of
 from egemma_train.teachers.teacher import Embedded, Role, no_vectors, unit_vectors

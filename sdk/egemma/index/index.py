@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egemma.chunks import ChunkedDocument
+from egemma.exported import exported
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index import jsonl, migration, put, records, tune
 from egemma.index.facts import read_state, write_state
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from egemma.embedder import Embedder
 
 
+@exported
 class Index:
     """An open index file and the model that reads and writes it. Make one with `Index.open`.
 

@@ -16,7 +16,7 @@ from egemma.index.codes import check_vectors
 from egemma.index.prepare import Prepared, PreparedVectors
 from egemma.index.records import ChunkKey, chunk_keys, read_vector
 from egemma.index.rows import Change, NewChunk
-from egemma_core.errors import InputError
+from egemma_core.errors import EgemmaError, InputError
 from egemma_core.tokens import Overflow
 
 if TYPE_CHECKING:
@@ -58,13 +58,16 @@ def put_documents(
         with reading("read") as connection:
             known = chunk_keys(connection, [document.id for document in prepared])
         missing: dict[bytes, Chunk] = {}
+        positions: list[int] = []  # in the call, of the document of each of them
         for document in prepared:
             reusable = reusable_chunks(known.get(document.id), overflow)
             for hash_, chunk in document.hashed:
-                if hash_ not in document.vectors and hash_ not in reusable:
-                    missing.setdefault(hash_, chunk)
+                is_known = hash_ in document.vectors or hash_ in reusable or hash_ in missing
+                if not is_known:
+                    missing[hash_] = chunk
+                    positions.append(document.position)
         if missing:
-            _embed(prepared, missing, embedder, overflow)
+            _embed(prepared, missing, positions, embedder, overflow)
             embedded += len(missing)
         report = None
         with writing("add") as change:
@@ -78,15 +81,22 @@ def put_documents(
 def _embed(
     prepared: Sequence[Prepared],
     missing: Mapping[bytes, Chunk],
+    positions: Sequence[int],
     embedder: Embedder,
     overflow: Overflow,
 ) -> None:
     """Embed chunks, given by hash, and note each vector in the documents that have the chunk."""
-    embeddings = embedder.embed_documents(
-        [chunk.text for chunk in missing.values()],
-        titles=[chunk.title for chunk in missing.values()],
-        overflow=overflow,
-    )
+    try:
+        embeddings = embedder.embed_documents(
+            [chunk.text for chunk in missing.values()],
+            titles=[chunk.title for chunk in missing.values()],
+            overflow=overflow,
+        )
+    except EgemmaError as error:
+        if error.position is None:
+            raise
+        position = positions[error.position]  # of the document, where the model counts chunks
+        raise error.at(f"text {position}", position=position) from error
     vectors = check_vectors(embeddings.vectors, embedder.dim)
     if len(vectors) != len(missing):
         raise InputError(

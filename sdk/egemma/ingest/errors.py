@@ -41,9 +41,3 @@ class UnreadableFileError(InputError):
     def detail(self) -> str:
         """Problem and hint as a list of skipped files shows them, without the last period."""
         return f"{self.problem}. {self.hint}".removesuffix(".") if self.hint else self.problem
-
-    def at(self, place: str) -> UnreadableFileError:
-        """Return this error with `place` in front of the path."""
-        path = f"{place}: {self.path}"
-        copy = type(self)(path, self.reason, self.problem, hint=self.hint)
-        return copy.with_traceback(self.__traceback__)

@@ -55,6 +55,6 @@ def index_files(index: Store) -> Callable[[str], bool]:
 
 
 def _hash(chunk: Chunk) -> bytes:
-    from egemma.index.put import hash_of  # the index takes time to load
+    from egemma.index.checksums import chunk_hash  # the index takes time to load
 
-    return hash_of(chunk)
+    return chunk_hash(chunk.title, chunk.text)
