@@ -70,7 +70,7 @@ def _run(
                 made.append(step | _applied(index, model, step))
             tables = _shown(tables_of(path))
             made[-1]["tables"] = {name: tables[name] for name in shown or tables}
-    identity = ModelIdentity.of(cast(Any, model))
+    identity = ModelIdentity.of(model.manifest)
     return {
         "identity": {
             "fingerprint": identity.fingerprint,

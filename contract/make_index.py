@@ -99,7 +99,7 @@ def make_index(path: Path) -> None:
 
 def identity() -> ModelIdentity:
     """Of the model that the index was made with."""
-    return ModelIdentity.of(cast(Any, WordsModel()))
+    return ModelIdentity.of(WordsModel().manifest)
 
 
 def tables_of(path: Path) -> dict[str, Any]:

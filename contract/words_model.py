@@ -55,7 +55,7 @@ class WordsModel:
     def document_prompt(self, title: str | None = None) -> str:
         return PROMPTS.document(title)
 
-    def embed_queries(self, texts: Iterable[str], **_: object) -> Embeddings:
+    def embed_query(self, texts: Iterable[str], **_: object) -> Embeddings:
         return self._embeddings([self.vector(text) for text in texts], [0])
 
     def embed_documents(
