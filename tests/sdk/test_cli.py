@@ -475,9 +475,10 @@ def test_an_error_in_the_middle_of_a_run_says_where_and_what_the_index_now_holds
     ("line", "says"),
     [
         ("{", "not JSON"),
-        ("[]", '"text"'),
+        ("[]", "one object per line"),
         ('{"id": "x"}', '"text"'),
         ('{"text": 7}', '"text"'),
+        ('{"text": "a", "text": "b"}', "given twice"),
         ('{"text": "a", "tilte": "b"}', "nothing but"),
         ('{"text": "a", "id": 7}', "'id' is int"),
         ('{"text": "a", "metadata": [1]}', "'metadata' is list"),
