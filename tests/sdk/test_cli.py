@@ -161,6 +161,25 @@ def test_embed_says_which_text_cannot_be_embedded(egemma_: Shell) -> None:
     assert "truncated" in egemma_.out
 
 
+def test_the_culprit_of_a_batch_is_named_without_embedding_it_again(
+    egemma_: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    for name in ("embed_query", "embed_documents"):
+        honest = getattr(Embedder, name)
+
+        def counted(self: Embedder, texts: Any, honest: Any = honest, **settings: Any) -> Any:
+            calls.append(len(texts))
+            return honest(self, texts, **settings)
+
+        monkeypatch.setattr(Embedder, name, counted)
+    texts = "one\ntwo\n" + "word " * MAX_TOKENS + "\nfour\n"
+    for command in (["embed"], ["embed", "--as", "document"], ["add-lines", "a.egx"]):
+        assert egemma_(*command, stdin=texts) == 1
+        assert egemma_.err.startswith("egemma: stdin:3: the text has "), egemma_.err
+    assert calls == [4, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -415,6 +434,10 @@ def test_lines_and_json_lines_are_documents(egemma_: Shell, tmp_path: Path) -> N
     assert hits["nulls"]["metadata"] is None
     report = egemma_.json("add", "a.egx", "-", stdin="all of stdin\nis one document")
     assert report["documents"] == 6
+    # a long one is cut into passages, as a file is
+    report = egemma_.json("add", "a.egx", stdin="every word of this is found " * MAX_TOKENS)
+    assert (report["added"], report["truncated"], report["documents"]) == (1, 0, 7)
+    assert describe_index("a.egx").chunks > 8
 
 
 def test_add_says_how_much_was_cut(egemma_: Shell) -> None:
@@ -450,9 +473,10 @@ def test_an_error_in_the_middle_of_a_run_says_where_and_what_the_index_now_holds
     ("line", "says"),
     [
         ("{", "not JSON"),
-        ("[]", '"text"'),
+        ("[]", "one object per line"),
         ('{"id": "x"}', '"text"'),
         ('{"text": 7}', '"text"'),
+        ('{"text": "a", "text": "b"}', "given twice"),
         ('{"text": "a", "tilte": "b"}', "nothing but"),
         ('{"text": "a", "id": 7}', "'id' is int"),
         ('{"text": "a", "metadata": [1]}', "'metadata' is list"),

@@ -68,6 +68,7 @@ def test_every_error_of_the_tree_is_shown() -> None:
     of_core = {name for name in below(EgemmaError) if hasattr(egemma.errors, name)}
     assert of_core == set(egemma.errors.__all__)
     assert set(egemma.errors.__all__) < set(egemma.__all__)
+    assert "NotFoundError (KeyError)" in str(egemma.errors.__doc__)
     for name in egemma.errors.__all__:
         assert getattr(egemma, name) is getattr(egemma.errors, name)
         error = getattr(egemma, name)("found.", hint="Do this.", position=2, place="text 2")
@@ -88,7 +89,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_a_device_loads_nothing_of_checkpoints() -> None:
     done = run_python(
         "import sys, egemma.index, egemma.embedder, egemma.verify, egemma.cli.commands\n"
-        "rooms = {'checkpoint', 'config', 'json_lines', 'nn'}\n"
+        "rooms = {'checkpoint', 'config', 'nn'}\n"
         "print(sorted(room for room in rooms if f'egemma_core.{room}' in sys.modules))"
     )
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from egemma_core.errors import EgemmaError, InputError
+from egemma_core.json_lines import BadRowError, parse_row
 
 STDIN = "-"
 _KEYS = {"id", "text", "title", "metadata"}
@@ -57,9 +58,10 @@ def read_documents(names: Sequence[str], form: Literal["lines", "jsonl"]) -> Ite
     """
     for name in names:
         for where, line in _lines(name):
-            if line.strip():
-                text = Incoming(where=where, text=line)
-                yield text if form == "lines" else _from_json(line, where)
+            if form == "jsonl" and line.strip():
+                yield _from_json(line, where)
+            elif form == "lines" and (text := _decode(line, where)).strip():
+                yield Incoming(where=where, text=text)
 
 
 def read_stdin() -> Incoming:
@@ -69,7 +71,8 @@ def read_stdin() -> Incoming:
         InputError: it is not UTF-8.
     """
     with _open(STDIN) as file:
-        return Incoming(where="stdin", text=_decode(file.read(), "stdin"))
+        content = file.read().removeprefix(codecs.BOM_UTF8)
+        return Incoming(where="stdin", text=_decode(content, "stdin"))
 
 
 def read_lines(names: Iterable[str]) -> Iterator[Incoming]:
@@ -79,7 +82,8 @@ def read_lines(names: Iterable[str]) -> Iterator[Incoming]:
         InputError: a line is blank, so that output rows would no longer be input lines.
     """
     for name in names:
-        for where, line in _lines(name):
+        for where, raw in _lines(name):
+            line = _decode(raw, where)
             if not line.strip():
                 raise InputError(
                     f"{where} is blank: there is nothing to embed.", hint="Remove the line."
@@ -116,11 +120,11 @@ def locating(group: Sequence[Incoming]) -> Iterator[None]:
         raise error.at(group[error.position].where) from error
 
 
-def _lines(name: str) -> Iterator[tuple[str, str]]:
+def _lines(name: str) -> Iterator[tuple[str, bytes]]:
     with _open(name) as file:
         for number, line in enumerate(file, start=1):
-            where = f"{_shown(name)}:{number}"
-            yield where, _decode(line.rstrip(b"\r\n"), where)
+            # some editors begin a file with this mark
+            yield f"{_shown(name)}:{number}", line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)
 
 
 def _shown(name: str) -> str:
@@ -129,12 +133,12 @@ def _shown(name: str) -> str:
 
 def _decode(content: bytes, where: str) -> str:
     try:
-        # some editors begin a file with this mark
-        return content.decode("utf-8").removeprefix("\ufeff")
+        return content.decode()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{where}: byte {error.start} is not UTF-8.",
+            f"byte {error.start} is not UTF-8.",
             hint="Convert the file, for example with iconv, or leave it out.",
+            place=where,
         ) from error
 
 
@@ -150,19 +154,18 @@ def _open(name: str) -> AbstractContextManager[BinaryIO]:
         raise InputError(f"{name!r} cannot be read: {reason}.") from error
 
 
-def _from_json(line: str, where: str) -> Incoming:
+def _from_json(line: bytes, where: str) -> Incoming:
     try:
-        body = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {error}.") from error
-    known = isinstance(body, dict) and body.keys() <= _KEYS
-    if not known or not isinstance(body.get("text"), str):
+        body = parse_row(line, 1)
+    except BadRowError as error:
+        raise InputError(str(error), place=where) from error
+    if not isinstance(body.get("text"), str) or not body.keys() <= _KEYS:
         raise InputError(
-            f'{where} must be a JSON object with "text", and nothing but {sorted(_KEYS)}.'
+            f'a line must be an object with "text", and nothing but {sorted(_KEYS)}.', place=where
         )
     for key, kind in (("id", str), ("title", str), ("metadata", dict)):
         if body.get(key) is not None and not isinstance(body[key], kind):
             raise InputError(
-                f"{where}: {key!r} is {type(body[key]).__name__}, it must be {kind.__name__}."
+                f"{key!r} is {type(body[key]).__name__}, it must be {kind.__name__}.", place=where
             )
     return Incoming(where=where, **body)
