@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from egemma_core.nn.encoder import Encoder
 
 EMBEDDING, HEAD = "embedding", "dense head"
+ROWS_AT_ONCE = 2**14  # of a matrix: a copy of the whole embedding table would cost 0.8 GB
 
 
 def layers_of(encoder: Encoder) -> list[tuple[str, nn.Module]]:
@@ -75,7 +76,11 @@ def weight_errors(encoder: Encoder, exact: Mapping[str, Tensor]) -> dict[str, fl
     whole: dict[str, float] = {}
     for name, weight in exact.items():
         layer = layer_of(name)
-        difference = torch.linalg.vector_norm(encoder.get_parameter(name) - weight)
-        lost[layer] = lost.get(layer, 0.0) + float(difference) ** 2
-        whole[layer] = whole.get(layer, 0.0) + float(torch.linalg.vector_norm(weight)) ** 2
+        rounded = encoder.get_parameter(name)
+        for start in range(0, len(weight), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            difference = torch.linalg.vector_norm(rounded[rows] - weight[rows])
+            lost[layer] = lost.get(layer, 0.0) + float(difference) ** 2
+            length = torch.linalg.vector_norm(weight[rows])
+            whole[layer] = whole.get(layer, 0.0) + float(length) ** 2
     return {layer: (lost[layer] / whole[layer]) ** 0.5 for layer in lost}

@@ -12,12 +12,11 @@ from torch import Tensor
 from egemma_core.errors import InputError
 from egemma_core.nn.encode import Ids, encode_rows
 from egemma_core.nn.encoder import Encoder
-from egemma_quant.layer_report import kept_outputs, layer_cosines, layers_of
+from egemma_quant.layer_report import ROWS_AT_ONCE, kept_outputs, layer_cosines, layers_of
 from egemma_quant.qat import rounded
 from egemma_quant.roles import role_of
 from egemma_quant.schemes import Format, Scheme, quantize
 
-ROWS_AT_ONCE = 2**14  # of the embedding table
 # Texts whose hidden states of every layer are kept for comparison: 25 x T x 768 floats each.
 LAYER_TEXTS = 8
 

@@ -13,7 +13,9 @@ from egemma_core.checkpoint import open_checkpoint
 from egemma_core.errors import InputError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
+from egemma_quant import layer_report
 from egemma_quant.cli import main
+from egemma_quant.qat import rounded_weights
 from egemma_quant.report import measure
 from egemma_quant.roles import quantize_encoder
 from egemma_quant.schemes import INT4, INT8, Q4_0, SCHEMES, Scheme, quantize
@@ -89,6 +91,26 @@ def test_cosines_are_those_of_the_two_models_at_every_width() -> None:
     wanted = torch.cosine_similarity(table, tokens, dim=-1)
     assert report.layers[0].mean_cosine == pytest.approx(float(wanted.mean()), abs=1e-6)
     assert report.layers[0].min_cosine == pytest.approx(float(wanted.min()), abs=1e-6)
+
+
+def test_the_error_of_a_layer_is_that_of_numpy_over_all_its_rounded_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layer_report, "ROWS_AT_ONCE", 7)  # the last part of a matrix is shorter
+    encoder = make_encoder()
+    with rounded_weights(encoder, INT4) as exact:
+        errors = layer_report.weight_errors(encoder, exact)
+    quantized = quantize_encoder(encoder, INT4)
+    assert exact.keys() == quantized.keys()
+    assert list(errors) == ["embedding", "layer 0", "layer 1", "dense head"]
+    for layer, prefix in (("embedding", "embed_tokens."), ("layer 1", "layers.1.")):
+        names = [name for name in quantized if name.startswith(prefix)]
+        before = np.concatenate(
+            [encoder.get_parameter(name).detach().double().flatten() for name in names]
+        )
+        after = np.concatenate([quantized[name].dequantize().double().flatten() for name in names])
+        expected = np.linalg.norm(after - before) / np.linalg.norm(before)
+        assert errors[layer] == pytest.approx(expected, rel=1e-6)
 
 
 def test_dev_scores_are_asked_of_the_float_and_of_the_rounded_model_and_the_encoder_stays_as_it_was() -> (
