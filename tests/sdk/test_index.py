@@ -521,7 +521,7 @@ def test_what_another_process_changed_meanwhile_is_replaced(tmp_path: Path) -> N
         ({"ids": ["one", "one"]}, "two different documents"),
         ({"metadata": [{}, {"a": float("nan")}]}, "no such number"),
         ({"metadata": [{}, {"a": {1, 2}}]}, "set"),
-        ({"metadata": [{}, {1: 2}]}, "keys are str"),
+        ({"metadata": [{}, {1: 2}]}, "keys must be str"),
         ({"metadata": [{}, {"a": 2**70}]}, "64 bits"),
         ({"metadata": [{}, {"a": "\0"}]}, "NUL"),
         ({"metadata": [{}, [1]]}, "mapping"),

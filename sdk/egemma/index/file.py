@@ -149,7 +149,7 @@ def create_tables(connection: sqlite3.Connection, identity: ModelIdentity, *, fl
     """Make a blank file an index of this model, unless another process was faster."""
     # of no effect where another process was faster
     connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-    _switch_towal_of(connection)
+    _switch_to_wal(connection)
     connection.execute("BEGIN IMMEDIATE")
     try:
         if is_blank(connection):
@@ -295,7 +295,7 @@ def _begin_to_write(connection: sqlite3.Connection, begin: str) -> None:
         connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
 
 
-def _switch_towal_of(connection: sqlite3.Connection) -> None:
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
     """Switch a new file to a write-ahead log, after waiting for whoever does the same.
 
     SQLite does not wait by itself here: it would have to raise a read lock that both may hold.

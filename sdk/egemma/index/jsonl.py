@@ -152,9 +152,9 @@ class ImportReport:
 def import_jsonl(
     source: str | Path,
     identity: ModelIdentity,
-    *,
     put: Callable[[list[ChunkedDocument]], PutReport],
     writing: Callable[[str], AbstractContextManager[Change]],
+    *,
     reembed: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:

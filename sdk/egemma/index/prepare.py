@@ -94,9 +94,10 @@ def text_rows(
     names = one_per_text("titles", titles, len(texts))
     entries = one_per_text("metadata", metadata, len(texts))
     for position, (text, title) in enumerate(zip(texts, names, strict=True)):
-        check_text(f"text {position}", text, blank=blank, position=position)
+        place = f"text {position}"
+        check_text("the text", text, blank=blank, position=position, place=place)
         if title is not None:
-            check_text(f"title {position}", title, blank=True, position=position)
+            check_text("its title", title, blank=True, position=position, place=place)
     if ids is None:
         ids = [content_id(text, title or None) for text, title in zip(texts, names, strict=True)]
     return [

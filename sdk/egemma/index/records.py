@@ -341,8 +341,8 @@ def read_vector(connection: sqlite3.Connection, state: State, number: int) -> ND
     """Return (D,) a stored vector, as near to its floats as the file has it."""
     head = HeadReader(connection, state.scan_width).head(number)
     codes = np.frombuffer(head, np.int8)[None]
-    vector = read_vectors(connection, state, codes, np.array([number]))[0]
-    return vector.astype(np.float32)
+    vectors = read_vectors(connection, state, codes, np.array([number])).astype(np.float32)
+    return vectors.reshape(-1)
 
 
 def read_vectors(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from egemma.identity import ModelIdentity, check_same_model
-from egemma.index.facts import MAX_WIDTH, read_state
+from egemma.index.facts import MAX_WIDTH, State, read_state
 from egemma.index.file import (
     MIGRATE_HINT,
     check_format,
@@ -118,7 +118,7 @@ class Session:
                 self._writer = connect(self.path)[0]
             with typed_errors(self.path, doing), transaction(self._writer, "BEGIN IMMEDIATE"):
                 change = Change(self._writer)
-                check_same_model(self.path, change.state.identity, self.identity, MIGRATE_HINT)
+                self._check_model(change.state)
                 yield change
                 change.finish()
 
@@ -141,6 +141,16 @@ class Session:
             yield hold_searches
             if ready:
                 self.embedder, self.identity = embedder, ModelIdentity.of(embedder.manifest)
+
+    def checked_state(self, connection: sqlite3.Connection) -> State:
+        """Return what the file says now.
+
+        Raises:
+            IndexMismatchError: somebody has migrated it to another model.
+        """
+        state = read_state(connection)
+        self._check_model(state)
+        return state
 
     def check_documents(self, connection: sqlite3.Connection) -> None:
         """Check all documents, once per opening."""
@@ -173,6 +183,9 @@ class Session:
                 f"{self.path} cannot be written here; it is open for search only.",
                 hint="Copy it elsewhere first.",
             )
+
+    def _check_model(self, state: State) -> None:
+        check_same_model(self.path, state.identity, self.identity, MIGRATE_HINT)
 
     def _check_open(self) -> None:
         if self._closed:
