@@ -23,7 +23,7 @@ from egemma.index.scan import kernel_name
 from egemma.index.upkeep.rewrite import rewrite_heads
 from egemma_core.errors import ConfigError, DimensionError, InputError, PromptError, TokenLimitError
 from egemma_core.vectors import normalize
-from tests.sdk.fakes import DIMS, TEXTS, WordEmbedder, open_index
+from tests.sdk.fakes import DIMS, TEXTS, WordEmbedder, model_of, open_index
 
 ROWS = 900
 
@@ -537,6 +537,19 @@ def test_hybrid_search_finds_what_only_one_of_both_finds(filled: dict[str, Index
 
 
 # What a search says of itself, and what it refuses.
+
+
+def test_words_are_not_searched_for_with_a_vector(filled: dict[str, Index]) -> None:
+    vector = random_vectors(1)[0]
+    for mode in ("text", "hybrid"):
+        with pytest.raises(ConfigError, match="the query is a vector"):
+            filled["codes"].search(vector, mode=cast(Any, mode))
+
+
+def test_hits_are_a_sequence_with_slices(filled: dict[str, Index]) -> None:
+    hits = filled["codes"].search("x", 5)
+    assert (hits[0], hits[-1], hits[1:3]) == (hits.hits[0], hits.hits[4], hits.hits[1:3])
+    assert list(hits) == list(hits.hits)
 
 
 def test_a_search_says_how_it_was_done(filled: dict[str, Index]) -> None:

@@ -260,8 +260,7 @@ def test_an_index_of_a_folder_that_cannot_be_written_can_be_checked(tmp_path: Pa
     filled(tmp_path / "a.egx").close()
     (tmp_path / "a.egx").chmod(0o444)
     script = (
-        "import os, sys; from egemma.index.upkeep.check import MAX_FINDINGS
-from egemma.upkeep import check; os.setuid(65534); "
+        "import os, sys; from egemma.upkeep import check; os.setuid(65534); "
         "print(check(sys.argv[1]))"
     )
     if os.geteuid() == 0:
@@ -387,7 +386,10 @@ def test_a_full_disk_refuses_backup_and_compaction_before_they_begin(
         monkeypatch.setattr(
             shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
         )  # type: ignore[attr-defined]
-        for doing in (lambda: upkeep.backup(index.path, tmp_path / "b.egx"), lambda: upkeep.compact(index.path)):
+        for doing in (
+            lambda: upkeep.backup(index.path, tmp_path / "b.egx"),
+            lambda: upkeep.compact(index.path),
+        ):
             with pytest.raises(IndexFileError, match="MB free"):
                 doing()
         assert not (tmp_path / "b.egx").exists()

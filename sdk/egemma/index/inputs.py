@@ -94,7 +94,7 @@ def check_text(
         found = f"{name} holds a NUL character at {where}: other languages stop reading there."
         hint = "Remove it."
     elif not blank and not checked.strip():
-        found, hint = f"{name} is blank: there is nothing to find in it.", "Leave it out."
+        found, hint = f"{name} is blank, so there is nothing to find in it.", "Leave it out."
     if found:
         raise InputError(found, hint=hint, position=position, place=place)
 

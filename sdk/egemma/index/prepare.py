@@ -153,7 +153,7 @@ def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> lis
             check_text(f"the title of {document.id!r}", title, blank=True)
         if not document.chunks:
             raise InputError(
-                f"document {document.id!r} has no chunks: there is nothing to find in it.",
+                f"document {document.id!r} has no chunks, so there is nothing to find in it.",
                 hint="Leave it out.",
             )
         chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
@@ -161,7 +161,7 @@ def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> lis
         # a blank chunk between others is part of the text
         if not blank and not any(chunk.text.strip() for chunk in chunks):
             raise InputError(
-                f"document {document.id!r} is blank: there is nothing to find in it.",
+                f"document {document.id!r} is blank, so there is nothing to find in it.",
                 hint="Leave it out.",
             )
         made = Prepared(

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from egemma.chunks import Chunk
 from egemma.index.codes import check_vectors
 from egemma.index.prepare import Prepared, PreparedVectors
-from egemma.index.records import ChunkKey, chunk_keys, read_vector
+from egemma.index.records import ChunkKey, chunk_keys
 from egemma.index.rows import Change, NewChunk
+from egemma.index.vectors import read_vector
 from egemma_core.errors import InputError
 from egemma_core.tokens import Overflow
 

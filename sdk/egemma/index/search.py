@@ -21,10 +21,11 @@ from egemma.index.facts import State
 from egemma.index.heads import Heads
 from egemma.index.hits import MODES, Hit, Hits, Mode, SearchInfo, read_hit
 from egemma.index.inputs import check_k, check_shortlist, query_rows
-from egemma.index.records import CHUNKS_WHERE, numbers_where, read_vectors
+from egemma.index.records import CHUNKS_WHERE, numbers_where
 from egemma.index.scan import kernel_name
 from egemma.index.session import Session
 from egemma.index.tuned import Tuned
+from egemma.index.vectors import read_vectors
 from egemma.index.words import best_words
 from egemma.where import parse
 from egemma.where_sqlite import to_sqlite

@@ -19,12 +19,12 @@ from egemma.index.facts import State, write_state
 from egemma.index.file import opened, transaction
 from egemma.index.heads import Heads
 from egemma.index.inputs import query_rows
-from egemma.index.records import all_vectors, read_vectors
 from egemma.index.scan import int8_products, inverse_lengths, round_queries
 from egemma.index.search import unit_rows
 from egemma.index.session import Session
 from egemma.index.tuned import TuneReport, TuneRow
 from egemma.index.upkeep.rewrite import rewrite_heads
+from egemma.index.vectors import all_vectors, read_vectors
 from egemma_core.checks import number, whole_number
 from egemma_core.errors import ConfigError, InputError
 
