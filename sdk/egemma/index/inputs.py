@@ -88,15 +88,14 @@ def check_text(
         checked = unicode_text(name, text)
     except InputError as error:
         raise error.at(place, position=position) from error
-    found = hint = ""
     if "\0" in checked:
-        where = checked.index("\0")
-        found = f"{name} holds a NUL character at {where}: other languages stop reading there."
-        hint = "Remove it."
+        found = f"{name} holds a NUL character at {checked.index(chr(0))}"
+        hint = "Other languages stop reading there: remove it."
     elif not blank and not checked.strip():
-        found, hint = f"{name} is blank, so there is nothing to find in it.", "Leave it out."
-    if found:
-        raise InputError(found, hint=hint, position=position, place=place)
+        found, hint = f"{name} is blank", "There is nothing to find in it: leave it out."
+    else:
+        return
+    raise InputError(f"{found}.", hint=hint, position=position, place=place)
 
 
 def check_id(id_: object) -> None:

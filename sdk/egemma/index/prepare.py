@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 IndexOverflow = Literal["error", "truncate", "chunk"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextRow:
+class TextRow(NamedTuple):
     """One text with what stands beside it, checked."""
 
     id: str
@@ -101,7 +100,7 @@ def text_rows(
     if ids is None:
         ids = [content_id(text, title or None) for text, title in zip(texts, names, strict=True)]
     return [
-        TextRow(id=id_, text=text, title=title or None, metadata=entry)
+        TextRow(id_, text, title or None, entry)
         for id_, text, title, entry in zip(
             one_per_text("ids", ids, len(texts)), texts, names, entries, strict=True
         )

@@ -111,7 +111,7 @@ class Session:
     @contextmanager
     def writing(self, doing: str) -> Iterator[Change]:
         """Give one write transaction, which is committed at the end of the block."""
-        self.check_writable()
+        self._check_not_read_only()
         with self._writing_lock:
             self._check_open()
             if self._writer is None:
@@ -178,6 +178,9 @@ class Session:
             IndexFileError: it is closed, or open for search only.
         """
         self._check_open()
+        self._check_not_read_only()
+
+    def _check_not_read_only(self) -> None:
         if self.read_only:
             raise IndexFileError(
                 f"{self.path} cannot be written here; it is open for search only.",

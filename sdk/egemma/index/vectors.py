@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,7 +111,7 @@ def read_vectors(
     ).fetchall()
     if [row[0] for row in rows] != numbers.tolist():
         raise Damage(f"{len(numbers)} vectors are wanted, {len(rows)} are there")
-    _check_vectors(state, map(bytes, codes), rows)
+    _check_vectors(state, codes, rows)
     return _unpacked(state, codes, rows).astype(np.float64, copy=False)
 
 
@@ -130,11 +130,13 @@ def all_vectors(
             "ORDER BY v.number",
             (first, first + BLOCK_ROWS * blocks),
         ).fetchall()
-        slots = (row[0] - first for row in rows)
-        _check_vectors(state, (heads[slot * width : (slot + 1) * width] for slot in slots), rows)
         if rows:
             numbers = np.array([row[0] for row in rows])
-            codes = np.frombuffer(heads, np.int8).reshape(-1, width)[numbers - first]
+            stored = np.frombuffer(heads, np.int8).reshape(-1, width)
+            if numbers[-1] - first >= len(stored):
+                raise Damage(f"vector {numbers[-1]} is not what was stored")
+            codes = stored[numbers - first]
+            _check_vectors(state, codes, rows)
             yield numbers, _unpacked(state, codes, rows).astype(np.float32)
         seen += len(rows)
     if seen != state.chunks:
@@ -162,11 +164,16 @@ def _with_vectors(
         yield chunk, StoredVector(head, *parts)
 
 
-def _check_vectors(state: State, heads: Iterable[bytes], rows: Sequence[Sequence[Any]]) -> None:
-    layout, keeps_floats = state.layout, state.floats
-    for head, row in zip(heads, rows, strict=True):
-        if not vector_is_sound(layout, keeps_floats, row[0], head, *row[1:]):
-            raise Damage(f"vector {row[0]} is not what was stored")
+def _check_vectors(state: State, codes: NDArray[np.int8], rows: Sequence[Sequence[Any]]) -> None:
+    """Check rows of `vectors`, given with their (n, W) heads."""
+    layout, keeps_floats, width = state.layout, state.floats, state.scan_width
+    heads = codes.tobytes()
+    start = 0
+    for number, crc, scales, rest, floats in rows:
+        head = heads[start : start + width]
+        if not vector_is_sound(layout, keeps_floats, number, head, crc, scales, rest, floats):
+            raise Damage(f"vector {number} is not what was stored")
+        start += width
 
 
 def _unpacked(
