@@ -276,7 +276,7 @@ def _begin_to_write(connection: sqlite3.Connection, begin: str) -> None:
     """Take the write lock, and log it where that takes long."""
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     connection.execute(f"PRAGMA busy_timeout = {round(1000 * _SILENT_WAIT_S)}")
-    said = False
+    logged = False
     try:
         while True:
             try:
@@ -285,12 +285,12 @@ def _begin_to_write(connection: sqlite3.Connection, begin: str) -> None:
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
-            if not said:
+            if not logged:
                 logger.warning(
                     "another program is writing to this index; waiting up to %g s for it",
                     BUSY_TIMEOUT_S,
                 )
-                said = True
+                logged = True
     finally:
         connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
 

@@ -71,7 +71,8 @@ def export_jsonl(
     destination = Path(destination)
     if destination.exists() and (destination.is_dir() or not force):
         raise IndexFileError(
-            f"{destination} exists already. Give another name, or pass force=True to replace it."
+            f"{destination} exists already.",
+            hint="Give another name, or replace it (force=True, on the command line --force).",
         )
     with (
         opened(path, "export", write=False) as connection,

@@ -1,9 +1,9 @@
-"""Another model for an index: everything is embedded anew beside the old vectors, which answer
-until one transaction switches over.
+"""Another model for an index: everything is embedded anew beside the old vectors.
 
-What is done stays done: a batch is one short transaction, so others write in between, and after a
-kill the same call goes on. The text of a chunk never changes under its number, and numbers rise, so
-all chunks below `filled_below` that still exist have their new vector.
+These answer until one transaction switches over. What is done stays done: a batch is one short
+transaction, so others write in between, and after a kill the same call goes on. The text of a chunk
+never changes under its number, and numbers rise, so all chunks below `filled_below` that still
+exist have their new vector.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ class Prepared:
     metadata: str | None
     source: str | None
     chunks: tuple[Chunk, ...]
+    position: int = field(default=0, compare=False)  # in the call
     # chunk hash -> vector, tokens, truncated
     vectors: dict[bytes, tuple[NDArray[np.float32], int, bool]] = field(default_factory=dict)
 
@@ -145,34 +146,38 @@ def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> lis
         InputError: a document cannot be stored, or one id is given to two different documents.
     """
     prepared: dict[str, Prepared] = {}
-    for document in documents:
-        check_id(document.id)
-        title = document.title or None
-        if title is not None:
-            check_text(f"the title of {document.id!r}", title, blank=True)
-        if not document.chunks:
-            raise InputError(
-                f"document {document.id!r} has no chunks, so there is nothing to find in it.",
-                hint="Leave it out.",
-            )
-        chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
-        _check_chunks(document.id, chunks)
-        # a blank chunk between others is part of the text
-        if not blank and not any(chunk.text.strip() for chunk in chunks):
-            raise InputError(
-                f"document {document.id!r} is blank, so there is nothing to find in it.",
-                hint="Leave it out.",
-            )
-        made = Prepared(
-            document.id,
-            title,
-            pack_metadata(document.metadata),
-            pack_json("source", document.source),
-            chunks,
-        )
-        check_unique([document.id, document.id], [made, prepared.get(document.id, made)])
-        prepared[document.id] = made
+    for position, document in enumerate(documents):
+        try:
+            made = _prepare(document, position, blank=blank)
+            first = prepared.setdefault(document.id, made)
+            check_unique([document.id, document.id], [first, made])
+        except InputError as error:
+            raise error.at(error.place, position=position) from error
     return list(prepared.values())
+
+
+def _prepare(document: ChunkedDocument, position: int, *, blank: bool) -> Prepared:
+    check_id(document.id)
+    title = document.title or None
+    if title is not None:
+        check_text(f"the title of {document.id!r}", title, blank=True)
+    chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
+    _check_chunks(document.id, chunks)
+    # a blank chunk between others is part of the text
+    lacks = "has no chunks" if not chunks else "is blank"
+    if not chunks or not (blank or any(chunk.text.strip() for chunk in chunks)):
+        raise InputError(
+            f"document {document.id!r} {lacks}, so there is nothing to find in it.",
+            hint="Leave it out.",
+        )
+    return Prepared(
+        document.id,
+        title,
+        pack_metadata(document.metadata),
+        pack_json("source", document.source),
+        chunks,
+        position,
+    )
 
 
 def _check_chunks(id_: str, chunks: Sequence[Chunk]) -> None:

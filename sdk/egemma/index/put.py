@@ -17,7 +17,7 @@ from egemma.index.prepare import Prepared, PreparedVectors
 from egemma.index.records import ChunkKey, chunk_keys
 from egemma.index.rows import Change, NewChunk
 from egemma.index.vectors import read_vector
-from egemma_core.errors import InputError
+from egemma_core.errors import EgemmaError, InputError
 from egemma_core.tokens import Overflow
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ def put_documents(
                 document.vectors.clear()
         with reading("read") as connection:
             known = chunk_keys(connection, [document.id for document in prepared])
-        missing: dict[bytes, Chunk] = {}
+        missing: dict[bytes, tuple[Prepared, Chunk]] = {}
         for document in prepared:
             reusable = reusable_chunks(known.get(document.id), overflow)
             for hash_, chunk in document.hashed:
                 if hash_ not in document.vectors and hash_ not in reusable:
-                    missing.setdefault(hash_, chunk)
+                    missing.setdefault(hash_, (document, chunk))
         if missing:
             _embed(prepared, missing, embedder, overflow)
             embedded += len(missing)
@@ -78,16 +78,22 @@ def put_documents(
 
 def _embed(
     prepared: Sequence[Prepared],
-    missing: Mapping[bytes, Chunk],
+    missing: Mapping[bytes, tuple[Prepared, Chunk]],
     embedder: Embedder,
     overflow: Overflow,
 ) -> None:
     """Embed chunks, given by hash, and note each vector in the documents that have the chunk."""
-    embeddings = embedder.embed_documents(
-        [chunk.text for chunk in missing.values()],
-        titles=[chunk.title for chunk in missing.values()],
-        overflow=overflow,
-    )
+    try:
+        embeddings = embedder.embed_documents(
+            [chunk.text for _, chunk in missing.values()],
+            titles=[chunk.title for _, chunk in missing.values()],
+            overflow=overflow,
+        )
+    except EgemmaError as error:  # about a chunk: say which document of the call it is of
+        if error.position is None:
+            raise
+        position = list(missing.values())[error.position][0].position
+        raise error.at(f"text {position}", position=position) from error
     vectors = check_vectors(embeddings.vectors, embedder.dim)
     if len(vectors) != len(missing):
         raise InputError(

@@ -110,7 +110,7 @@ def read_vectors(
         (json.dumps(numbers.tolist()),),
     ).fetchall()
     if [row[0] for row in rows] != numbers.tolist():
-        raise Damage(f"{len(numbers)} vectors are wanted, {len(rows)} are there")
+        raise Damage(f"{len(numbers)} vectors are looked up, {len(rows)} are there")
     _check_vectors(state, codes, rows)
     return _unpacked(state, codes, rows).astype(np.float64, copy=False)
 
