@@ -15,7 +15,7 @@ demo: $(VENV)/.export
 	$(BIN)/egemma-export --target android-int4 --model models/egemma-small --out $(BUNDLE) --force
 	$(BIN)/egemma inspect $(BUNDLE)
 	rm -f $(DEMO)/notes.db $(DEMO)/notes.db-wal $(DEMO)/notes.db-shm
-	$(BIN)/egemma add $(DEMO)/notes.db benchmarks/demo_texts.jsonl --jsonl --model $(BUNDLE)
+	$(BIN)/egemma add-lines $(DEMO)/notes.db benchmarks/demo_texts.jsonl --jsonl --model $(BUNDLE)
 	@while read -r query; do \
 	  echo; echo "? $$query"; $(BIN)/egemma search $(DEMO)/notes.db "$$query" -k 2 --model $(BUNDLE) || exit 1; \
 	done < benchmarks/demo_queries.txt

@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from egemma_core.checkpoint import sha256_of
 from egemma_core.checks import number, one_of, whole_number
 from egemma_core.errors import BundleError, ConfigError
-from egemma_core.files import publish_folder, write_json
+from egemma_core.files import publish_folder, sha256_of, write_json
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer
 

@@ -14,7 +14,6 @@ Whatever would make the vectors silently wrong is refused here.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from typing import Any
 from egemma_core.checks import whole_number
 from egemma_core.config import EncoderConfig, read_transformer
 from egemma_core.errors import CheckpointError, MissingDependencyError
+from egemma_core.files import sha256_of
 from egemma_core.prompts import Prompts, read_prompts
 from egemma_core.tokens import Tokenizer, tokenizer_of
 from egemma_core.vectors import MATRYOSHKA_DIMS
@@ -91,15 +91,6 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     name, _, pinned = str(model).partition("@")
     folder = _fetch(name, revision or pinned or None)
     return _read(folder, source=name, revision=folder.name)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _fetch(name: str, revision: str | None) -> Path:

@@ -44,38 +44,33 @@ class EncoderConfig:
     dims: tuple[int, ...]  # trained widths of the result, falling; dims[0] is the full one
 
     def __post_init__(self) -> None:
+        _require(
+            len(self.layer_types) == self.num_layers,
+            f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is "
+            f"{self.num_layers}",
+        )
+        _require(
+            set(self.layer_types) <= {SLIDING, FULL},
+            f"layer_types has {sorted(set(self.layer_types))}",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly",
+        )
+        _require(
+            self.head_dim % 2 == 0, f"head_dim={self.head_dim} is odd; rotary positions need pairs"
+        )
+        _require(self.pooling in POOLINGS, f"pooling={self.pooling!r} is none of {POOLINGS}")
         widths = [self.width, *(out for _, out in self.dense)]
+        _require(
+            [into for into, _ in self.dense] == widths[:-1],
+            f"dense widths {self.dense} do not chain from {self.width}",
+        )
         falling = sorted(set(self.dims), reverse=True)
-        for holds, found in (
-            (
-                len(self.layer_types) == self.num_layers,
-                f"layer_types names {len(self.layer_types)} layers, "
-                f"num_hidden_layers is {self.num_layers}",
-            ),
-            (
-                set(self.layer_types) <= {SLIDING, FULL},
-                f"layer_types has {sorted(set(self.layer_types))}",
-            ),
-            (
-                self.num_heads % self.num_kv_heads == 0,
-                f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads "
-                "evenly",
-            ),
-            (
-                self.head_dim % 2 == 0,
-                f"head_dim={self.head_dim} is odd; rotary positions need pairs",
-            ),
-            (self.pooling in POOLINGS, f"pooling={self.pooling!r} is none of {POOLINGS}"),
-            (
-                [into for into, _ in self.dense] == widths[:-1],
-                f"dense widths {self.dense} do not chain from {self.width}",
-            ),
-            (
-                self.dims[0] == widths[-1] and list(self.dims) == falling and falling[-1] > 0,
-                f"dims={self.dims} do not fall from the full width {widths[-1]}",
-            ),
-        ):
-            _require(holds, found, "this is not a model that egemma computes correctly")
+        _require(
+            [*self.dims] == falling and falling[:1] == widths[-1:] and falling[-1] > 0,
+            f"dims={self.dims} do not fall from the full width {widths[-1]}",
+        )
 
     @property
     def dim(self) -> int:
@@ -187,6 +182,8 @@ def _integer(config: Mapping[str, Any], name: str, least: int = 1) -> int:
     return whole_number(name, config.get(name), least, error=CheckpointError, hint=_MEND)
 
 
-def _require(condition: bool, found: str, right: str) -> None:
+def _require(
+    condition: bool, found: str, right: str = "this is not a model that egemma computes correctly"
+) -> None:
     if not condition:
         raise CheckpointError(f"{found}: {right}.")

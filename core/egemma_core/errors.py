@@ -19,6 +19,7 @@
     └── OutputError                         results cannot be written where they were asked for
 
 The class in brackets is a second parent, for code that catches what Python itself would raise.
+Each error carries what its text says as data: `found`, `hint`, `position`, `place`.
 """
 
 from __future__ import annotations

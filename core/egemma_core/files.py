@@ -1,11 +1,13 @@
 """Durable writing: after a kill or a power cut there is the old file or the new one, whole.
 
 Bytes are flushed before a name is given, and the folder after it. A process that is killed leaves
-at most a hidden `.NAME.PID.*.part` beside its destination, which the next writer removes.
+at most a hidden `.NAME.PID.*.part` beside its destination, which the next writer removes. Files are
+told apart by `sha256_of`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,6 +22,15 @@ from typing import Any
 from egemma_core.errors import EgemmaError, OutputError
 
 _ADVICE = "Check the free space, and the permissions of its folder."
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import sentencepiece
 
 from egemma_core.checks import one_of, unicode_text, whole_number
-from egemma_core.config import EncoderConfig
 from egemma_core.errors import BundleError, CheckpointError, TokenLimitError
+
+if TYPE_CHECKING:
+    from egemma_core.config import EncoderConfig
 
 Overflow = Literal["error", "truncate"]
 

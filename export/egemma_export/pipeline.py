@@ -27,8 +27,9 @@ from egemma_core.bundle import (
     fingerprint_of,
     write_manifest,
 )
-from egemma_core.checkpoint import Checkpoint, open_checkpoint, sha256_of
+from egemma_core.checkpoint import Checkpoint, open_checkpoint
 from egemma_core.errors import ConfigError, ExportError
+from egemma_core.files import sha256_of
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_export.golden import golden_file, golden_texts, reference_vectors

@@ -95,13 +95,15 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return _version()
-    if name not in _HOMES:
-        raise AttributeError(f"module 'egemma' has no attribute {name!r}")
-    home = import_module(f"egemma.{_HOMES[name]}")
-    return home if _HOMES[name] == name else getattr(home, name)
+if not TYPE_CHECKING:  # which would take every misspelt name for one that arrives later
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return _version()
+        if name not in _HOMES:
+            raise AttributeError(f"module 'egemma' has no attribute {name!r}")
+        home = import_module(f"egemma.{_HOMES[name]}")
+        return home if _HOMES[name] == name else getattr(home, name)
 
 
 def __dir__() -> list[str]:

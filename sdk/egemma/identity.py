@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from egemma.exported import exported
 from egemma_core.bundle import TOKENIZER, Manifest
 from egemma_core.errors import ConfigError, IndexMismatchError
 
 PARTS = ("weights", "tokenizer", "prompts", "architecture", "scheme")
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
     """A model as a store knows it.

@@ -104,5 +104,5 @@ def _plain(value: object, place: str, depth: int) -> Any:
 
 def _key(key: object, place: str) -> str:
     if not isinstance(key, str):
-        raise InputError(f"{place} has the key {shown(key)}, and keys must be str.")
+        raise InputError(f"{place} has the key {shown(key)}, but keys are str.")
     return storable_text(f"the key {shown(key)} of {place}", key, InputError)

@@ -21,6 +21,7 @@ from egemma_core.bundle import (
     GOLDEN,
     MANIFEST,
     TOKENIZER,
+    Bounds,
     Manifest,
     atomic_folder,
     describe_files,
@@ -28,7 +29,7 @@ from egemma_core.bundle import (
     read_bundle,
     write_manifest,
 )
-from egemma_core.errors import BundleError
+from egemma_core.errors import BundleError, ConfigError
 
 
 @pytest.fixture
@@ -206,3 +207,11 @@ def test_the_fingerprint_follows_what_moves_vectors_and_nothing_else() -> None:
         {"scheme": {"name": "int8"}},
     ):
         assert fingerprint(**change) != base
+
+
+def test_bounds_are_of_cosines_and_channels() -> None:
+    bounds = Bounds(min_cosine_float=0.9, min_cosine_quantized=None)
+    assert bounds.max_batch_difference == 1e-2
+    for bound in (2.0, float("nan"), True, "0.9"):
+        with pytest.raises(ConfigError, match="min_cosine_float="):
+            Bounds(min_cosine_float=bound, min_cosine_quantized=0.9)  # type: ignore[arg-type]

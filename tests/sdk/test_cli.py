@@ -161,6 +161,25 @@ def test_embed_says_which_text_cannot_be_embedded(egemma_: Shell) -> None:
     assert "truncated" in egemma_.out
 
 
+def test_the_culprit_of_a_batch_is_named_without_embedding_it_again(
+    egemma_: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    for name in ("embed_query", "embed_documents"):
+        honest = getattr(Embedder, name)
+
+        def counted(self: Embedder, texts: Any, honest: Any = honest, **settings: Any) -> Any:
+            calls.append(len(texts))
+            return honest(self, texts, **settings)
+
+        monkeypatch.setattr(Embedder, name, counted)
+    texts = "one\ntwo\n" + "word " * MAX_TOKENS + "\nfour\n"
+    for command in (["embed"], ["embed", "--as", "document"], ["add-lines", "a.egx"]):
+        assert egemma_(*command, stdin=texts) == 1
+        assert egemma_.err.startswith("egemma: stdin:3: the text has "), egemma_.err
+    assert calls == [4, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -177,7 +196,6 @@ def test_embed_says_which_text_cannot_be_embedded(egemma_: Shell) -> None:
         (["index", "tune", "none.egx"], "none.egx: no such file"),
         (["index", "migrate", "none.egx", "--to", "builtin"], "none.egx: no such file"),
         (["index", "import", "a.egx", "none.jsonl"], "none.jsonl"),
-        (["embed", "--in", "none.parquet", "--out", "v"], "none.parquet"),
         (["add", "no/such/a.egx"], "no such folder"),
         (["inspect", "none"], "none: no such folder"),
         (["verify", "none"], "none: no such folder"),
@@ -206,20 +224,20 @@ def test_what_cannot_be_done_ends_with_1_and_one_line(
         ["search", "a.egx"],
         ["search", "a.egx", "x", "-k", "many"],
         ["add"],
-        ["add", "a.egx", "--lines", "--jsonl"],
         ["bench", "b", "--tokens", "a,b"],
         ["verify"],
         ["add", "a.egx", ".", "--overflow", "truncate"],
         ["add", "a.egx", "--plan"],
-        ["add", "a.egx", "--lines", "--hidden"],
+        ["add-lines", "a.egx", "--hidden"],
         ["search", "a.egx", "x", "--where", "{"],
         ["search", "a.egx", "x", "--where", "[]"],
+        ["search", "a.egx", "x", "--approximate"],
+        ["index", "graph", "a.egx"],
         ["index"],
         ["index", "polish", "a.egx"],
         ["index", "migrate", "a.egx"],
-        ["embed", "x", "--engine", "ray"],
-        ["embed", "--in", "a.parquet"],
-        ["embed", "x", "--in", "a.parquet", "--out", "v"],
+        ["embed", "--in", "a.parquet", "--out", "v"],
+        ["add", "a.egx", "--lines"],
     ],
 )
 def test_a_wrong_command_line_ends_with_2(egemma_: Shell, arguments: list[str]) -> None:
@@ -238,7 +256,7 @@ def test_options_may_stand_before_between_and_after_files_and_texts(
         (tmp_path / name).write_text(name)
     assert (
         egemma_.json(
-            "add", "--overflow", "truncate", "a.egx", "--lines", "x", "y", "--threads", "1", "z"
+            "add-lines", "--overflow", "truncate", "a.egx", "x", "y", "--threads", "1", "z"
         )["added"]
         == 3
     )
@@ -319,7 +337,7 @@ def test_search_filters_and_joins_words_with_meaning(
         {"id": f"n{number}", "text": f"note {number} about water", "metadata": {"page": number}}
         for number in range(20)
     ]
-    egemma_.json("add", "a.egx", "--jsonl", stdin="\n".join(map(json.dumps, rows)))
+    egemma_.json("add-lines", "a.egx", "--jsonl", stdin="\n".join(map(json.dumps, rows)))
     found = egemma_.json("search", "a.egx", "water", "--where", '{"page": {"$gte": 17}}')
     assert {hit["id"] for hit in found["hits"]} == {"n17", "n18", "n19"}
     assert found["how"]["vectors"] == 3
@@ -339,7 +357,7 @@ def test_search_filters_and_joins_words_with_meaning(
 
 def test_remove_takes_stored_ids_only(egemma_: Shell) -> None:
     egemma_.json(
-        "add",
+        "add-lines",
         "a.egx",
         "--jsonl",
         stdin='{"text": "one", "id": "1"}\n{"text": "two", "id": "2"}\n{"text": "three", "id": "3"}',
@@ -357,15 +375,14 @@ def test_an_index_is_checked_copied_moved_and_given_another_model(
     egemma_: Shell, tmp_path: Path, tiny_spm: Path
 ) -> None:
     egemma_.json(
-        "add",
+        "add-lines",
         "a.egx",
-        "--lines",
         stdin="".join(f"line {number} of water\n" for number in range(60)),
     )
     assert egemma_.json("index", "check", "a.egx")["findings"] == []
     assert egemma_.json("index", "backup", "a.egx", "b.egx")["documents"] == 60
     assert egemma_("index", "backup", "a.egx", "b.egx") == 1
-    assert "pass --force to replace it" in egemma_.err
+    assert "on the command line --force" in egemma_.err
     assert egemma_.json("index", "export", "a.egx", "a.jsonl") == {
         "file": "a.jsonl",
         "documents": 60,
@@ -396,44 +413,8 @@ def test_an_index_is_checked_copied_moved_and_given_another_model(
     assert "chunk 33" in egemma_.out
 
 
-def test_embed_takes_parquet_to_parquet(egemma_: Shell, bundle: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs egemma[bulk]")
-    from pyarrow import parquet
-
-    parquet.write_table(
-        pyarrow.table({"text": ["one pump", "two pumps"], "key": [7, 8]}), "in.parquet"
-    )
-    report = egemma_.json(
-        "embed", "--in", "in.parquet", "--out", "vectors", "--id-column", "key", "--as", "document"
-    )
-    assert (report["rows"], report["dim"], report["engine"]) == (2, WIDTH, "local")
-    table = parquet.read_table("vectors/shard-000000.parquet")
-    with Embedder.open(bundle) as embedder:
-        expected = embedder.embed_documents(["one pump", "two pumps"]).vectors
-    np.testing.assert_allclose(
-        np.stack(table["vector"].to_numpy(zero_copy_only=False)), expected, atol=1e-6
-    )
-    assert (
-        egemma_(
-            "embed",
-            "--in",
-            "in.parquet",
-            "--out",
-            "vectors",
-            "--id-column",
-            "key",
-            "--as",
-            "document",
-        )
-        == 0
-    )
-    assert "finished before" in egemma_.out
-
-
 def test_lines_and_json_lines_are_documents(egemma_: Shell, tmp_path: Path) -> None:
-    report = egemma_.json(
-        "add", "a.egx", "--lines", stdin="first line\n\n  \nsecond line\nfirst line\n"
-    )
+    report = egemma_.json("add-lines", "a.egx", stdin="first line\n\n  \nsecond line\nfirst line\n")
     assert (report["added"], report["documents"]) == (3, 2)
     rows = [
         {"id": "x", "text": "with all", "title": "T", "metadata": {"page": 1}},
@@ -441,7 +422,7 @@ def test_lines_and_json_lines_are_documents(egemma_: Shell, tmp_path: Path) -> N
         {"id": None, "text": "nulls", "title": None, "metadata": None},
     ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = egemma_.json("add", "a.egx", "--jsonl", "d.jsonl")
+    report = egemma_.json("add-lines", "a.egx", "--jsonl", "d.jsonl")
     assert (report["added"], report["documents"]) == (3, 5)
     hits = {
         hit["text"]: hit
@@ -455,16 +436,20 @@ def test_lines_and_json_lines_are_documents(egemma_: Shell, tmp_path: Path) -> N
     assert hits["nulls"]["metadata"] is None
     report = egemma_.json("add", "a.egx", "-", stdin="all of stdin\nis one document")
     assert report["documents"] == 6
+    # a long one is cut into passages, as a file is
+    report = egemma_.json("add", "a.egx", stdin="every word of this is found " * MAX_TOKENS)
+    assert (report["added"], report["truncated"], report["documents"]) == (1, 0, 7)
+    assert describe_index("a.egx").chunks > 8
 
 
 def test_add_says_how_much_was_cut(egemma_: Shell) -> None:
     lines = "short\n" + "word " * MAX_TOKENS
-    assert egemma_("add", "a.egx", "--lines", stdin=lines) == 1
+    assert egemma_("add-lines", "a.egx", stdin=lines) == 1
     assert "egemma: stdin:2: the text has " in egemma_.err
-    report = egemma_.json("add", "a.egx", "--lines", "--overflow", "truncate", stdin=lines)
+    report = egemma_.json("add-lines", "a.egx", "--overflow", "truncate", stdin=lines)
     assert (report["added"], report["truncated"], len(report["truncated_ids"])) == (2, 1, 1)
     assert report["tokens"] > MAX_TOKENS
-    assert egemma_("add", "a.egx", "--lines", "--overflow", "truncate", stdin=lines) == 0
+    assert egemma_("add-lines", "a.egx", "--overflow", "truncate", stdin=lines) == 0
     assert "added 2 documents" in egemma_.out
     assert "only the beginning of each can be found" in egemma_.out
     assert egemma_("search", "a.egx", "word") == 0
@@ -475,15 +460,15 @@ def test_an_error_in_the_middle_of_a_run_says_where_and_what_the_index_now_holds
     egemma_: Shell,
 ) -> None:
     good = "".join(f"line {number}\n" for number in range(100))
-    assert egemma_("add", "a.egx", "--lines", stdin=good.encode() + b"bad \xff\n") == 1
+    assert egemma_("add-lines", "a.egx", stdin=good.encode() + b"bad \xff\n") == 1
     assert "egemma: stdin:101: byte 4 is not UTF-8" in egemma_.err
     said = re.search(r"egemma: a\.egx now holds (\d+) documents", egemma_.err)
     assert said is not None
     assert int(said[1]) == describe_index("a.egx").documents > 0
-    assert egemma_("add", "b.egx", "--lines", stdin=good + "nul \0\n") == 1
-    assert "stdin:101: holds a NUL character" in egemma_.err
-    assert "egemma: b.egx now holds 100 documents" in egemma_.err
-    assert describe_index("b.egx").documents == 100
+    assert egemma_("add-lines", "b.egx", stdin=good + "nul \0\n") == 1
+    assert re.search(r"egemma: stdin:101: .*holds a NUL character", egemma_.err)
+    assert f"egemma: b.egx now holds {egemma.cli.commands.GROUP} documents" in egemma_.err
+    assert describe_index("b.egx").documents == egemma.cli.commands.GROUP
 
 
 @pytest.mark.parametrize(
@@ -504,7 +489,10 @@ def test_an_error_in_the_middle_of_a_run_says_where_and_what_the_index_now_holds
     ],
 )
 def test_a_bad_json_line_is_named(egemma_: Shell, line: str, says: str) -> None:
-    assert egemma_("add", "a.egx", "--jsonl", stdin='{"text": "good", "id": "good"}\n' + line) == 1
+    assert (
+        egemma_("add-lines", "a.egx", "--jsonl", stdin='{"text": "good", "id": "good"}\n' + line)
+        == 1
+    )
     assert "egemma: stdin:2" in egemma_.err
     assert says in egemma_.err
 
@@ -512,7 +500,7 @@ def test_a_bad_json_line_is_named(egemma_: Shell, line: str, says: str) -> None:
 def test_search_prints_rank_score_name_and_one_safe_line_of_text(egemma_: Shell) -> None:
     evil = "\x1b[2Jthe water\r\npump \u202e is " + "long " * 30
     egemma_.json(
-        "add",
+        "add-lines",
         "a.egx",
         "--jsonl",
         "--overflow",
@@ -530,7 +518,7 @@ def test_search_prints_rank_score_name_and_one_safe_line_of_text(egemma_: Shell)
 
 
 def test_search_refuses_what_cannot_work(egemma_: Shell) -> None:
-    egemma_.json("add", "a.egx", "--lines", stdin="one line")
+    egemma_.json("add-lines", "a.egx", stdin="one line")
     for arguments, says in (
         (["x", "-k", "0"], "k=0"),
         (["x", "--dim", "300"], "dim=300"),
@@ -549,12 +537,12 @@ def test_an_index_remembers_its_model_and_refuses_another(
     shutil.copytree(bundle, moved)
     other = tiny_bundle(tmp_path / "other", tokenizer=tiny_spm, changes={"fingerprint": "f" * 64})
     monkeypatch.delenv("EGEMMA_MODEL")
-    egemma_.json("add", "a.egx", "--lines", "--model", moved, stdin="one line")
+    egemma_.json("add-lines", "a.egx", "--model", moved, stdin="one line")
     assert describe_index("a.egx").model_path == str(moved)
     monkeypatch.setenv("EGEMMA_MODEL", str(other))
     # the index knows better than the environment
     assert egemma_.json("search", "a.egx", "line")["hits"]
-    for command in (["search", "a.egx", "line"], ["add", "a.egx", "--lines"]):
+    for command in (["search", "a.egx", "line"], ["add-lines", "a.egx"]):
         assert egemma_(*command, "--model", other, stdin="more") == 1
         assert re.search(
             r"holds vectors of tiny tiny-onnxruntime \(.{12}\), this is tiny tiny-onnxruntime "
@@ -568,7 +556,7 @@ def test_an_index_remembers_its_model_and_refuses_another(
     assert "which is gone" in egemma_.err
     assert "--model" in egemma_.err
     assert egemma_.json("search", "a.egx", "line", "--model", tmp_path / "elsewhere")["hits"]
-    egemma_.json("add", "a.egx", "--lines", "--model", tmp_path / "elsewhere", stdin="two lines")
+    egemma_.json("add-lines", "a.egx", "--model", tmp_path / "elsewhere", stdin="two lines")
     assert egemma_.json("search", "a.egx", "line")["hits"]
 
 
@@ -576,7 +564,7 @@ def test_an_index_remembers_its_model_and_refuses_another(
 
 
 def test_inspect_tells_bundles_from_indexes(egemma_: Shell, bundle: Path) -> None:
-    egemma_.json("add", "a.egx", "--lines", stdin="one line")
+    egemma_.json("add-lines", "a.egx", stdin="one line")
     about = egemma_.json("inspect", "a.egx")
     assert (about["kind"], about["documents"], about["damage"], about["dims"]) == (
         "index",
@@ -596,9 +584,7 @@ def test_inspect_tells_bundles_from_indexes(egemma_: Shell, bundle: Path) -> Non
 
 
 def test_inspect_finds_damage(egemma_: Shell, bundle: Path, tmp_path: Path) -> None:
-    egemma_.json(
-        "add", "a.egx", "--lines", stdin="".join(f"line {number}\n" for number in range(200))
-    )
+    egemma_.json("add-lines", "a.egx", stdin="".join(f"line {number}\n" for number in range(200)))
     content = bytearray((tmp_path / "a.egx").read_bytes())
     at = content.index(b"line 77")
     content[at] ^= 1  # SQLite's own check does not see this
@@ -685,7 +671,7 @@ def test_no_command_imports_torch(bundle: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from egemma.cli import main; model = sys.argv[1]\n"
         "sys.stdin = open(sys.argv[2])\n"
-        "for line in (['embed', 'x'], ['add', 'a.egx', '--lines'], ['search', 'a.egx', 'x'], "
+        "for line in (['embed', 'x'], ['add-lines', 'a.egx'], ['search', 'a.egx', 'x'], "
         "['inspect', model], ['verify', model],\n"
         "             ['bench', model, '--runs', '1']):\n"
         "    assert main(line) == 0, line\n"
@@ -719,7 +705,7 @@ def test_a_reader_that_goes_away_ends_the_program_quietly(bundle: Path) -> None:
 def test_ctrl_c_during_add_ends_with_130_and_leaves_a_sound_index_of_whole_groups(
     tmp_path: Path,
 ) -> None:
-    process = start("add", "a.egx", "--lines", stdin=subprocess.PIPE, cwd=tmp_path)
+    process = start("add-lines", "a.egx", stdin=subprocess.PIPE, cwd=tmp_path)
     assert process.stdin is not None
     process.stdin.write(
         "".join(f"line {number}\n" for number in range(egemma.cli.commands.GROUP * 5))

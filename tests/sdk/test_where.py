@@ -498,7 +498,7 @@ def test_packed_metadata_comes_back_equal(metadata: dict[str, Any] | None) -> No
     [
         ([1], "list"),
         ("x", "str"),
-        ({1: "x"}, "keys must be str"),
+        ({1: "x"}, "keys are str"),
         ({"a": {1: "x"}}, "metadata\\['a'\\] has the key 1"),
         ({"a": [0, float("nan")]}, "metadata\\['a'\\]\\[1\\] is nan"),
         ({"a": float("-inf")}, "-inf"),

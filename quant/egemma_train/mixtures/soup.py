@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from egemma_core.checkpoint import Checkpoint, open_checkpoint, sha256_of
+from egemma_core.checkpoint import Checkpoint, open_checkpoint
 from egemma_core.errors import CheckpointError, ConfigError
+from egemma_core.files import sha256_of
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint

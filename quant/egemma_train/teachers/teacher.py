@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from egemma_core.checkpoint import open_checkpoint, sha256_of
+from egemma_core.checkpoint import open_checkpoint
 from egemma_core.errors import CheckpointError, ConfigError, InputError
+from egemma_core.files import sha256_of
 from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.load import load_encoder
 from egemma_core.vectors import normalize

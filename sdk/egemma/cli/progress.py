@@ -29,7 +29,7 @@ class Progress:
             print(f"\r\x1b[K{self._done} {self._unit} {bar}", end="", file=sys.stderr, flush=True)
 
     def at(self, done: int, total: int) -> None:
-        """For functions that say how far they are."""
+        """Show how far a function is that says it."""
         self.total = total
         self.advance(done - self._done)
 

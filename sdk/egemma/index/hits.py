@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+from egemma.exported import exported
 from egemma.index.checksums import Damage
 from egemma.index.records import chunk_with_document, chunks_of, find_document
 
@@ -15,6 +16,7 @@ Mode = Literal["vector", "text", "hybrid"]
 MODES = ("vector", "text", "hybrid")
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """One stored document."""
@@ -29,6 +31,7 @@ class Document:
     num_chunks: int
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class Hit:
     """One search result: a chunk of a document."""
@@ -64,6 +67,7 @@ class SearchInfo:
     tuned_for: int | None = None
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class Hits(Sequence[Hit]):
     """The hits of one query, best first, and how they were found."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egemma.chunks import ChunkedDocument
+from egemma.exported import exported
 from egemma.identity import ModelIdentity
 from egemma.index import jsonl, migration, records, tune
 from egemma.index.facts import write_state
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 from egemma.index.search import SearchOptions
 
 
+@exported
 class Index:
     """An open index file and the model that reads and writes it. Make one with `Index.open`.
 

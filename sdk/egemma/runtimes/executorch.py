@@ -170,14 +170,8 @@ def _declare(egx: ctypes.CDLL) -> ctypes.CDLL:
     egx.egx_set_threads.argtypes = [ctypes.c_uint32]
     egx.egx_open.restype = ctypes.c_void_p
     egx.egx_open.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
-    egx.egx_run.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int32,
-        ctypes.c_void_p,
-        ctypes.c_int32,
-    ]
+    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    egx.egx_run.argtypes = [pointer, pointer, pointer, number, pointer, number]
     egx.egx_close.argtypes = [ctypes.c_void_p]
     egx.egx_close.restype = None
     return egx

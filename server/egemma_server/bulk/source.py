@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from egemma_core.checkpoint import sha256_of
 from egemma_core.errors import ConfigError, InputError, RuntimeUnavailableError
+from egemma_core.files import sha256_of
 
 Source = str | Path | Sequence[str | Path]
 _READ_ROWS = 1024

@@ -299,7 +299,7 @@ def plan_of(
         if mode != "text":
             vectors = (
                 model_here(embedder, place, "search by meaning")
-                .embed_queries(queries, task=task)
+                .embed_query(queries, task=task)
                 .vectors
                 if queries
                 else None
