@@ -46,7 +46,6 @@ from benchmarks.search_peers import (
     load_library,
     open_ours,
     open_peer,
-    prepare_graph,
     prepare_ours,
     prepare_peer,
     truth_of,
@@ -60,7 +59,6 @@ SHORTLISTS = {
     256: (25, 50, 100, 200, 400),
     512: (15, 25, 50, 100, 200),
 }
-GRAPH_SHORTLISTS = (100, 200, 300, 500)
 WIDTHS = {100_000: (128, 256, 512), 1_000_000: (128, 256)}
 RECALL_QUERIES = 300  # for those that answer within _SLOW_MS
 SLOW_QUERIES = 30  # for the others
@@ -133,7 +131,6 @@ def prepare(size: int, place: Place) -> None:
     for width in widths_of(size):
         prepare_ours(size, width, place, say)
     truth_of(size, RECALL_QUERIES, place)
-    prepare_graph(size, place, say)
     file_bytes(place.index(size, DIMS[-1]), size)
     for name in peers_of(size):
         prepare_peer(name, size, place, say)
@@ -262,17 +259,6 @@ def race(size: int, place: Place, runs: int) -> dict[str, Any]:
             for shortlist in SHORTLISTS[width]
         ]
     process = processes["egemma 128"]
-    contenders += [
-        (
-            {
-                "name": "egemma graph",
-                "width": 128,
-                "options": {"shortlist": shortlist, "approximate": True},
-            },
-            process,
-        )
-        for shortlist in GRAPH_SHORTLISTS
-    ]
     if size <= 200_000:  # it reads every vector from disk: a million take many seconds
         contenders += [
             ({"name": "egemma exact", "width": 128, "options": {"exact": True}}, process)
@@ -352,9 +338,6 @@ def cold(size: int, place: Place, runs: int) -> dict[str, Any]:
             "first_ms": round(statistics.median(firsts), 1),
             **memory,
         }
-    process = Process({"name": "egemma", "size": size, "width": DIMS[-1]}, place)
-    process.ask(do="one", query=0, options={"approximate": True})
-    found["egemma graph"] = process.stop()
     warm = Process({"name": "egemma", "size": size, "width": DIMS[-1]}, place)
     found["egemma, files in the page cache"] = {
         "open_ms": round(warm.ask(do="opened")["ms"], 1),
@@ -388,18 +371,18 @@ def more_searches(size: int, place: Place, runs: int) -> dict[str, Any]:
         embedder,
         Index.open(place.index(size, DIMS[-1]), embedder, threads=place.threads) as index,
     ):
-        index.search_vector(queries[0])
+        index.search(queries[0])
         filters = {"1% pass": {"hundredth": 7}, "50% pass": {"half": 1}}
         for name, where in filters.items():
             started = time.perf_counter()
-            index.search_vector(queries[0], where=where)
+            index.search(queries[0], where=where)
             found[f"where, {name}, first time"] = {
                 "p50_ms": round((time.perf_counter() - started) * 1e3, 2)
             }
         calls: dict[str, Callable[[int], Any]] = {
-            "vector": lambda number: index.search_vector(queries[number]),
+            "vector": lambda number: index.search(queries[number]),
             **{
-                f"where, {name}": lambda number, where=where: index.search_vector(
+                f"where, {name}": lambda number, where=where: index.search(
                     queries[number], where=where
                 )
                 for name, where in filters.items()
@@ -407,7 +390,7 @@ def more_searches(size: int, place: Place, runs: int) -> dict[str, Any]:
             "embedding the query": lambda number: embedder.embed_query(texts[number]),
             "text": lambda number: index.search(texts[number], mode="text"),
             "hybrid, embedding included": lambda number: index.search(texts[number], mode="hybrid"),
-            "100 queries in one call, each": lambda number: index.search_vectors(
+            "100 queries in one call, each": lambda number: index.search(
                 queries[number : number + 100]
             ),
         }
@@ -424,10 +407,10 @@ def more_searches(size: int, place: Place, runs: int) -> dict[str, Any]:
         found |= {name: summary(values) for name, values in times.items()}
         where = {"hundredth": 7}
         exact = [
-            [hit.id for hit in index.search_vector(query, where=where, exact=True)]
+            [hit.id for hit in index.search(query, where=where, exact=True)]
             for query in queries[:5]
         ]
-        got = [[hit.id for hit in index.search_vector(query, where=where)] for query in queries[:5]]
+        got = [[hit.id for hit in index.search(query, where=where)] for query in queries[:5]]
         found["where, 1% pass, recall@10 against its own exact search"] = {
             "recall": round(
                 statistics.mean(
@@ -482,7 +465,7 @@ def writes(size: int, place: Place, runs: int) -> dict[str, Any]:
             )
             times.append((time.perf_counter() - started) * 1e3)
         found["one vector, text and full text, durable"] = summary(times)
-        index.search_vector(queries[0])
+        index.search(queries[0])
         idle = summary([timed(index, queries[number]) for number in range(200)])
         code = (
             "import sys, itertools, numpy as np\nfrom egemma.index import Index\nindex = "
@@ -533,7 +516,7 @@ def writes(size: int, place: Place, runs: int) -> dict[str, Any]:
 
 def timed(index: Any, query: Any) -> float:
     started = time.perf_counter()
-    index.search_vector(query)
+    index.search(query)
     return (time.perf_counter() - started) * 1e3
 
 
@@ -578,7 +561,6 @@ def file_bytes(path: Path, size: int) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "text_bytes": text,
         "full_text_bytes": words,
-        "graph_bytes": path.with_name(path.name + ".graph").stat().st_size,
         "bytes_per_vector_beside_text": round((path.stat().st_size - text - words) / size, 1),
         "bytes_per_vector_by_table": per,
     }

@@ -238,12 +238,11 @@ def open_ours(
     queries = place.queries()
 
     def ask(number: int, options: dict[str, Any]) -> list[int]:
-        return [int(hit.id) for hit in index.search_vector(queries[number], K, **options)]
+        return [int(hit.id) for hit in index.search(queries[number], K, **options)]
 
     def ask_many(count: int, options: dict[str, Any]) -> list[list[int]]:
         return [
-            [int(hit.id) for hit in hits]
-            for hits in index.search_vectors(queries[:count], K, **options)
+            [int(hit.id) for hit in hits] for hits in index.search(queries[:count], K, **options)
         ]
 
     return ask, ask_many
@@ -265,8 +264,7 @@ def prepare_ours(size: int, width: int, place: Place, say: Callable[[str], None]
         except Exception as error:
             say(f"{path.name}: {error}")
     for left in path.parent.glob(path.name + "*"):
-        if left.name != path.name + ".graph":
-            left.unlink()
+        left.unlink()
     made = path.with_name("making.egx")
     for left in path.parent.glob("making.egx*"):
         left.unlink()
@@ -285,48 +283,15 @@ def prepare_ours(size: int, width: int, place: Place, say: Callable[[str], None]
                 metadata=[{"hundredth": number % 100, "half": number % 2} for number in numbers],
             )
         if width != DIMS[-1]:
-            from egemma.index.tune import rewrite_heads
+            from egemma.index.upkeep.rewrite import rewrite_heads
 
-            with index._writing("rewrite") as change:  # as `tune` does, whatever it would choose
+            with index._session.writing(
+                "rewrite"
+            ) as change:  # as `tune` does, whatever it would choose
                 rewrite_heads(change, width)
     made.rename(path)
     (place.work / "built.jsonl").open("a").write(
         json.dumps({"name": path.name, "size": size, "s": round(time.perf_counter() - started, 1)})
-        + "\n"
-    )
-
-
-def prepare_graph(size: int, place: Place, say: Callable[[str], None]) -> None:
-    from egemma.index import Index
-    from egemma.index.graph import graph_path, read_notes
-
-    path = place.index(size, DIMS[-1])
-    try:
-        notes = read_notes(graph_path(path))
-    except Exception as error:
-        say(str(error))
-        notes = None
-    if notes is not None and notes.vectors == size:
-        return
-    say(f"building {path.name}.graph")
-    started = time.perf_counter()
-    with Index.open(path, threads=place.threads) as index:
-        index.build_graph(
-            progress=lambda done, total: (
-                say(f"{done} of {total}, {time.perf_counter() - started:.0f} s")
-                if done % 50_000 == 0
-                else None
-            )
-        )
-    (place.work / "built.jsonl").open("a").write(
-        json.dumps(
-            {
-                "name": path.name + ".graph",
-                "size": size,
-                "from": 0 if notes is None else notes.vectors,
-                "s": round(time.perf_counter() - started, 1),
-            }
-        )
         + "\n"
     )
 

@@ -231,6 +231,8 @@ def test_what_cannot_be_done_ends_with_1_and_one_line(
         ["add-lines", "a.egx", "--hidden"],
         ["search", "a.egx", "x", "--where", "{"],
         ["search", "a.egx", "x", "--where", "[]"],
+        ["search", "a.egx", "x", "--approximate"],
+        ["index", "graph", "a.egx"],
         ["index"],
         ["index", "polish", "a.egx"],
         ["index", "migrate", "a.egx"],

@@ -16,23 +16,34 @@ from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
 from egemma.index import Index, heads
+from egemma.index.blocks import live_numbers
+from egemma.index.checksums import Damage, block_crc32, head_crc32
 from egemma.index.codes import squares
-from egemma.index.facts import read_state
-from egemma.index.heads import (
-    BLOCK_ROWS,
-    Damage,
-    Heads,
-    block_crc32,
-    head_crc32,
-    int8_products,
-    kernel_name,
-    live_numbers,
-)
+from egemma.index.facts import BLOCK_ROWS, State, read_state
+from egemma.index.heads import Heads
+from egemma.index.scan import best_kernel, int8_products, kernel_name
 from egemma_core.errors import IndexFileError
 from egemma_core.vectors import normalize
 
 
-def held(codes: NDArray[np.int8], dead: Any = (), threads: int = 1) -> Heads:
+def state_of(generation: int, next_number: int, chunks: int) -> State:
+    """What the facts of a file say to whoever keeps its heads."""
+    return State(
+        identity=identity(),
+        scan_width=DIMS[-1],
+        floats=False,
+        generation=generation,
+        numbering=0,
+        next_number=next_number,
+        chunks=chunks,
+        model_path=None,
+        tuned=None,
+    )
+
+
+def held(
+    codes: NDArray[np.int8], dead: Any = (), threads: int = 1, kernel: str | None = None
+) -> Heads:
     """Heads as they stand in memory after these codes were read from a file."""
     blocks = -(-len(codes) // BLOCK_ROWS)
     live = np.ones(blocks * BLOCK_ROWS, bool)
@@ -55,8 +66,8 @@ def held(codes: NDArray[np.int8], dead: Any = (), threads: int = 1) -> Heads:
             "INSERT INTO heads VALUES (?, ?, ?, ?)",
             (block, head_crc32(block, lengths, values), lengths, values),
         )
-    made = Heads(codes.shape[1], threads)
-    made.refresh(connection, generation=1, next_number=len(codes), num_chunks=int(live.sum()))
+    made = Heads(codes.shape[1], threads, kernel or best_kernel())
+    made.refresh(connection, state_of(1, len(codes), int(live.sum())))
     connection.close()
     return made
 
@@ -85,14 +96,11 @@ def numpy_scan(
 
 
 @pytest.fixture(params=["numkong", "numpy"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "numpy":
-        monkeypatch.setenv("EGEMMA_KERNEL", "numpy")
-    else:
-        monkeypatch.delenv("EGEMMA_KERNEL", raising=False)
+def kernel(request: pytest.FixtureRequest) -> str:
+    if request.param != "numpy":
         pytest.importorskip("numkong")
-    assert kernel_name().split()[0] == request.param
-    return request.param
+    assert kernel_name(request.param).split()[0] == request.param
+    return str(request.param)
 
 
 CASES: dict[str, Any] = {
@@ -118,7 +126,7 @@ def test_a_scan_finds_what_a_full_sort_finds(kernel: str, case: str, rows: int) 
     random = np.random.default_rng(rows)
     codes = CASES[case](random, rows).astype(np.int8)
     dead = random.choice(rows, size=rows // 5, replace=False)
-    some = held(codes, dead)
+    some = held(codes, dead, kernel=kernel)
     queries = random.normal(size=(3, 16)).astype(np.float32)
     masks = [
         None,
@@ -155,9 +163,7 @@ def test_a_scan_of_anything_finds_what_a_full_sort_finds(data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 16, 63, 128, 129, 768, 1040, 1041, 16_384])
-def test_both_kernels_give_the_same_integers_as_numpy_in_64_bits(
-    monkeypatch: pytest.MonkeyPatch, width: int
-) -> None:
+def test_both_kernels_give_the_same_integers_as_numpy_in_64_bits(width: int) -> None:
     random = np.random.default_rng(width)
     for rows in (0, 1, 3, 65):
         for count in (1, 4, 5):
@@ -166,9 +172,8 @@ def test_both_kernels_give_the_same_integers_as_numpy_in_64_bits(
             if rows:
                 codes[0], queries[0] = 127, 127  # the largest sum there is
             expected = codes.astype(np.int64) @ queries.T.astype(np.int64)
-            for kernel in ("numpy", ""):
-                monkeypatch.setenv("EGEMMA_KERNEL", kernel)
-                found = int8_products(queries)(codes)
+            for kernel in {"numpy", best_kernel()}:
+                found = int8_products(queries, kernel)(codes)
                 assert found.dtype == np.int32
                 np.testing.assert_array_equal(found, expected)
 
@@ -179,12 +184,14 @@ def test_many_queries_and_threads_give_what_each_query_gives_alone(
     random = np.random.default_rng(5)
     codes = random.integers(-127, 128, (3000, 16)).astype(np.int8)
     queries = random.normal(size=(11, 16)).astype(np.float32)
-    one = held(codes)
+    one = held(codes, kernel=kernel)
     alone = [set(one.scan(query[None], 50)[0].tolist()) for query in queries]
     monkeypatch.setattr(heads, "_SPLIT_BYTES", 5000)  # several threads for a table this small
     monkeypatch.setattr(heads, "_SCAN_ROWS", 700)  # in several pieces
     monkeypatch.setattr(heads, "_SCORES_BYTES", 30_000)  # and two or three queries at a time
-    assert [set(numbers.tolist()) for numbers in held(codes, threads=4).scan(queries, 50)] == alone
+    assert [
+        set(numbers.tolist()) for numbers in held(codes, threads=4, kernel=kernel).scan(queries, 50)
+    ] == alone
 
 
 def test_bits_of_a_block_stand_for_numbers_from_the_least_significant_on() -> None:
@@ -204,13 +211,7 @@ def identity() -> ModelIdentity:
 
 
 def refreshed(connection: sqlite3.Connection, into: Heads) -> Heads:
-    state = read_state(connection)
-    into.refresh(
-        connection,
-        generation=state.generation,
-        next_number=state.next_number,
-        num_chunks=state.chunks,
-    )
+    into.refresh(connection, read_state(connection))
     return into
 
 
@@ -356,7 +357,7 @@ def test_a_block_of_impossible_lengths_is_damage_though_its_checksums_fit(
         (block, head_crc32(block, squares_, codes) if sound else 0, squares_, codes),
     )
     with pytest.raises(Damage):
-        Heads(4, 1).refresh(connection, generation=1, next_number=256, num_chunks=256)
+        Heads(4, 1).refresh(connection, state_of(1, 256, 256))
     connection.close()
 
 
@@ -373,11 +374,11 @@ def test_a_block_that_is_missing_is_not_made_up_for_by_what_stood_there_before()
             (block, head_crc32(block, SQUARES, CODES), SQUARES, CODES),
         )
     kept = Heads(4, 1)
-    kept.refresh(connection, generation=1, next_number=512, num_chunks=512)
+    kept.refresh(connection, state_of(1, 512, 512))
     connection.execute("UPDATE blocks SET changed = 2")
     connection.execute("DELETE FROM blocks WHERE number = 1")
     with pytest.raises(Damage):  # compacted to one chunk fewer, as the facts say
-        kept.refresh(connection, generation=2, next_number=511, num_chunks=511)
+        kept.refresh(connection, state_of(2, 511, 511))
     connection.close()
 
 

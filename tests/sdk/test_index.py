@@ -23,7 +23,13 @@ import pytest
 
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.index import Document, Index, PutReport, content_id, describe_index, file
-from egemma_core.errors import ConfigError, IndexFileError, InputError, TokenLimitError
+from egemma_core.errors import (
+    ConfigError,
+    IndexFileError,
+    InputError,
+    NotFoundError,
+    TokenLimitError,
+)
 from tests.sdk.fakes import DIMS, MAX_TOKENS, TEXTS, WordEmbedder, model_of, open_index
 from tests.sdk.test_index_file import python
 
@@ -493,23 +499,36 @@ def test_what_another_process_changed_meanwhile_is_replaced(tmp_path: Path) -> N
         assert index.facts(check=True).damage is None
 
 
+def test_an_index_is_asked_for_documents_like_a_mapping(index: Index) -> None:
+    index.add(TEXTS[:2], ids=["cat", "dog"])
+    assert "cat" in index
+    assert "cow" not in index
+    assert 7 not in index
+    assert index["dog"] == index.get(["dog"])[0]
+    for ask in (lambda: index["cow"], lambda: index.get(["cat", "cow"])):
+        with pytest.raises(NotFoundError, match="has no document 'cow'") as caught:
+            ask()
+        assert isinstance(caught.value, KeyError)
+    assert caught.value.position == 1
+
+
 # What cannot work is refused, and nothing is stored.
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"texts": ["good", ""]}, "text 1 is blank"),
-        ({"texts": ["good", " \t\n"]}, "text 1 is blank"),
-        ({"texts": ["good", b"bytes"]}, "text 1 is bytes"),
-        ({"texts": ["good", None]}, "text 1 is NoneType"),
-        ({"texts": ["good", "a\0b"]}, "text 1 holds a NUL character at 1"),
+        ({"texts": ["good", ""]}, "text 1: the text is blank"),
+        ({"texts": ["good", " \t\n"]}, "text 1: the text is blank"),
+        ({"texts": ["good", b"bytes"]}, "text 1: the text is bytes"),
+        ({"texts": ["good", None]}, "text 1: the text is NoneType"),
+        ({"texts": ["good", "a\0b"]}, "text 1: the text holds a NUL character at 1"),
         ({"texts": ["good", "a\ud800"]}, r"U\+D800"),
         ({"texts": "good"}, "one str"),
         ({"titles": ["t"]}, "1 titles for 2 texts"),
         ({"titles": "tt"}, "one str"),
-        ({"titles": ["t", "\udcff"]}, "title 1"),
-        ({"titles": ["t", 3]}, "title 1 is int"),
+        ({"titles": ["t", "\udcff"]}, "text 1: its title"),
+        ({"titles": ["t", 3]}, "text 1: its title is int"),
         ({"ids": ["one"]}, "1 ids for 2 texts"),
         ({"ids": "12"}, "ids is one str"),
         ({"ids": ["one", ""]}, "blank"),
@@ -521,7 +540,7 @@ def test_what_another_process_changed_meanwhile_is_replaced(tmp_path: Path) -> N
         ({"ids": ["one", "one"]}, "two different documents"),
         ({"metadata": [{}, {"a": float("nan")}]}, "no such number"),
         ({"metadata": [{}, {"a": {1, 2}}]}, "set"),
-        ({"metadata": [{}, {1: 2}]}, "keys are str"),
+        ({"metadata": [{}, {1: 2}]}, "keys must be str"),
         ({"metadata": [{}, {"a": 2**70}]}, "64 bits"),
         ({"metadata": [{}, {"a": "\0"}]}, "NUL"),
         ({"metadata": [{}, [1]]}, "mapping"),

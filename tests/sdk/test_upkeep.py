@@ -23,6 +23,7 @@ from egemma import upkeep
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.identity import ModelIdentity
 from egemma.index import Index, describe_index
+from egemma.index.upkeep.check import MAX_FINDINGS
 from egemma.upkeep import backup, check, compact
 from egemma_core.errors import IndexFileError, IndexMismatchError, InputError
 from tests.sdk.conftest import ROOT
@@ -243,7 +244,7 @@ def test_all_that_is_damaged_is_said_up_to_a_hundred(tmp_path: Path) -> None:
         "chunk 44 is not what was stored",
     ]
     sql(tmp_path / "a.egx", "UPDATE documents SET title = 'x'")
-    assert len(check(tmp_path / "a.egx")) == upkeep.MOST_FINDINGS
+    assert len(check(tmp_path / "a.egx")) == MAX_FINDINGS
 
 
 def test_a_page_that_cannot_be_read_is_a_finding_and_not_a_crash(tmp_path: Path) -> None:
@@ -385,7 +386,10 @@ def test_a_full_disk_refuses_backup_and_compaction_before_they_begin(
         monkeypatch.setattr(
             shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
         )  # type: ignore[attr-defined]
-        for doing in (lambda: upkeep.backup(index.path, tmp_path / "b.egx"), index.compact):
+        for doing in (
+            lambda: upkeep.backup(index.path, tmp_path / "b.egx"),
+            lambda: upkeep.compact(index.path),
+        ):
             with pytest.raises(IndexFileError, match="MB free"):
                 doing()
         assert not (tmp_path / "b.egx").exists()
@@ -607,7 +611,7 @@ def _in(line: dict[str, Any], **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda line: [], "wanted is a JSON object"),
+        (lambda line: [], "must be a JSON object"),
         (lambda line: {**line, "id": 3}, "lacks 'id'"),
         (lambda line: {**line, "id": " "}, "is blank"),
         (lambda line: {**line, "id": "a\0b"}, "NUL"),
@@ -632,7 +636,7 @@ def _in(line: dict[str, Any], **changes: Any) -> dict[str, Any]:
         (lambda line: _in(line, tokens=-4), "from 0 to"),
         (lambda line: _in(line, truncated=0), "lacks 'truncated'"),
         (lambda line: _in(line, head="€"), "not base64"),
-        (lambda line: _in(line, head="AAAA"), "has 3 bytes, wanted are 16"),
+        (lambda line: _in(line, head="AAAA"), "has 3 bytes, and must have 16"),
         (lambda line: _in(line, head=None), "lacks 'head'"),
         (lambda line: _in(line, head=coded([-128] * 16, "i1")), "-128"),
         (lambda line: _in(line, head=coded([0] * 16, "i1")), "a vector has length"),

@@ -80,7 +80,8 @@ def head_crc32(block: int, squares: bytes, codes: bytes) -> int:
 
 
 def chunk_hash(title: str | None, text: str) -> bytes:
-    """Return 16 bytes that stand for what is embedded: chunks of one document share a vector by
-    them.
+    """Return 16 bytes that stand for what is embedded.
+
+    Chunks of one document that have the same share a vector.
     """
     return hashlib.sha256("\0".join((title or "", text)).encode()).digest()[:16]

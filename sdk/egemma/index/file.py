@@ -1,7 +1,4 @@
-"""Connections to an index file: how it is opened and made, its locks, and what its errors mean.
-
-contract/index-format.md describes the file for other languages.
-"""
+"""Connections to an index file: how it is opened and made, its locks, and what its errors mean."""
 
 from __future__ import annotations
 
@@ -152,7 +149,7 @@ def create_tables(connection: sqlite3.Connection, identity: ModelIdentity, *, fl
     """Make a blank file an index of this model, unless another process was faster."""
     # of no effect where another process was faster
     connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-    _switch_towal_of(connection)
+    _switch_to_wal(connection)
     connection.execute("BEGIN IMMEDIATE")
     try:
         if is_blank(connection):
@@ -279,7 +276,7 @@ def _begin_to_write(connection: sqlite3.Connection, begin: str) -> None:
     """Take the write lock, and log it where that takes long."""
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     connection.execute(f"PRAGMA busy_timeout = {round(1000 * _SILENT_WAIT_S)}")
-    said = False
+    logged = False
     try:
         while True:
             try:
@@ -288,17 +285,17 @@ def _begin_to_write(connection: sqlite3.Connection, begin: str) -> None:
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
-            if not said:
+            if not logged:
                 logger.warning(
                     "another program is writing to this index; waiting up to %g s for it",
                     BUSY_TIMEOUT_S,
                 )
-                said = True
+                logged = True
     finally:
         connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
 
 
-def _switch_towal_of(connection: sqlite3.Connection) -> None:
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
     """Switch a new file to a write-ahead log, after waiting for whoever does the same.
 
     SQLite does not wait by itself here: it would have to raise a read lock that both may hold.

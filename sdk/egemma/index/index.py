@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
@@ -18,13 +17,13 @@ from numpy.typing import NDArray
 
 from egemma.chunks import ChunkedDocument
 from egemma.exported import exported
-from egemma.identity import ModelIdentity, check_same_model
-from egemma.index import jsonl, migration, put, records, tune
-from egemma.index.facts import read_state, write_state
-from egemma.index.file import MIGRATE_HINT
+from egemma.identity import ModelIdentity
+from egemma.index import jsonl, migration, records, tune
+from egemma.index.facts import write_state
 from egemma.index.hits import Document, Hits, Mode, read_document
-from egemma.index.inputs import check_ids, check_text, query_rows
+from egemma.index.inputs import check_ids, check_text
 from egemma.index.prepare import IndexOverflow, documents_of, prepare, prepare_vectors, text_rows
+from egemma.index.put import PutReport, put_documents, store_vectors
 from egemma.index.search import Queries, Searcher, plan_search
 from egemma.index.session import Session
 from egemma.index.tuned import TuneReport
@@ -33,12 +32,16 @@ from egemma.threads import check_threads
 from egemma.where import parse
 from egemma.where_sqlite import to_sqlite
 from egemma_core.checks import one_of
-from egemma_core.errors import InputError, NotFoundError
+from egemma_core.errors import NotFoundError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.tokens import Overflow
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from egemma.embedder import Embedder
+    from egemma.index.put import PutReport, put_documents, store_vectors
+from egemma.index.search import SearchOptions
 
 
 @exported
@@ -51,6 +54,7 @@ class Index:
     """
 
     def __init__(self, session: Session, threads: int) -> None:
+        self.path, self.read_only = session.path, session.read_only
         self._session, self._threads = session, threads
         self._searcher = Searcher(threads)
 
@@ -67,35 +71,22 @@ class Index:
         """Open an index file, or make one.
 
         Args:
-            path: the SQLite file; while it is open, `-wal` and `-shm` stand beside it and belong to
-                it.
+            path: the SQLite file; `-wal` and `-shm`, beside it while it is open, belong to it.
             embedder: the model; it must be the one that made the file, wherever its bundle lies
                 now. An identity will do where vectors come from elsewhere, None for a file that
                 exists: both can do everything but embed.
             create: make the file when there is none. A file that cannot be written is opened for
                 search only.
             keep_floats: a new file keeps vectors as float32 beside their int8 codes: 4 bytes more
-                per channel, and scores as of the model's own vectors. A file that exists stays as
-                it is.
+                per channel, and scores as of the model's own vectors.
             threads: to search with; None for as many as this process has CPUs.
 
         Raises:
             IndexMismatchError: the file holds vectors of another model.
             IndexFileError: no file, no index, damaged, of another version, or not accessible.
         """
-        checked = check_threads(threads)
-        session = Session.open(path, embedder, create=create, keep_floats=keep_floats)
-        return cls(session, checked)
-
-    @property
-    def path(self) -> Path:
-        """The index file."""
-        return self._session.path
-
-    @property
-    def read_only(self) -> bool:
-        """Whether the file cannot be written here, and is open for search only."""
-        return self._session.read_only
+        threads = check_threads(threads)
+        return cls(Session.open(path, embedder, create=create, keep_floats=keep_floats), threads)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -104,11 +95,7 @@ class Index:
 
     @property
     def embedder(self) -> Embedder:
-        """The model that texts are embedded with.
-
-        Raises:
-            ConfigError: the index was opened without one.
-        """
+        """The model that texts are embedded with; a ConfigError where the index has none."""
         return self._session.embedder_for("embed texts")
 
     def add(
@@ -171,19 +158,18 @@ class Index:
             The ids.
 
         Raises:
-            InputError: a vector, id, text or metadata cannot be stored.
-            IndexFileError: the file is read-only, full, locked or damaged.
+            InputError, IndexFileError: as `add`.
         """
         prepared = prepare_vectors(
-            vectors, self._session.identity.dim, ids, texts, titles, metadata, num_tokens, truncated
+            vectors, self.identity.dim, ids, texts, titles, metadata, num_tokens, truncated
         )
         with self._session.writing("add") as change:
-            put.store_vectors(change, prepared)
+            store_vectors(change, prepared)
         return [row.id for row in prepared.rows]
 
     def put(
         self, documents: Sequence[ChunkedDocument], *, overflow: Overflow = "error"
-    ) -> put.PutReport:
+    ) -> PutReport:
         """Embed the chunks of documents and store them: all, or after any error or crash none.
 
         A stored id is replaced. A chunk whose title and text the stored document has already keeps
@@ -201,8 +187,8 @@ class Index:
         prepared = prepare(documents)
         self._session.check_writable()
         if not prepared:
-            return put.PutReport(documents=0, chunks=0, embedded=0, reused=0, removed=0)
-        return put.put_documents(
+            return PutReport(documents=0, chunks=0, embedded=0, reused=0, removed=0)
+        return put_documents(
             prepared,
             overflow,
             current_embedder=lambda: self._session.embedder_for("put documents"),
@@ -211,11 +197,7 @@ class Index:
         )
 
     def remove(self, ids: Sequence[str]) -> int:
-        """Delete documents, all in one transaction; ids that are not stored are passed over.
-
-        Returns:
-            How many were deleted.
-        """
+        """Delete documents, all in one transaction, and return how many of the ids were stored."""
         checked = check_ids(ids)
         with self._session.writing("remove") as change:
             return change.remove_documents(checked)
@@ -250,56 +232,22 @@ class Index:
             return records.count_documents(connection)
 
     def ids(self, where: Mapping[Any, Any] | None = None) -> list[str]:
-        """Return the ids of all documents, or of those that a filter is true for.
-
-        They come in the order in which they were added.
-        """
+        """Return the ids of all documents, or of those that pass a filter, in order of adding."""
         condition, parameters = ("1", []) if where is None else to_sqlite(parse(where))
         with self._session.reading("read") as connection:
             self._session.check_documents(connection)
             return records.ids_where(connection, condition, parameters)
 
     @overload
-    def search(
-        self,
-        query: str,
-        k: int = 10,
-        *,
-        dim: int | None = None,
-        where: Mapping[Any, Any] | None = None,
-        mode: Mode = "vector",
-        task: str = DEFAULT_TASK,
-        shortlist: int | None = None,
-        exact: bool = False,
-    ) -> Hits: ...
+    def search(self, query: str, k: int = 10, **options: Unpack[SearchOptions]) -> Hits: ...
 
     @overload
     def search(
-        self,
-        query: list[str] | tuple[str, ...],
-        k: int = 10,
-        *,
-        dim: int | None = None,
-        where: Mapping[Any, Any] | None = None,
-        mode: Mode = "vector",
-        task: str = DEFAULT_TASK,
-        shortlist: int | None = None,
-        exact: bool = False,
+        self, query: list[str] | tuple[str, ...], k: int = 10, **options: Unpack[SearchOptions]
     ) -> list[Hits]: ...
 
-    @overload
-    def search(
-        self,
-        query: NDArray[Any],
-        k: int = 10,
-        *,
-        dim: int | None = None,
-        where: Mapping[Any, Any] | None = None,
-        mode: Mode = "vector",
-        task: str = DEFAULT_TASK,
-        shortlist: int | None = None,
-        exact: bool = False,
-    ) -> Any: ...
+    @overload  # one vector or rows of them: NumPy's types do not tell
+    def search(self, query: NDArray[Any], k: int = 10, **options: Unpack[SearchOptions]) -> Any: ...
 
     def search(
         self,
@@ -342,33 +290,9 @@ class Index:
             IndexMismatchError: somebody has migrated the file to another model since it was opened.
         """
         queries = Queries.of(query)
-        plan = plan_search(
-            queries,
-            self._session.identity,
-            k,
-            dim=dim,
-            where=where,
-            mode=mode,
-            shortlist=shortlist,
-            exact=exact,
-        )
-        if queries.texts == []:
-            return []
-        words = queries.texts if mode != "vector" else None
-        while True:
-            vectors, embedder = queries.vectors, self._session.embedder
-            if queries.texts is not None and mode != "text":
-                embedder = self._session.embedder_for("search by meaning")
-                vectors = embedder.embed_query(queries.texts, task=task).vectors
-            with self._session.reading("search") as connection:
-                # else a migration came between, and is done: ask the new model
-                if embedder is self._session.embedder or vectors is None or queries.texts is None:
-                    state = read_state(connection)
-                    check_same_model(self.path, state.identity, self.identity, MIGRATE_HINT)
-                    if plan.condition is not None:
-                        self._session.check_documents(connection)
-                    found = self._searcher.search(connection, state, plan, vectors, words)
-                    return found[0] if queries.single else found
+        plan = plan_search(queries, self.identity, k, dim, where, mode, shortlist, exact)
+        found = self._searcher.answer(queries, plan, task, self._session)
+        return found[0] if queries.single else found
 
     def facts(self, *, check: bool = False) -> IndexFacts:
         """Return what the file says about itself; see `egemma.upkeep.describe`."""
@@ -393,28 +317,10 @@ class Index:
             queries: texts, or their (B, D) vectors by this model, as users will ask; some hundred.
                 None takes stored chunks, which is a guess: queries can be harder.
         """
-        request = tune.TuneRequest(
-            recall=recall, k=k, sample=sample, seed=seed, confidence=confidence
-        )
-        self._session.check_writable()
-        rows = None
-        if queries is not None:
-            given = queries
-            if not isinstance(queries, np.ndarray):
-                given = (
-                    self._session.embedder_for("embed queries").embed_query(list(queries)).vectors
-                )
-            rows = query_rows(given, self._session.identity.dim, self._session.identity)[0]
-            if not len(rows):
-                raise InputError("queries is empty: pass some hundred, or None for stored chunks.")
-        return tune.tune(
-            self.path,
-            self._session.identity,
-            request,
-            rows,
-            threads=self._threads,
-            writing=self._session.writing,
-        )
+        request = tune.TuneRequest(recall, k, sample, seed, confidence)
+        session = self._session
+        session.check_writable()
+        return tune.tune(self.path, request, queries, session, threads=self._threads)
 
     def import_jsonl(
         self,
@@ -425,14 +331,14 @@ class Index:
         progress: Callable[[int, int], None] | None = None,
     ) -> jsonl.ImportReport:
         """Put the documents of an export in; see `jsonl.import_jsonl`."""
-        self._session.check_writable()
+        session = self._session
+        session.check_writable()
+
+        def put(documents: list[ChunkedDocument]) -> PutReport:
+            return self.put(documents, overflow=overflow)
+
         return jsonl.import_jsonl(
-            source,
-            self._session.identity,
-            put=lambda documents: self.put(documents, overflow=overflow),
-            writing=self._session.writing,
-            reembed=reembed,
-            progress=progress,
+            source, self.identity, put, session.writing, reembed=reembed, progress=progress
         )
 
     def migrate(
@@ -466,16 +372,10 @@ class Index:
     def __enter__(self) -> Index:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    # For `egemma.ingest` and the command line alone. They are methods because ingestion takes any
-    # store that has them.
+    # For `egemma.ingest` and the command line alone; methods, as ingestion takes any such store.
 
     def sources(self) -> dict[str, Mapping[str, Any]]:
         """Return what ingestion noted of each document that it put in: id -> source."""

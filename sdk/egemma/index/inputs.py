@@ -71,31 +71,31 @@ def check_counts(num_tokens: Sequence[Any], count: int) -> list[int]:
     ]
 
 
-def check_text(what: str, text: object, *, blank: bool, position: int | None = None) -> None:
+def check_text(
+    name: str, text: object, *, blank: bool, position: int | None = None, place: str = ""
+) -> None:
     """Check that a text can be stored.
 
     Args:
-        what: names it in the message: "text 3", "the title of 'a'".
+        name: of the text in messages: "the text", "the title of 'a'".
         blank: whether it may be blank.
-        position: which of the call's texts it is, for the error.
+        position, place: which of the call's texts it is; see `EgemmaError`.
 
     Raises:
         InputError: it is no Unicode text, holds a NUL, or is blank and must not be.
     """
-    checked = unicode_text(what, text, position=position)
+    try:
+        checked = unicode_text(name, text)
+    except InputError as error:
+        raise error.at(place, position=position) from error
     if "\0" in checked:
-        raise InputError(
-            f"{what} holds a NUL character at {checked.index(chr(0))}: other languages stop "
-            "reading there.",
-            hint="Remove it.",
-            position=position,
-        )
-    if not blank and not checked.strip():
-        raise InputError(
-            f"{what} is blank: there is nothing to find in it.",
-            hint="Leave it out.",
-            position=position,
-        )
+        found = f"{name} holds a NUL character at {checked.index(chr(0))}"
+        hint = "Other languages stop reading there: remove it."
+    elif not blank and not checked.strip():
+        found, hint = f"{name} is blank", "There is nothing to find in it: leave it out."
+    else:
+        return
+    raise InputError(f"{found}.", hint=hint, position=position, place=place)
 
 
 def check_id(id_: object) -> None:

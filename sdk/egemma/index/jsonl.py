@@ -32,14 +32,13 @@ from egemma.index.jsonl_lines import (
 from egemma.index.put import PutReport
 from egemma.index.records import (
     StoredChunk,
-    StoredVector,
     chunk_keys,
     chunks_of,
-    chunks_with_vectors_of,
     count_documents,
     documents_by_first_chunk,
 )
 from egemma.index.rows import Change, NewChunk
+from egemma.index.vectors import StoredVector, chunks_with_vectors_of
 from egemma_core.errors import IndexFileError, InputError
 from egemma_core.files import replacing_file
 
@@ -153,9 +152,9 @@ class ImportReport:
 def import_jsonl(
     source: str | Path,
     identity: ModelIdentity,
-    *,
     put: Callable[[list[ChunkedDocument]], PutReport],
     writing: Callable[[str], AbstractContextManager[Change]],
+    *,
     reembed: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:

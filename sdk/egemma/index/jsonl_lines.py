@@ -116,8 +116,8 @@ def _document(value: Any, kind: str, layout: Layout) -> ReadDocument:
         counts.append((found["tokens"], found["truncated"]))
         vectors.append(
             {
-                name: _bytes(found[name], f"{name} of {what}", wanted)
-                for name, wanted in parts.items()
+                name: _bytes(found[name], f"{name} of {what}", num_bytes)
+                for name, num_bytes in parts.items()
             }
         )
     document = ChunkedDocument(
@@ -158,13 +158,13 @@ def _fields(
     return dict.fromkeys(optional) | value
 
 
-def _bytes(text: str, what: str, wanted: int) -> bytes:
+def _bytes(text: str, what: str, num_bytes: int) -> bytes:
     try:
         found = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{what} is not base64 ({error}).") from error
-    if len(found) != wanted:
-        raise InputError(f"{what} has {len(found)} bytes, and must have {wanted}.")
+    if len(found) != num_bytes:
+        raise InputError(f"{what} has {len(found)} bytes, and must have {num_bytes}.")
     return found
 
 

@@ -1,9 +1,9 @@
-"""Another model for an index: everything is embedded anew beside the old vectors, which answer
-until one transaction switches over.
+"""Another model for an index: everything is embedded anew beside the old vectors.
 
-What is done stays done: a batch is one short transaction, so others write in between, and after a
-kill the same call goes on. The text of a chunk never changes under its number, and numbers rise, so
-all chunks below `filled_below` that still exist have their new vector.
+These answer until one transaction switches over. What is done stays done: a batch is one short
+transaction, so others write in between, and after a kill the same call goes on. The text of a chunk
+never changes under its number, and numbers rise, so all chunks below `filled_below` that still
+exist have their new vector.
 """
 
 from __future__ import annotations
@@ -21,13 +21,9 @@ from egemma.index.checksums import Damage
 from egemma.index.codes import Layout, check_vectors
 from egemma.index.facts import read_migration, read_state
 from egemma.index.file import checked_path, opened, transaction
-from egemma.index.records import (
-    StoredChunk,
-    check_vectors_from,
-    chunks_from,
-    count_truncated,
-)
+from egemma.index.records import StoredChunk, chunks_from, count_truncated
 from egemma.index.upkeep.disk import check_room
+from egemma.index.vectors import check_vectors_from
 from egemma_core.checks import one_of, whole_number
 from egemma_core.errors import EgemmaError, IndexFileError, InputError, TokenLimitError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 IndexOverflow = Literal["error", "truncate", "chunk"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextRow:
+class TextRow(NamedTuple):
     """One text with what stands beside it, checked."""
 
     id: str
@@ -51,7 +50,7 @@ class Prepared:
     metadata: str | None
     source: str | None
     chunks: tuple[Chunk, ...]
-    position: int = field(compare=False)  # of the document in its call
+    position: int = field(default=0, compare=False)  # in the call
     # chunk hash -> vector, tokens, truncated
     vectors: dict[bytes, tuple[NDArray[np.float32], int, bool]] = field(default_factory=dict)
 
@@ -95,13 +94,14 @@ def text_rows(
     names = one_per_text("titles", titles, len(texts))
     entries = one_per_text("metadata", metadata, len(texts))
     for position, (text, title) in enumerate(zip(texts, names, strict=True)):
-        check_text(f"text {position}", text, blank=blank, position=position)
+        place = f"text {position}"
+        check_text("the text", text, blank=blank, position=position, place=place)
         if title is not None:
-            check_text(f"title {position}", title, blank=True, position=position)
+            check_text("its title", title, blank=True, position=position, place=place)
     if ids is None:
         ids = [content_id(text, title or None) for text, title in zip(texts, names, strict=True)]
     return [
-        TextRow(id=id_, text=text, title=title or None, metadata=entry)
+        TextRow(id_, text, title or None, entry)
         for id_, text, title, entry in zip(
             one_per_text("ids", ids, len(texts)), texts, names, entries, strict=True
         )
@@ -148,30 +148,26 @@ def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> lis
     prepared: dict[str, Prepared] = {}
     for position, document in enumerate(documents):
         try:
-            made = _prepared(document, position, blank=blank)
-            check_unique([document.id, document.id], [made, prepared.get(document.id, made)])
+            made = _prepare(document, position, blank=blank)
+            first = prepared.setdefault(document.id, made)
+            check_unique([document.id, document.id], [first, made])
         except InputError as error:
             raise error.at(error.place, position=position) from error
-        prepared[document.id] = made
     return list(prepared.values())
 
 
-def _prepared(document: ChunkedDocument, position: int, *, blank: bool) -> Prepared:
+def _prepare(document: ChunkedDocument, position: int, *, blank: bool) -> Prepared:
     check_id(document.id)
     title = document.title or None
     if title is not None:
         check_text(f"the title of {document.id!r}", title, blank=True)
-    if not document.chunks:
-        raise InputError(
-            f"document {document.id!r} has no chunks: there is nothing to find in it.",
-            hint="Leave it out.",
-        )
     chunks = tuple(replace(chunk, title=chunk.title or None) for chunk in document.chunks)
     _check_chunks(document.id, chunks)
     # a blank chunk between others is part of the text
-    if not blank and not any(chunk.text.strip() for chunk in chunks):
+    lacks = "has no chunks" if not chunks else "is blank"
+    if not chunks or not (blank or any(chunk.text.strip() for chunk in chunks)):
         raise InputError(
-            f"document {document.id!r} is blank: there is nothing to find in it.",
+            f"document {document.id!r} {lacks}, so there is nothing to find in it.",
             hint="Leave it out.",
         )
     return Prepared(

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from egemma.chunks import Chunk
 from egemma.index.codes import check_vectors
 from egemma.index.prepare import Prepared, PreparedVectors
-from egemma.index.records import ChunkKey, chunk_keys, read_vector
+from egemma.index.records import ChunkKey, chunk_keys
 from egemma.index.rows import Change, NewChunk
+from egemma.index.vectors import read_vector
 from egemma_core.errors import EgemmaError, InputError
 from egemma_core.tokens import Overflow
 
@@ -57,17 +58,14 @@ def put_documents(
                 document.vectors.clear()
         with reading("read") as connection:
             known = chunk_keys(connection, [document.id for document in prepared])
-        missing: dict[bytes, Chunk] = {}
-        positions: list[int] = []  # in the call, of the document of each of them
+        missing: dict[bytes, tuple[Prepared, Chunk]] = {}
         for document in prepared:
             reusable = reusable_chunks(known.get(document.id), overflow)
             for hash_, chunk in document.hashed:
-                is_known = hash_ in document.vectors or hash_ in reusable or hash_ in missing
-                if not is_known:
-                    missing[hash_] = chunk
-                    positions.append(document.position)
+                if hash_ not in document.vectors and hash_ not in reusable:
+                    missing.setdefault(hash_, (document, chunk))
         if missing:
-            _embed(prepared, missing, positions, embedder, overflow)
+            _embed(prepared, missing, embedder, overflow)
             embedded += len(missing)
         report = None
         with writing("add") as change:
@@ -80,22 +78,21 @@ def put_documents(
 
 def _embed(
     prepared: Sequence[Prepared],
-    missing: Mapping[bytes, Chunk],
-    positions: Sequence[int],
+    missing: Mapping[bytes, tuple[Prepared, Chunk]],
     embedder: Embedder,
     overflow: Overflow,
 ) -> None:
     """Embed chunks, given by hash, and note each vector in the documents that have the chunk."""
     try:
         embeddings = embedder.embed_documents(
-            [chunk.text for chunk in missing.values()],
-            titles=[chunk.title for chunk in missing.values()],
+            [chunk.text for _, chunk in missing.values()],
+            titles=[chunk.title for _, chunk in missing.values()],
             overflow=overflow,
         )
-    except EgemmaError as error:
+    except EgemmaError as error:  # about a chunk: say which document of the call it is of
         if error.position is None:
             raise
-        position = positions[error.position]  # of the document, where the model counts chunks
+        position = list(missing.values())[error.position][0].position
         raise error.at(f"text {position}", position=position) from error
     vectors = check_vectors(embeddings.vectors, embedder.dim)
     if len(vectors) != len(missing):

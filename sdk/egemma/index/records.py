@@ -1,12 +1,12 @@
-"""What an index file holds, read and checked: the only place that reads rows of content.
+"""What an index file holds, read and checked: documents and their chunks.
 
-Every function below is called inside a transaction, so that all it reads is of one moment. A row
-whose checksum, type or length does not fit ends the reading with `Damage`.
+Together with `blocks` and `vectors` this is the only place that reads rows of content. Every
+function is called inside a transaction, so that all it reads is of one moment. A row whose
+checksum, type or length does not fit ends the reading with `Damage`.
 """
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,19 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index.blocks import HeadReader, heads_between
-from egemma.index.checksums import Damage, chunk_crc32, document_crc32, vector_crc32
-from egemma.index.codes import Layout, decode
-from egemma.index.facts import BLOCK_ROWS, State
+from egemma.index.checksums import Damage, chunk_crc32, document_crc32
+from egemma.index.facts import State
 
 MAX_PARAMETERS = 500  # of one statement; SQLite takes 999 everywhere
-BLOCKS_TOGETHER = 16  # blocks whose vectors are read at a time
 
-_CHUNK = (
+CHUNK_COLUMNS = (
     "c.number, c.document, c.position, c.start, c.stop, c.num_tokens, c.truncated, c.title, c.text"
 )
 _DOCUMENT = "d.id, d.title, d.metadata, d.source"
-_VECTOR = "v.crc32, v.scales, v.rest, v.floats"
 
 
 class StoredDocument(NamedTuple):
@@ -50,15 +46,6 @@ class StoredChunk(NamedTuple):
     truncated: int
     title: str | None
     text: str
-
-
-class StoredVector(NamedTuple):
-    """All that is stored of one vector, in bytes."""
-
-    head: bytes
-    scales: bytes
-    rest: bytes
-    floats: bytes | None
 
 
 class ChunkKey(NamedTuple):
@@ -187,23 +174,23 @@ def chunk_with_document(
 ) -> tuple[StoredChunk, StoredDocument]:
     """Return a chunk and the document that it is of."""
     row = connection.execute(
-        f"SELECT c.crc32, d.crc32, {_CHUNK}, {_DOCUMENT} FROM chunks c JOIN documents d "
+        f"SELECT c.crc32, d.crc32, {CHUNK_COLUMNS}, {_DOCUMENT} FROM chunks c JOIN documents d "
         "ON d.number = c.document WHERE c.number = ?",
         (number,),
     ).fetchone()
     if row is None:
         raise Damage(f"chunk {number} cannot be looked up")
-    return _chunk(row[0], row[2:11]), _document(row[1], row[11:])
+    return checked_chunk(row[0], row[2:11]), _document(row[1], row[11:])
 
 
 def chunks_of(connection: sqlite3.Connection, document: int) -> Iterator[StoredChunk]:
     """Yield the chunks of a document by position."""
     for crc, *fields in connection.execute(
-        f"SELECT c.crc32, {_CHUNK} FROM chunks c WHERE c.document = ? "
+        f"SELECT c.crc32, {CHUNK_COLUMNS} FROM chunks c WHERE c.document = ? "
         "ORDER BY c.position, c.number",
         (document,),
     ):
-        yield _chunk(crc, fields)
+        yield checked_chunk(crc, fields)
 
 
 def chunks_from(
@@ -211,11 +198,11 @@ def chunks_from(
 ) -> list[tuple[str, StoredChunk]]:
     """Return the next chunks from a number on, each with the id of its document."""
     rows = connection.execute(
-        f"SELECT d.id, c.crc32, {_CHUNK} FROM chunks c JOIN documents d ON d.number = c.document "
-        "WHERE c.number >= ? ORDER BY c.number LIMIT ?",
+        f"SELECT d.id, c.crc32, {CHUNK_COLUMNS} FROM chunks c JOIN documents d "
+        "ON d.number = c.document WHERE c.number >= ? ORDER BY c.number LIMIT ?",
         (first, limit),
     ).fetchall()
-    return [(id_, _chunk(crc, fields)) for id_, crc, *fields in rows]
+    return [(id_, checked_chunk(crc, fields)) for id_, crc, *fields in rows]
 
 
 def chunks_with_new_counts(
@@ -226,12 +213,12 @@ def chunks_with_new_counts(
     Each comes with its new number of tokens, and whether it is truncated.
     """
     rows = connection.execute(
-        f"SELECT t.num_tokens, t.truncated, c.crc32, {_CHUNK} FROM chunks c "
+        f"SELECT t.num_tokens, t.truncated, c.crc32, {CHUNK_COLUMNS} FROM chunks c "
         "JOIN next_tokens t ON t.number = c.number WHERE c.number > ? AND "
         "(c.num_tokens != t.num_tokens OR c.truncated != t.truncated) ORDER BY c.number LIMIT ?",
         (last, limit),
     ).fetchall()
-    return [(_chunk(row[2], row[3:]), row[0], row[1]) for row in rows]
+    return [(checked_chunk(row[2], row[3:]), row[0], row[1]) for row in rows]
 
 
 def chunk_keys(
@@ -272,167 +259,13 @@ def numbers_where(
     return numbers
 
 
-def _chunk(crc: object, fields: Sequence[Any]) -> StoredChunk:
+def checked_chunk(crc: object, fields: Sequence[Any]) -> StoredChunk:
+    """Return the chunk of a row with CHUNK_COLUMNS.
+
+    Raises:
+        Damage: it is not what was stored.
+    """
     chunk = StoredChunk._make(fields)
     if chunk_crc32(*chunk) != crc:
         raise Damage(f"chunk {chunk.number} is not what was stored")
     return chunk
-
-
-# Vectors
-
-
-def vector_is_sound(
-    layout: Layout,
-    keeps_floats: bool,
-    number: int,
-    head: bytes,
-    crc: object,
-    scales: object,
-    rest: object,
-    floats: object,
-) -> bool:
-    """Return whether the columns of a vector have their types, their lengths and their checksum."""
-    return (
-        isinstance(scales, bytes)
-        and len(scales) == 4 * layout.scales
-        and isinstance(rest, bytes)
-        and len(rest) == layout.rest_bytes
-        and (
-            isinstance(floats, bytes) and len(floats) == 4 * layout.dim
-            if keeps_floats
-            else floats is None
-        )
-        and vector_crc32(number, head, scales, rest, floats) == crc  # type: ignore[arg-type]
-    )
-
-
-def chunks_with_vectors_of(
-    connection: sqlite3.Connection, state: State, heads: HeadReader, document: int
-) -> Iterator[tuple[StoredChunk, StoredVector]]:
-    """Yield the chunks of a document by position, each with its vector."""
-    return _with_vectors(
-        connection, state, heads, "c.document = ? ORDER BY c.position, c.number", (document,)
-    )
-
-
-def chunks_with_vectors_after(
-    connection: sqlite3.Connection, state: State, heads: HeadReader, last: int, limit: int
-) -> list[tuple[StoredChunk, StoredVector]]:
-    """Return the next chunks after a number, each with its vector."""
-    after = "c.number > ? ORDER BY c.number LIMIT ?"
-    return list(_with_vectors(connection, state, heads, after, (last, limit)))
-
-
-def check_vectors_from(
-    connection: sqlite3.Connection, layout: Layout, first: int, *, keeps_floats: bool
-) -> None:
-    """Read the vectors of a migration from a number on, to check them."""
-    heads = HeadReader(connection, layout.head, "next_")
-    for number, *columns in connection.execute(
-        f"SELECT v.number, {_VECTOR} FROM next_vectors v WHERE v.number >= ? ORDER BY v.number",
-        (first,),
-    ):
-        if not vector_is_sound(layout, keeps_floats, number, heads.head(number), *columns):
-            raise Damage(f"the new vector {number} is not what was stored")
-
-
-def read_vector(connection: sqlite3.Connection, state: State, number: int) -> NDArray[np.float32]:
-    """Return (D,) a stored vector, as near to its floats as the file has it."""
-    head = HeadReader(connection, state.scan_width).head(number)
-    codes = np.frombuffer(head, np.int8)[None]
-    vectors = read_vectors(connection, state, codes, np.array([number])).astype(np.float32)
-    first: NDArray[np.float32] = vectors[0]
-    return first
-
-
-def read_vectors(
-    connection: sqlite3.Connection,
-    state: State,
-    codes: NDArray[np.int8],
-    numbers: NDArray[np.int64],
-) -> NDArray[np.float64]:
-    """Return (n, D) stored vectors: floats where the file keeps them, else codes.
-
-    Args:
-        codes: (n, W) their heads, as they are in memory.
-        numbers: (n,) rising numbers of chunks.
-    """
-    rows = connection.execute(
-        f"SELECT v.number, {_VECTOR} FROM json_each(?) AS j CROSS JOIN vectors AS v "
-        "ON v.number = j.value",
-        (json.dumps(numbers.tolist()),),
-    ).fetchall()
-    if [row[0] for row in rows] != numbers.tolist():
-        raise Damage(f"{len(numbers)} vectors are wanted, {len(rows)} are there")
-    _check_vectors(state, map(bytes, codes), rows)
-    return _unpacked(state, codes, rows).astype(np.float64, copy=False)
-
-
-def all_vectors(
-    connection: sqlite3.Connection, state: State
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Yield all chunks' numbers and (n, D) vectors, some blocks at a time.
-
-    Nothing is held open between two parts, so the caller may write to what was read.
-    """
-    width, blocks, seen = state.scan_width, BLOCKS_TOGETHER, 0
-    for first in range(0, state.next_number, BLOCK_ROWS * blocks):
-        heads = b"".join(heads_between(connection, first // BLOCK_ROWS, blocks, width))
-        rows = connection.execute(
-            f"SELECT v.number, {_VECTOR} FROM vectors v WHERE v.number >= ? AND v.number < ? "
-            "ORDER BY v.number",
-            (first, first + BLOCK_ROWS * blocks),
-        ).fetchall()
-        slots = (row[0] - first for row in rows)
-        _check_vectors(state, (heads[slot * width : (slot + 1) * width] for slot in slots), rows)
-        if rows:
-            numbers = np.array([row[0] for row in rows])
-            codes = np.frombuffer(heads, np.int8).reshape(-1, width)[numbers - first]
-            yield numbers, _unpacked(state, codes, rows).astype(np.float32)
-        seen += len(rows)
-    if seen != state.chunks:
-        raise Damage(f"{state.chunks} chunks are counted, {seen} vectors are there")
-
-
-def _with_vectors(
-    connection: sqlite3.Connection,
-    state: State,
-    heads: HeadReader,
-    condition: str,
-    parameters: Sequence[object],
-) -> Iterator[tuple[StoredChunk, StoredVector]]:
-    rows = connection.execute(
-        f"SELECT c.crc32, {_CHUNK}, {_VECTOR} FROM chunks c LEFT JOIN vectors v "
-        f"ON v.number = c.number WHERE {condition}",
-        tuple(parameters),
-    ).fetchall()
-    layout = state.layout
-    for row in rows:
-        chunk, (crc, *parts) = _chunk(row[0], row[1:10]), row[10:]
-        head = heads.head(chunk.number)
-        if not vector_is_sound(layout, state.floats, chunk.number, head, crc, *parts):
-            raise Damage(f"vector {chunk.number} is not what was stored")
-        yield chunk, StoredVector(head, *parts)
-
-
-def _check_vectors(state: State, heads: Iterable[bytes], rows: Sequence[Sequence[Any]]) -> None:
-    layout, keeps_floats = state.layout, state.floats
-    for head, row in zip(heads, rows, strict=True):
-        if not vector_is_sound(layout, keeps_floats, row[0], head, *row[1:]):
-            raise Damage(f"vector {row[0]} is not what was stored")
-
-
-def _unpacked(
-    state: State, codes: NDArray[np.int8], rows: Sequence[Sequence[Any]]
-) -> NDArray[np.float32] | NDArray[np.float64]:
-    """Return (n, D) vectors of rows that were checked, and their heads."""
-    layout = state.layout
-    if state.floats:
-        return np.frombuffer(b"".join(row[4] for row in rows), "<f4").reshape(-1, layout.dim)
-    return decode(
-        codes,
-        np.frombuffer(b"".join(row[2] for row in rows), "<f4").reshape(-1, layout.scales),
-        np.frombuffer(b"".join(row[3] for row in rows), np.uint8).reshape(-1, layout.rest_bytes),
-        layout,
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,11 @@ from egemma.index.facts import State
 from egemma.index.heads import Heads
 from egemma.index.hits import MODES, Hit, Hits, Mode, SearchInfo, read_hit
 from egemma.index.inputs import check_k, check_shortlist, query_rows
-from egemma.index.records import CHUNKS_WHERE, numbers_where, read_vectors
+from egemma.index.records import CHUNKS_WHERE, numbers_where
 from egemma.index.scan import kernel_name
+from egemma.index.session import Session
 from egemma.index.tuned import Tuned
+from egemma.index.vectors import read_vectors
 from egemma.index.words import best_words
 from egemma.where import parse
 from egemma.where_sqlite import to_sqlite
@@ -37,6 +39,17 @@ _VECTORS_TOGETHER = 4096  # that are held at full width at a time
 _KEPT_FILTERS = 16
 
 Ranking = list[tuple[int, float]]  # chunk numbers and scores, best first
+
+
+class SearchOptions(TypedDict, total=False):
+    """The settings of a search by name, for type checkers; `Index.search` says what they mean."""
+
+    dim: int | None
+    where: Mapping[Any, Any] | None
+    mode: Mode
+    task: str
+    shortlist: int | None
+    exact: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +68,13 @@ class Queries:
             InputError: it is neither, or a text is blank or no Unicode text.
         """
         if isinstance(query, str):
-            _check_query("the query", query, 0)
+            _check_query(query, 0, "")
             return cls(texts=[query], vectors=None, single=True)
         if isinstance(query, (list, tuple)) and (
             not query or any(isinstance(text, str) for text in query)
         ):
             for position, text in enumerate(query):
-                _check_query(f"query {position}", text, position)
+                _check_query(text, position, f"query {position}")
             return cls(texts=list(query), vectors=None, single=False)
         vectors = to_array(query)
         if vectors.ndim not in (1, 2) or vectors.dtype.kind != "f":
@@ -94,14 +107,13 @@ def plan_search(
     queries: Queries,
     identity: ModelIdentity,
     k: int,
-    *,
     dim: int | None,
     where: Mapping[Any, Any] | None,
     mode: Mode,
     shortlist: int | None,
     exact: bool,
 ) -> SearchPlan:
-    """Check the settings of a search.
+    """Check the settings of a search; `Index.search` says what they mean.
 
     Raises:
         ConfigError, DimensionError, InputError: a number, mode or filter cannot work, or two of
@@ -133,10 +145,7 @@ def plan_search(
 
 
 class Searcher:
-    """Searches one index, with its heads and the latest filters in memory.
-
-    Call `search` under one lock, inside one read transaction.
-    """
+    """Searches one index, with its heads and the latest filters in memory."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -150,6 +159,24 @@ class Searcher:
         self._heads = Heads(0, self._threads)
         self._filters.clear()
 
+    def answer(self, queries: Queries, plan: SearchPlan, task: str, session: Session) -> list[Hits]:
+        """Embed texts where the plan compares vectors, and search for each query."""
+        if queries.texts == []:
+            return []
+        words = queries.texts if plan.mode != "vector" else None
+        while True:
+            vectors, embedder = queries.vectors, None
+            if queries.texts is not None and plan.mode != "text":
+                embedder = session.embedder_for("search by meaning")
+                vectors = embedder.embed_query(queries.texts, task=task).vectors
+            with session.reading("search") as connection:
+                # else a migration came between, and is done: ask the new model
+                if embedder is None or embedder is session.embedder:
+                    state = session.checked_state(connection)
+                    if plan.condition is not None:
+                        session.check_documents(connection)
+                    return self.search(connection, state, plan, vectors, words)
+
     def search(
         self,
         connection: sqlite3.Connection,
@@ -158,7 +185,7 @@ class Searcher:
         vectors: NDArray[Any] | None,
         texts: Sequence[str] | None,
     ) -> list[Hits]:
-        """Search for each query in one state of the file.
+        """Search for each query in one state of the file: under one lock, in one transaction.
 
         Args:
             vectors: (B, W) of the queries, where the plan compares vectors.
@@ -310,8 +337,10 @@ def _hits(
     )
 
 
-def _check_query(name: str, text: object, position: int) -> None:
+def _check_query(text: object, position: int, place: str) -> None:
     if not isinstance(text, str) or not text.strip():
         raise InputError(
-            f"{name} is {text!r}: it must be a text with at least one word.", position=position
+            f"the query is {text!r}, and must be a text with at least one word.",
+            position=position,
+            place=place,
         )

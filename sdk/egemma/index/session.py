@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from egemma.identity import ModelIdentity, check_same_model
-from egemma.index.facts import MAX_WIDTH, read_state
+from egemma.index.facts import MAX_WIDTH, State, read_state
 from egemma.index.file import (
     MIGRATE_HINT,
     check_format,
@@ -111,14 +111,14 @@ class Session:
     @contextmanager
     def writing(self, doing: str) -> Iterator[Change]:
         """Give one write transaction, which is committed at the end of the block."""
-        self.check_writable()
+        self._check_not_read_only()
         with self._writing_lock:
             self._check_open()
             if self._writer is None:
                 self._writer = connect(self.path)[0]
             with typed_errors(self.path, doing), transaction(self._writer, "BEGIN IMMEDIATE"):
                 change = Change(self._writer)
-                check_same_model(self.path, change.state.identity, self.identity, MIGRATE_HINT)
+                self._check_model(change.state)
                 yield change
                 change.finish()
 
@@ -141,6 +141,16 @@ class Session:
             yield hold_searches
             if ready:
                 self.embedder, self.identity = embedder, ModelIdentity.of(embedder.manifest)
+
+    def checked_state(self, connection: sqlite3.Connection) -> State:
+        """Return what the file says now.
+
+        Raises:
+            IndexMismatchError: somebody has migrated it to another model.
+        """
+        state = read_state(connection)
+        self._check_model(state)
+        return state
 
     def check_documents(self, connection: sqlite3.Connection) -> None:
         """Check all documents, once per opening."""
@@ -168,11 +178,17 @@ class Session:
             IndexFileError: it is closed, or open for search only.
         """
         self._check_open()
+        self._check_not_read_only()
+
+    def _check_not_read_only(self) -> None:
         if self.read_only:
             raise IndexFileError(
                 f"{self.path} cannot be written here; it is open for search only.",
                 hint="Copy it elsewhere first.",
             )
+
+    def _check_model(self, state: State) -> None:
+        check_same_model(self.path, state.identity, self.identity, MIGRATE_HINT)
 
     def _check_open(self) -> None:
         if self._closed:

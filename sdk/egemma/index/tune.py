@@ -6,27 +6,30 @@ import math
 import sqlite3
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.identity import ModelIdentity, check_same_model
 from egemma.index.codes import Layout, cosines, encode, squares
-from egemma.index.facts import State, read_state, write_state
-from egemma.index.file import MIGRATE_HINT, opened, transaction
+from egemma.index.facts import State, write_state
+from egemma.index.file import opened, transaction
 from egemma.index.heads import Heads
-from egemma.index.records import all_vectors, read_vectors
-from egemma.index.rows import Change
+from egemma.index.inputs import query_rows
 from egemma.index.scan import int8_products, inverse_lengths, round_queries
 from egemma.index.search import unit_rows
+from egemma.index.session import Session
 from egemma.index.tuned import TuneReport, TuneRow
 from egemma.index.upkeep.rewrite import rewrite_heads
+from egemma.index.vectors import all_vectors, read_vectors
 from egemma_core.checks import number, whole_number
-from egemma_core.errors import ConfigError
+from egemma_core.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    pass
 
 SAMPLE = 200
 _TIMED_BYTES = 64 * 2**20  # heads of a width that are timed; more take longer in proportion
@@ -37,7 +40,7 @@ _STEP = 1.25  # from one shortlist that is tried to the next
 _LONGEST = 10_000  # shortlist that is tried
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TuneRequest:
     """What a caller of `tune` asks for."""
 
@@ -58,12 +61,11 @@ class TuneRequest:
 
 def tune(
     path: Path,
-    identity: ModelIdentity,
     request: TuneRequest,
-    queries: NDArray[np.float64] | None,
+    queries: Sequence[str] | NDArray[np.float32] | None,
+    session: Session,
     *,
     threads: int,
-    writing: Callable[[str], AbstractContextManager[Change]],
 ) -> TuneReport:
     """Find the fastest scan width and shortlist that find what an exact search finds.
 
@@ -74,17 +76,19 @@ def tune(
     is stored.
 
     Args:
-        identity: the model that the file must be of.
-        queries: (B, D) unit rows; None takes stored chunks, each without itself.
-        writing: gives a write transaction on the same file.
+        queries: texts, or their (B, D) vectors by the file's model, as users will ask; some
+            hundred. None takes stored chunks, each without itself, which is a guess: queries can be
+            harder.
+        session: of the same file; the measuring has a connection of its own, so searches go on.
 
     Raises:
         ConfigError: there are not more than k chunks.
+        InputError: the queries are no texts or vectors of this model.
         IndexFileError: the index is damaged, or cannot be written.
     """
+    rows = None if queries is None else _query_rows(queries, session)
     with opened(path, "tune", write=False) as connection, transaction(connection):
-        state = read_state(connection)
-        check_same_model(path, state.identity, identity, MIGRATE_HINT)
+        state = session.checked_state(connection)
         if state.chunks <= request.k:
             raise ConfigError(
                 f"{path} has {state.chunks} chunks: there is nothing to tune for k={request.k}. "
@@ -93,14 +97,14 @@ def tune(
         heads = Heads(state.scan_width, threads)
         heads.refresh(connection, state)
         live = np.flatnonzero(heads.live[: heads.count])
-        own = pick_chunks(live, request) if queries is None else None
-        if own is not None:
-            queries = read_vectors(connection, state, heads.codes[own], own)
-        assert queries is not None
+        own = None
+        if rows is None:
+            own = pick_chunks(live, request)
+            rows = read_vectors(connection, state, heads.codes[own], own)
         report = measure(
             connection,
             state,
-            unit_rows(queries, identity.dim),
+            unit_rows(rows, state.identity.dim),
             own,
             request,
             threads,
@@ -109,13 +113,27 @@ def tune(
     tuned = report.tuned()
     if tuned is None:
         return report
-    with writing("tune") as change:
+    with session.writing("tune") as change:
         if change.state.scan_width != tuned.scan_width:
             rewrite_heads(change, tuned.scan_width)
             report = replace(report, rewritten=True)
         change.state = replace(change.state, tuned=tuned.to_json())
         write_state(change.connection, change.state)
     return report
+
+
+def _query_rows(
+    queries: Sequence[str] | NDArray[np.float32], session: Session
+) -> NDArray[np.float64]:
+    """Return (B, D) unit rows of queries, which come as texts or as vectors of the model."""
+    vectors: object = queries
+    if not isinstance(queries, np.ndarray):
+        embedder = session.embedder_for("embed queries")
+        vectors = embedder.embed_query(list(queries)).vectors
+    rows = query_rows(vectors, session.identity.dim, session.identity)[0]
+    if not len(rows):
+        raise InputError("queries is empty: pass some hundred, or None for stored chunks.")
+    return rows
 
 
 def pick_chunks(live: NDArray[np.int64], request: TuneRequest) -> NDArray[np.int64]:

@@ -66,7 +66,7 @@ def _check_replaceable(destination: Path, force: bool) -> None:
     if destination.exists() and not force:
         raise IndexFileError(
             f"{destination} exists already.",
-            hint="Give another name, or pass force=True to replace it.",
+            hint="Give another name, or replace it (force=True, on the command line --force).",
         )
     for suffix in ("-wal", "-journal"):
         beside = destination.with_name(destination.name + suffix)

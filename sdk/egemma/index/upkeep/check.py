@@ -16,7 +16,8 @@ from egemma.index.checksums import Damage, chunk_crc32, chunk_hash
 from egemma.index.codes import squares
 from egemma.index.facts import BLOCK_ROWS, State, read_state
 from egemma.index.file import opened, transaction
-from egemma.index.records import unsound_documents, vector_is_sound
+from egemma.index.records import unsound_documents
+from egemma.index.vectors import vector_is_sound
 
 MAX_FINDINGS = 100
 

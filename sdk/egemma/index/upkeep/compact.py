@@ -20,9 +20,9 @@ from egemma.index.file import (
     transaction,
     wal_of,
 )
-from egemma.index.records import chunks_with_vectors_after
 from egemma.index.rows import append_heads, write_heads
 from egemma.index.upkeep.disk import check_room, folder_of_vacuum
+from egemma.index.vectors import chunks_with_vectors_after
 from egemma_core.errors import IndexFileError
 
 _DEAD_SHARE = 8  # chunks get new numbers when more than one number in so many is dead
