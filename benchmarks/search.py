@@ -595,10 +595,7 @@ def label(row: dict[str, Any]) -> str:
     options = row["options"]
     if options.get("exact"):
         return "**egemma**, `exact=True`"
-    return (
-        f"**egemma**, {'graph' if options.get('approximate') else 'scan'} of {row['width']}, "
-        f"shortlist {options['shortlist']}"
-    )
+    return f"**egemma**, scan of {row['width']}, shortlist {options['shortlist']}"
 
 
 def of_few(row: dict[str, Any]) -> str:
@@ -642,8 +639,7 @@ def tables(body: dict[str, Any]) -> str:
             "",
             f"File: {file['bytes_per_vector_beside_text']:.0f} bytes a vector beside the text "
             f"({file['text_bytes'] / int(size):.0f}) and its full-text "
-            f"table ({file['full_text_bytes'] / int(size):.0f}); the graph is another file of "
-            f"{file['graph_bytes'] / int(size):.0f}. By table: "
+            f"table ({file['full_text_bytes'] / int(size):.0f}). By table: "
             + ", ".join(
                 f"{name} {taken:.0f}" for name, taken in file["bytes_per_vector_by_table"].items()
             )
@@ -681,21 +677,18 @@ def plot(body: dict[str, Any]) -> None:
         squeeze=False,
         layout="constrained",
     )
-    colours = {128: "#1b6ca8", 256: "#d1495b", 512: "#3d8b40", "graph": "#7b4fa3"}
+    colours = {128: "#1b6ca8", 256: "#d1495b", 512: "#3d8b40"}
     names = {
         128: "scan of 128 channels",
         256: "scan of 256 channels",
         512: "scan of 512 channels",
-        "graph": "graph over 128 channels",
     }
     shapes = dict(zip((*PEERS, "egemma exact"), "s^vD<>PX*H", strict=True))
     for axis, (size, found) in zip(axes[0], body["sizes"].items(), strict=True):
         ours: dict[Any, list[dict[str, Any]]] = {}
         for row in found["rows"]:
-            if row["name"] in ("egemma", "egemma graph"):
-                ours.setdefault(
-                    "graph" if row["name"].endswith("graph") else row["width"], []
-                ).append(row)
+            if row["name"] == "egemma":
+                ours.setdefault(row["width"], []).append(row)
             else:
                 axis.plot(
                     row["p50_ms"],

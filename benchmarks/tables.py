@@ -123,7 +123,7 @@ def search_lines(search: dict[str, Any]) -> list[str]:
     by_size = {
         size: {label(row): row for row in found["rows"]} for size, found in search["sizes"].items()
     }
-    wanted = [("egemma", 128, 300), ("egemma", 256, 200), ("egemma graph", 128, 200)]
+    wanted = [("egemma", 128, 300), ("egemma", 256, 200)]
     ours = [
         name
         for name, row in by_size["100000"].items()

@@ -46,7 +46,10 @@ PATH = (
     "sdk/egemma/index/*.py",
 )
 # Upkeep, migration, exchange and tuning: read when needed.
-NOT_ON_THE_PATH = ("upkeep", "migration", "jsonl", "tune", "tuned")
+NOT_ON_THE_PATH = (
+    *("upkeep", "migration", "migration_tables", "jsonl", "jsonl_lines", "json_lines"),
+    *("tune", "tuned"),
+)
 _STRING_STARTS = {getattr(tokenize, name, None) for name in ("FSTRING_START", "TSTRING_START")}
 _STRING_ENDS = {getattr(tokenize, name, None) for name in ("FSTRING_END", "TSTRING_END")}
 

@@ -43,7 +43,7 @@ def test_a_reader_made_from_the_page_finds_the_same(
         stranger.check()
         for query in random.standard_normal((5, dims[0])).astype(np.float32):
             for dim in dims:
-                hits = index.search_vector(query, 12, dim=dim, exact=True)
+                hits = index.search(query, 12, dim=dim, exact=True)
                 expected = stranger.search(vector=query, k=12, dim=dim, exact=True)
                 assert [(hit.id, hit.position) for hit in hits] == [
                     (id_, at) for id_, at, _ in expected
@@ -85,7 +85,7 @@ def test_what_the_embedder_said_of_a_vector_is_stored_with_it(tmp_path: Path) ->
         assert [
             (document.num_tokens, document.truncated) for document in index.get(["1", "2"])
         ] == [(7, False), (9, True)]
-        assert index.search_vector(vectors[1], 1)[0].truncated is True
+        assert index.search(vectors[1], 1)[0].truncated is True
         for bad in ([1], [1, -1], [1, True], [1, 2.5]):
             with pytest.raises(InputError, match="num_tokens"):
                 index.add_vectors(vectors, ids=["3", "4"], num_tokens=bad)  # type: ignore[arg-type]

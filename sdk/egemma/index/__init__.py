@@ -1,4 +1,4 @@
-"""The local index. `Index` is what users open; docs/index-format.md is the file."""
+"""The local index. `Index` is what users open; contract/index-format.md is the file."""
 
 from egemma.index.hits import Document, Hit, Hits, SearchInfo
 from egemma.index.index import Index

@@ -1,6 +1,6 @@
 """What an index file is made of: its tables, the numbers of its format, and its facts.
 
-docs/index-format.md describes the same for other languages.
+contract/index-format.md describes the same for other languages.
 """
 
 from __future__ import annotations

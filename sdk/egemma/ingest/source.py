@@ -1,6 +1,6 @@
 """What a document notes of its file, and whether the file is still like that.
 
-The keys stand in the index file: see docs/index-format.md.
+The keys stand in the index file: see contract/index-format.md.
 """
 
 from __future__ import annotations
