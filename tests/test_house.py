@@ -166,8 +166,12 @@ def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
 
 # What an extra brings may be imported where it is used, never by loading a module.
 OPTIONAL = {
-    "egemma": {"numkong", "pypdf", "selectolax", "resource"},  # the last: not on Windows
-    "egemma_server": {"numkong", "pyarrow", "ray", "psycopg", "qdrant_client", "resource"},
+    # `resource` is not on Windows; typing_extensions is for type checkers alone
+    "egemma": {"numkong", "pypdf", "selectolax", "resource", "typing_extensions"},
+    "egemma_server": {
+        *("numkong", "pyarrow", "ray", "psycopg", "qdrant_client", "resource"),
+        "typing_extensions",
+    },
 }
 
 
