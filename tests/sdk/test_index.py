@@ -540,7 +540,7 @@ def test_an_index_is_asked_for_documents_like_a_mapping(index: Index) -> None:
         ({"ids": ["one", "one"]}, "two different documents"),
         ({"metadata": [{}, {"a": float("nan")}]}, "no such number"),
         ({"metadata": [{}, {"a": {1, 2}}]}, "set"),
-        ({"metadata": [{}, {1: 2}]}, "keys must be str"),
+        ({"metadata": [{}, {1: 2}]}, "keys are str"),
         ({"metadata": [{}, {"a": 2**70}]}, "64 bits"),
         ({"metadata": [{}, {"a": "\0"}]}, "NUL"),
         ({"metadata": [{}, [1]]}, "mapping"),
@@ -568,8 +568,21 @@ def test_what_cannot_be_stored_is_refused_with_its_place_and_nothing_is_stored(
 
 def test_a_text_too_long_is_refused_or_cut_and_marked(index: Index) -> None:
     long = "word " * (MAX_TOKENS + 1)
-    with pytest.raises(TokenLimitError):
+    with pytest.raises(TokenLimitError, match="text 1: ") as caught:
         index.add(["short", long])
+    assert caught.value.position == 1
+    assert len(index) == 0
+    too_long = ChunkedDocument(
+        id="long",
+        title=None,
+        metadata=None,
+        source=None,
+        chunks=(Chunk(start=0, stop=len(long), title=None, text=long),),
+    )
+    fine = replace(too_long, id="fine", chunks=(Chunk(start=0, stop=5, title=None, text="short"),))
+    with pytest.raises(TokenLimitError, match="text 2: ") as caught:
+        index.put([fine, fine, too_long])
+    assert caught.value.position == 2
     assert len(index) == 0
     index.add(["short", long], ids=["short", "long"], overflow="truncate")
     assert [hit.truncated for hit in index.search("word", k=2)] == [True, False]

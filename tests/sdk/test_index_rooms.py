@@ -12,7 +12,15 @@ FOLDER = Path(egemma.index.__file__).parent
 TABLE = "(documents|chunks|vectors|blocks|heads|next_vectors|next_heads|next_tokens)"
 IN_SQL = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE) {TABLE}\b")
 # What reads rows and checks them, what writes them, and what looks after a whole file.
-OWNERS = {"records.py", "vectors.py", "blocks.py", "rows.py", "facts.py", "migration_tables.py"}
+OWNERS = {
+    "records.py",
+    "vectors.py",
+    "blocks.py",
+    "bulk_reads.py",
+    "rows.py",
+    "facts.py",
+    "migration_tables.py",
+}
 
 
 def modules() -> dict[str, ast.Module]:

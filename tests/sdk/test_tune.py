@@ -165,7 +165,7 @@ def test_writing_the_heads_anew_keeps_every_vector_and_what_was_deleted_stays_so
     tmp_path: Path, keep_floats: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "egemma.index.vectors.BLOCKS_TOGETHER", 1
+        "egemma.index.bulk_reads.BLOCKS_TOGETHER", 1
     )  # so that a whole part is dead: block 2
     rows, dead = unit_rows(1100), [*range(300, 900), 5, 1099]
     with (

@@ -38,7 +38,7 @@ def read_live(connection: sqlite3.Connection, block: int) -> bytes | None:
     if row is None:
         return None
     if not live_is_sound(block, *row):
-        raise _damaged_block(block)
+        raise damaged_block(block)
     return bytes(row[0])
 
 
@@ -52,7 +52,7 @@ def read_heads(connection: sqlite3.Connection, block: int, prefix: str = "") -> 
         f"SELECT squares, codes, crc32 FROM {prefix}heads WHERE block = ?", (block,)
     ).fetchone()
     if row is None or not heads_are_sound(block, *row):
-        raise _damaged_block(block, prefix)
+        raise damaged_block(block, prefix)
     return row[0], row[1]
 
 
@@ -69,7 +69,7 @@ def changed_blocks(
         if not live_is_sound(block, live, crc) or not heads_are_sound(
             block, squares, codes, head_crc
         ):
-            raise _damaged_block(block)
+            raise damaged_block(block)
         yield block, live_numbers(block, live), squares, codes
 
 
@@ -89,22 +89,7 @@ class HeadReader:
         return self._codes[slot * self._width : (slot + 1) * self._width]
 
 
-def heads_between(
-    connection: sqlite3.Connection, first: int, count: int, width: int
-) -> Iterator[bytes]:
-    """Yield the codes of blocks from one on, none of which may be missing."""
-    rows = connection.execute(
-        "SELECT block, squares, codes, crc32 FROM heads WHERE block >= ? AND block < ? "
-        "ORDER BY block",
-        (first, first + count),
-    )
-    for expected, (block, squares, codes, crc) in enumerate(rows, start=first):
-        sound = heads_are_sound(block, squares, codes, crc) and len(codes) % width == 0
-        if block != expected or not sound:
-            raise _damaged_block(block)
-        yield codes
-
-
-def _damaged_block(block: int, prefix: str = "") -> Damage:
+def damaged_block(block: int, prefix: str = "") -> Damage:
+    """Return the error for a block that is not what was stored."""
     new = "new " if prefix else ""
     return Damage(f"block {block} of the {new}vectors is not what was stored")

@@ -141,26 +141,9 @@ def write_state(connection: sqlite3.Connection, state: State) -> None:
             connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
 
-_OF_MIGRATION = "substr(name, 1, 5) = 'next_' AND name != 'next_number'"
+FACTS_OF_MIGRATION = "substr(name, 1, 5) = 'next_' AND name != 'next_number'"
 
 
 def read_migration(connection: sqlite3.Connection) -> dict[str, str]:
     """Return the facts of a migration that is half way; empty where there is none."""
-    return dict(connection.execute(f"SELECT name, value FROM facts WHERE {_OF_MIGRATION}"))
-
-
-def write_migration(connection: sqlite3.Connection, identity: ModelIdentity, width: int) -> None:
-    """Note which model the vectors in the tables of a migration are of."""
-    facts = {
-        "next_fingerprint": identity.fingerprint,
-        "next_model": identity.name,
-        "next_dims": json.dumps(list(identity.dims)),
-        "next_parts": json.dumps(dict(identity.parts)),
-        "next_scan_width": str(width),
-    }
-    connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
-
-
-def forget_migration(connection: sqlite3.Connection) -> None:
-    """Delete the facts of a migration."""
-    connection.execute(f"DELETE FROM facts WHERE {_OF_MIGRATION}")
+    return dict(connection.execute(f"SELECT name, value FROM facts WHERE {FACTS_OF_MIGRATION}"))

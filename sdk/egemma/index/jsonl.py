@@ -16,6 +16,7 @@ import numpy as np
 from egemma.chunks import ChunkedDocument
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index.blocks import HeadReader
+from egemma.index.bulk_reads import StoredVector, chunks_with_vectors_of, documents_by_first_chunk
 from egemma.index.checksums import Damage
 from egemma.index.codes import Layout
 from egemma.index.facts import State, read_state
@@ -30,15 +31,8 @@ from egemma.index.jsonl_lines import (
     stacked,
 )
 from egemma.index.put import PutReport
-from egemma.index.records import (
-    StoredChunk,
-    chunk_keys,
-    chunks_of,
-    count_documents,
-    documents_by_first_chunk,
-)
+from egemma.index.records import StoredChunk, chunk_keys, chunks_of, count_documents
 from egemma.index.rows import Change, NewChunk
-from egemma.index.vectors import StoredVector, chunks_with_vectors_of
 from egemma_core.errors import IndexFileError, InputError
 from egemma_core.files import replacing_file
 

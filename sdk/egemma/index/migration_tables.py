@@ -5,6 +5,7 @@ Every function below is called inside a transaction.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,18 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
+from egemma.index.bulk_reads import chunks_with_new_counts
 from egemma.index.checksums import Damage, chunk_crc32, vector_crc32
 from egemma.index.codes import Layout, encode
 from egemma.index.facts import (
     BLOCK_ROWS,
+    FACTS_OF_MIGRATION,
     NEXT_TABLES,
     State,
-    forget_migration,
     read_state,
-    write_migration,
     write_state,
 )
-from egemma.index.records import chunks_with_new_counts
 from egemma.index.rows import append_heads
 
 _CHUNKS_TOGETHER = 1024  # whose counts are updated at a time
@@ -34,14 +34,14 @@ def make_tables(connection: sqlite3.Connection, identity: ModelIdentity, width: 
     """Make the tables of a migration to a model, whose heads have `width` channels."""
     for statement in NEXT_TABLES.values():
         connection.execute(statement)
-    write_migration(connection, identity, width)
+    _write_facts(connection, identity, width)
 
 
 def drop_tables(connection: sqlite3.Connection) -> None:
     """Give a migration up: its vectors go, the old ones stay."""
     for table in NEXT_TABLES:
         connection.execute(f"DROP TABLE {table}")
-    forget_migration(connection)
+    _forget_facts(connection)
 
 
 def count_vectors(connection: sqlite3.Connection) -> int:
@@ -121,7 +121,7 @@ def take_the_place(
         connection.execute(f"DROP TABLE {table}")
         connection.execute(f"ALTER TABLE next_{table} RENAME TO {table}")
     connection.execute("DROP TABLE next_tokens")
-    forget_migration(connection)
+    _forget_facts(connection)
     connection.execute("UPDATE blocks SET changed = ?", (state.generation + 1,))
     write_state(
         connection,
@@ -148,3 +148,20 @@ def _update_counts(connection: sqlite3.Connection) -> None:
             "UPDATE chunks SET num_tokens = ?, truncated = ?, crc32 = ? WHERE number = ?", changed
         )
         last = rows[-1][0].number
+
+
+def _write_facts(connection: sqlite3.Connection, identity: ModelIdentity, width: int) -> None:
+    """Note which model the vectors in the tables of a migration are of."""
+    facts = {
+        "next_fingerprint": identity.fingerprint,
+        "next_model": identity.name,
+        "next_dims": json.dumps(list(identity.dims)),
+        "next_parts": json.dumps(dict(identity.parts)),
+        "next_scan_width": str(width),
+    }
+    connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
+
+
+def _forget_facts(connection: sqlite3.Connection) -> None:
+    """Delete the facts of a migration."""
+    connection.execute(f"DELETE FROM facts WHERE {FACTS_OF_MIGRATION}")

@@ -22,7 +22,7 @@ MAX_PARAMETERS = 500  # of one statement; SQLite takes 999 everywhere
 CHUNK_COLUMNS = (
     "c.number, c.document, c.position, c.start, c.stop, c.num_tokens, c.truncated, c.title, c.text"
 )
-_DOCUMENT = "d.id, d.title, d.metadata, d.source"
+DOCUMENT_COLUMNS = "d.id, d.title, d.metadata, d.source"
 
 
 class StoredDocument(NamedTuple):
@@ -86,7 +86,7 @@ def find_document(connection: sqlite3.Connection, id_: str) -> tuple[int, Stored
     Raises:
         Damage: also where the row is there and SQLite's own index of ids does not know it.
     """
-    select = f"SELECT d.number, d.crc32, {_DOCUMENT} FROM documents d"
+    select = f"SELECT d.number, d.crc32, {DOCUMENT_COLUMNS} FROM documents d"
     row = connection.execute(f"{select} WHERE d.id = ?", (id_,)).fetchone()
     if row is None:
         if connection.execute(
@@ -95,27 +95,15 @@ def find_document(connection: sqlite3.Connection, id_: str) -> tuple[int, Stored
             raise Damage(f"document {id_!r} is there, and SQLite's index of ids does not know it")
         return None
     number, crc, *fields = row
-    return number, _document(crc, fields)
+    return number, checked_document(crc, fields)
 
 
 def documents_with_source(connection: sqlite3.Connection) -> Iterator[StoredDocument]:
     """Yield the documents that ingestion put in."""
     for crc, *fields in connection.execute(
-        f"SELECT d.crc32, {_DOCUMENT} FROM documents d WHERE d.source IS NOT NULL"
+        f"SELECT d.crc32, {DOCUMENT_COLUMNS} FROM documents d WHERE d.source IS NOT NULL"
     ):
-        yield _document(crc, fields)
-
-
-def documents_by_first_chunk(
-    connection: sqlite3.Connection,
-) -> Iterator[tuple[int, StoredDocument]]:
-    """Yield all documents, in the order of their first chunks, which orders equal scores."""
-    for number, crc, *fields in connection.execute(
-        f"SELECT d.number, d.crc32, {_DOCUMENT} FROM documents d JOIN (SELECT document, "
-        "min(number) AS first FROM chunks GROUP BY document) c ON c.document = d.number "
-        "ORDER BY c.first"
-    ):
-        yield number, _document(crc, fields)
+        yield checked_document(crc, fields)
 
 
 def ids_where(
@@ -131,10 +119,10 @@ def ids_where(
 def unsound_documents(connection: sqlite3.Connection) -> Iterator[str]:
     """Yield what is wrong with each document whose row is not what was stored."""
     for crc, *fields in connection.execute(
-        f"SELECT d.crc32, {_DOCUMENT} FROM documents d NOT INDEXED"
+        f"SELECT d.crc32, {DOCUMENT_COLUMNS} FROM documents d NOT INDEXED"
     ):
         try:
-            _document(crc, fields)
+            checked_document(crc, fields)
         except Damage as damage:
             yield str(damage)
 
@@ -159,7 +147,12 @@ def check_documents(connection: sqlite3.Connection, num_chunks: int) -> None:
         )
 
 
-def _document(crc: object, fields: Sequence[Any]) -> StoredDocument:
+def checked_document(crc: object, fields: Sequence[Any]) -> StoredDocument:
+    """Return the document of a row with DOCUMENT_COLUMNS.
+
+    Raises:
+        Damage: it is not what was stored.
+    """
     document = StoredDocument._make(fields)
     if not isinstance(document.id, str) or document_crc32(*document) != crc:
         raise Damage(f"document {document.id!r} is not what was stored")
@@ -174,13 +167,13 @@ def chunk_with_document(
 ) -> tuple[StoredChunk, StoredDocument]:
     """Return a chunk and the document that it is of."""
     row = connection.execute(
-        f"SELECT c.crc32, d.crc32, {CHUNK_COLUMNS}, {_DOCUMENT} FROM chunks c JOIN documents d "
-        "ON d.number = c.document WHERE c.number = ?",
+        f"SELECT c.crc32, d.crc32, {CHUNK_COLUMNS}, {DOCUMENT_COLUMNS} FROM chunks c "
+        "JOIN documents d ON d.number = c.document WHERE c.number = ?",
         (number,),
     ).fetchone()
     if row is None:
         raise Damage(f"chunk {number} cannot be looked up")
-    return checked_chunk(row[0], row[2:11]), _document(row[1], row[11:])
+    return checked_chunk(row[0], row[2:11]), checked_document(row[1], row[11:])
 
 
 def chunks_of(connection: sqlite3.Connection, document: int) -> Iterator[StoredChunk]:
@@ -191,34 +184,6 @@ def chunks_of(connection: sqlite3.Connection, document: int) -> Iterator[StoredC
         (document,),
     ):
         yield checked_chunk(crc, fields)
-
-
-def chunks_from(
-    connection: sqlite3.Connection, first: int, limit: int
-) -> list[tuple[str, StoredChunk]]:
-    """Return the next chunks from a number on, each with the id of its document."""
-    rows = connection.execute(
-        f"SELECT d.id, c.crc32, {CHUNK_COLUMNS} FROM chunks c JOIN documents d "
-        "ON d.number = c.document WHERE c.number >= ? ORDER BY c.number LIMIT ?",
-        (first, limit),
-    ).fetchall()
-    return [(id_, checked_chunk(crc, fields)) for id_, crc, *fields in rows]
-
-
-def chunks_with_new_counts(
-    connection: sqlite3.Connection, last: int, limit: int
-) -> list[tuple[StoredChunk, int, int]]:
-    """Return the next chunks after a number that a migration's tokenizer counts differently.
-
-    Each comes with its new number of tokens, and whether it is truncated.
-    """
-    rows = connection.execute(
-        f"SELECT t.num_tokens, t.truncated, c.crc32, {CHUNK_COLUMNS} FROM chunks c "
-        "JOIN next_tokens t ON t.number = c.number WHERE c.number > ? AND "
-        "(c.num_tokens != t.num_tokens OR c.truncated != t.truncated) ORDER BY c.number LIMIT ?",
-        (last, limit),
-    ).fetchall()
-    return [(checked_chunk(row[2], row[3:]), row[0], row[1]) for row in rows]
 
 
 def chunk_keys(

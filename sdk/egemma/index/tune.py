@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from egemma.index.bulk_reads import all_vectors
 from egemma.index.codes import Layout, cosines, encode, squares
 from egemma.index.facts import State, write_state
 from egemma.index.file import opened, transaction
@@ -24,7 +25,7 @@ from egemma.index.search import unit_rows
 from egemma.index.session import Session
 from egemma.index.tuned import TuneReport, TuneRow
 from egemma.index.upkeep.rewrite import rewrite_heads
-from egemma.index.vectors import all_vectors, read_vectors
+from egemma.index.vectors import read_vectors
 from egemma_core.checks import number, whole_number
 from egemma_core.errors import ConfigError, InputError
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index import vectors as stored
+from egemma.index import bulk_reads
 from egemma.index.checksums import vector_crc32
 from egemma.index.codes import Layout, encode, squares
 from egemma.index.facts import BLOCK_ROWS, State
@@ -25,7 +25,7 @@ def rewrite_heads(change: Change, width: int) -> None:
     layout = Layout.of(state.identity.dims, width)
     written = 0  # blocks
     # which holds nothing open between two parts
-    for numbers, vectors in stored.all_vectors(connection, state):
+    for numbers, vectors in bulk_reads.all_vectors(connection, state):
         heads, scales, rests = encode(vectors, layout)
         scales = scales.astype("<f4")
         rows = []
@@ -44,9 +44,10 @@ def rewrite_heads(change: Change, width: int) -> None:
         connection.executemany(
             "UPDATE vectors SET crc32 = ?, scales = ?, rest = ? WHERE number = ?", rows
         )
-        first = int(numbers[0]) // BLOCK_ROWS // stored.BLOCKS_TOGETHER * stored.BLOCKS_TOGETHER
+        together = bulk_reads.BLOCKS_TOGETHER
+        first = int(numbers[0]) // BLOCK_ROWS // together * together
         _write_heads(connection, written, first, state, layout)  # of blocks without a live chunk
-        written = first + stored.BLOCKS_TOGETHER
+        written = first + together
         _write_heads(connection, first, written, state, layout, numbers, heads)
     _write_heads(connection, written, -(-state.next_number // BLOCK_ROWS), state, layout)
     change.state = replace(state, scan_width=width)
