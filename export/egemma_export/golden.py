@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +70,12 @@ BATCHES = (("query", "empty", "past the window", "cjk"),)
 
 
 @torch.no_grad()
-def reference_vectors(
-    encoder: Encoder, texts: list[GoldenText], tick: Callable[[], None] = lambda: None
-) -> dict[str, NDArray[np.float32]]:
+def reference_vectors(encoder: Encoder, texts: list[GoldenText]) -> dict[str, NDArray[np.float32]]:
     """Return the (dim,) float32 vector of each text by its name, each run alone and unpadded."""
     vectors = {}
     for text in texts:
         ids = torch.tensor([text.tokens.ids])
         vectors[text.name] = encoder(ids, torch.ones_like(ids))[0].numpy()
-        tick()
     return vectors
 
 

@@ -12,10 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
 from egemma_core.bundle import RUNTIMES, TOKENIZER, Bounds, atomic_folder, write_manifest
 from egemma_core.checkpoint import open_checkpoint
 from egemma_core.checks import one_of
@@ -23,25 +19,13 @@ from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_export import run_bundle
-from egemma_export.golden import (
-    GoldenText,
-    golden_file,
-    golden_texts,
-    reference_vectors,
-    write_golden,
-)
+from egemma_export.golden import golden_file, golden_texts, write_golden
 from egemma_export.manifest import make_manifest, measured_manifest
-from egemma_export.mistakes import mistaken_vectors
-from egemma_export.report import ExportReport, LayerLoss, failure_text
+from egemma_export.observe import observe, observe_rounded
+from egemma_export.report import ExportReport, failure_text
 from egemma_export.targets import TARGETS, Target
-from egemma_quant.layer_report import HEAD, kept_outputs, layer_cosines, layers_of, weight_errors
-from egemma_quant.qat import rounded_weights
-from egemma_quant.schemes import Scheme
 
 STAGES = ("read", "reference", "lower", "round", "verify", "finish")
-PROBE = "titled document"  # the golden text of which the outputs of every layer are compared
-
-Vectors = dict[str, NDArray[np.float32]]  # (dim,) float32 by golden text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +81,11 @@ def export(
         with clock.stage("read"):
             encoder = load_encoder(checkpoint)
         with clock.stage("reference"):
-            exact = _observe(encoder, texts)
+            exact = observe(encoder, texts)
         with clock.stage("lower"):
             graph = _write_model(encoder, target, folder, partial(progress, "lower"))
         with clock.stage("round"):
-            rounded = _round(encoder, target.scheme, texts, exact)
+            rounded = observe_rounded(encoder, target.scheme, texts, exact)
             del encoder
             gc.collect()
         with clock.stage("verify"):
@@ -129,59 +113,6 @@ def export(
         latency=latency,
         seconds=clock.seconds,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Observed:
-    """What a model gives for the golden texts."""
-
-    vectors: Vectors
-    outputs: dict[str, Tensor]  # by layer, (T, D) of the text PROBE; of the head (dim,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rounded:
-    """What the rounded model gives, and what rounding cost."""
-
-    vectors: Vectors
-    mistaken: dict[str, Vectors]  # by mistake
-    layers: list[LayerLoss]  # none for a float32 target
-
-
-def _observe(encoder: Encoder, texts: list[GoldenText]) -> _Observed:
-    """Run each golden text once."""
-    probe = [text for text in texts if text.name == PROBE]
-    others = [text for text in texts if text.name != PROBE]
-    with kept_outputs([*layers_of(encoder), (HEAD, encoder)]) as outputs:
-        vectors = reference_vectors(encoder, probe)
-    return _Observed(vectors=vectors | reference_vectors(encoder, others), outputs=outputs)
-
-
-def _round(
-    encoder: Encoder, scheme: Scheme | None, texts: list[GoldenText], exact: _Observed
-) -> _Rounded:
-    """Run each golden text with rounded weights, right and under each known mistake.
-
-    Args:
-        exact: what the float model gives.
-    """
-    if scheme is None:
-        mistaken = mistaken_vectors(encoder, texts, exact.vectors)
-        return _Rounded(vectors=exact.vectors, mistaken=mistaken, layers=[])
-    with rounded_weights(encoder, scheme) as float_weights:
-        errors = weight_errors(encoder, float_weights)
-        found = _observe(encoder, texts)
-        mistaken = mistaken_vectors(encoder, texts, found.vectors)
-    cosines = layer_cosines([exact.outputs], [found.outputs])
-    layers = [
-        LayerLoss(
-            layer=layer,
-            weight_error=errors.get(layer, 0.0),
-            hidden_cosine=float(of_tokens.mean()),
-        )
-        for layer, of_tokens in cosines.items()
-    ]
-    return _Rounded(vectors=found.vectors, mistaken=mistaken, layers=layers)
 
 
 def _write_model(

@@ -287,6 +287,39 @@ def test_each_weight_and_each_file_of_the_bundle_is_read_once_for_its_hash(
             assert entry == {"bytes": path.stat().st_size, "sha256": honest(path)}
 
 
+def test_each_golden_text_goes_once_through_the_float_and_once_through_the_rounded_model(
+    checkpoint: Path,
+) -> None:
+    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.nn.load import load_encoder
+    from egemma_export.golden import golden_texts, reference_vectors
+    from egemma_export.mistakes import CASES
+    from egemma_export.observe import observe, observe_rounded
+    from egemma_quant.schemes import INT4
+
+    opened = open_checkpoint(checkpoint)
+    encoder, texts = load_encoder(opened), golden_texts(opened.tokenizer(), opened.prompts)
+    separately = reference_vectors(encoder, texts)
+    seen: list[int] = []
+    encoder.embed_tokens.register_forward_hook(
+        lambda _module, ids, _rows: seen.append(ids[0].numel())
+    )
+    exact = observe(encoder, texts)
+    assert sorted(seen) == sorted(len(text.tokens.ids) for text in texts)
+    assert all(np.array_equal(exact.vectors[name], separately[name]) for name in separately)
+    seen.clear()
+    rounded = observe_rounded(encoder, INT4, texts, exact)
+    # no mistake can be tried without running its two texts
+    assert len(seen) == len(texts) + len(MISTAKES) * len(CASES)
+    assert [loss.layer for loss in rounded.layers] == [
+        "embedding",
+        *(f"layer {number}" for number in range(3)),
+        "dense head",
+    ]
+    after = reference_vectors(encoder, texts)  # the float weights are back
+    assert all(np.array_equal(after[name], separately[name]) for name in separately)
+
+
 def test_the_bundle_answers_as_the_float_model_through_the_sdk(
     checkpoint: Path, exported: Exported
 ) -> None:
