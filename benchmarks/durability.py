@@ -165,7 +165,7 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
             ]
         )
     elif kind == "add_vectors":
-        model: Any = index._session.embedder
+        model: Any = index.embedder
         vectors = model.embed_documents(
             [doc.text for doc in what.values()], titles=[doc.title for doc in what.values()]
         ).vectors
@@ -199,7 +199,7 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
         abandon(index.path)
     elif kind == "reopen":
         index.close()
-        return Index.open(index.path, index._session.embedder)
+        return Index.open(index.path, index.embedder)
     return index
 
 
