@@ -157,4 +157,4 @@ def open_index(path: Path, name: str = "words-1", **settings: Any) -> Index:
 
 def model_of(index: Index) -> WordEmbedder:
     """The fake behind an index that `open_index` opened."""
-    return cast(WordEmbedder, index._session.embedder)
+    return cast(WordEmbedder, index.embedder)

@@ -657,7 +657,7 @@ def test_a_setting_that_cannot_work_is_refused_before_anything_is_embedded(
     index: Index, settings_: Any, error: Any, says: str
 ) -> None:
     index.add(TEXTS)
-    cast(Any, index._session.embedder).embed_query = None
+    cast(Any, index.embedder).embed_query = None
     with pytest.raises(error, match=says):
         index.search("cat", **settings_)
 

@@ -55,14 +55,13 @@ class SearchInfo:
     """How a search was done."""
 
     mode: Mode
-    dim: int | None  # width that cosines were computed at; None where no vector was searched
-    scan_width: int | None  # width of the first pass; None where there was none
-    shortlist: int | None  # vectors that the first pass left over for the second
-    vectors: int  # that the first pass went through
-    approximate: bool  # the first pass can miss some, as a server's own index may
-    kernel: str | None  # what computed the first pass
-    # of `vectors`, those that the first pass compared one by one
-    scanned: int = 0
+    dim: int | None = None  # width that cosines were computed at; None without vectors
+    scan_width: int | None = None  # width of the first pass; None where there was none
+    shortlist: int | None = None  # vectors that the first pass left over for the second
+    vectors: int = 0  # that the first pass went through
+    approximate: bool = False  # the first pass can miss some, as a server's own index may
+    kernel: str | None = None  # what computed the first pass
+    scanned: int = 0  # of `vectors`, those that the first pass compared one by one
     # chunks that there were when the shortlist was tuned; None where it was not tuned, or was given
     tuned_for: int | None = None
 

@@ -71,31 +71,30 @@ def check_counts(num_tokens: Sequence[Any], count: int) -> list[int]:
     ]
 
 
-def check_text(
-    name: str, text: object, *, blank: bool, position: int | None = None, place: str = ""
-) -> None:
+def check_text(name: str, text: object, *, blank: bool, position: int | None = None) -> None:
     """Check that a text can be stored.
 
     Args:
         name: of the text in messages: "the text", "the title of 'a'".
         blank: whether it may be blank.
-        position, place: which of the call's texts it is; see `EgemmaError`.
+        position: which of the call's texts it is, for the error.
 
     Raises:
         InputError: it is no Unicode text, holds a NUL, or is blank and must not be.
     """
-    try:
-        checked = unicode_text(name, text)
-    except InputError as error:
-        raise error.at(place, position=position) from error
+    checked = unicode_text(name, text, position=position)
     if "\0" in checked:
-        found = f"{name} holds a NUL character at {checked.index(chr(0))}"
-        hint = "Other languages stop reading there: remove it."
-    elif not blank and not checked.strip():
-        found, hint = f"{name} is blank", "There is nothing to find in it: leave it out."
-    else:
-        return
-    raise InputError(f"{found}.", hint=hint, position=position, place=place)
+        raise InputError(
+            f"{name} holds a NUL character at {checked.index(chr(0))}.",
+            hint="Other languages stop reading there: remove it.",
+            position=position,
+        )
+    if not blank and not checked.strip():
+        raise InputError(
+            f"{name} is blank.",
+            hint="There is nothing to find in it: leave it out.",
+            position=position,
+        )
 
 
 def check_id(id_: object) -> None:

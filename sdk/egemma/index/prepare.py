@@ -57,7 +57,7 @@ class Prepared:
     @cached_property
     def hashed(self) -> list[tuple[bytes, Chunk]]:
         """The chunks, each with its hash."""
-        return [(chunk_hash(chunk.title, chunk.text), chunk) for chunk in self.chunks]
+        return [(hash_of(chunk), chunk) for chunk in self.chunks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,11 @@ class PreparedVectors:
     vectors: NDArray[np.float32]  # (N, D)
     num_tokens: Sequence[int]
     truncated: Sequence[bool]
+
+
+def hash_of(chunk: Chunk) -> bytes:
+    """Return the hash by which a chunk finds the vector that its stored document has of it."""
+    return chunk_hash(chunk.title, chunk.text)
 
 
 def text_rows(
@@ -94,10 +99,12 @@ def text_rows(
     names = one_per_text("titles", titles, len(texts))
     entries = one_per_text("metadata", metadata, len(texts))
     for position, (text, title) in enumerate(zip(texts, names, strict=True)):
-        place = f"text {position}"
-        check_text("the text", text, blank=blank, position=position, place=place)
-        if title is not None:
-            check_text("its title", title, blank=True, position=position, place=place)
+        try:
+            check_text("the text", text, blank=blank)
+            if title is not None:
+                check_text("its title", title, blank=True)
+        except InputError as error:
+            raise error.at(f"text {position}", position=position) from error
     if ids is None:
         ids = [content_id(text, title or None) for text, title in zip(texts, names, strict=True)]
     return [

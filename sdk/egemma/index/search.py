@@ -191,15 +191,7 @@ class Searcher:
             vectors: (B, W) of the queries, where the plan compares vectors.
             texts: B of them, where it compares words.
         """
-        info = SearchInfo(
-            mode=plan.mode,
-            dim=None,
-            scan_width=None,
-            shortlist=None,
-            vectors=0,
-            approximate=False,
-            kernel=None,
-        )
+        info = SearchInfo(mode=plan.mode)
         by_vector: list[Ranking] = []
         by_words: list[Ranking] = []
         if vectors is not None:
