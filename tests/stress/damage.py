@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from egemma.index import Index
-from egemma.index.upkeep import check
+from egemma.upkeep import check
 from egemma_core.errors import IndexFileError
 from tests.stress.operations import IDS, MODELS, State, do, make_op, words
 from tests.stress.pipes import in_child

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from egemma import upkeep
 from egemma.index import Index
-from egemma.index.upkeep import check
+from egemma.upkeep import check
 from egemma_core.errors import EgemmaError, IndexFileError
 from tests.stress.damage import everything, make_subject
 from tests.stress.expected import check_copies, verify
@@ -98,7 +99,7 @@ def full_disk(work: Path, seed: int, *, steps: int = 400) -> dict[str, Any]:
             if rng.random() < 0.3:
                 (folder / "backup.egx").unlink(missing_ok=True)
                 (folder / "export.jsonl").unlink(missing_ok=True)
-                index.compact() if index.facts().migrating_to is None else None
+                upkeep.compact(index.path) if index.facts().migrating_to is None else None
         index.close()
     finally:
         subprocess.run(["umount", str(folder)], check=False)
@@ -131,8 +132,8 @@ def read_only_media(work: Path) -> dict[str, Any]:
         if check(path):
             problems.append("check finds something on read-only media")
         with Index.open(path, MODELS["words-1"]) as index:
-            index.backup(work / "from_readonly.egx")
-            index.export_jsonl(work / "from_readonly.jsonl")
+            upkeep.backup(index.path, work / "from_readonly.egx")
+            upkeep.export_jsonl(index.path, work / "from_readonly.jsonl")
             writes: dict[str, Callable[[], object]] = {
                 "add": lambda: index.add(["x"]),
                 "remove": lambda: index.remove(["d1"]),
@@ -140,8 +141,8 @@ def read_only_media(work: Path) -> dict[str, Any]:
                 "migrate": lambda: index.migrate(MODELS["words-2"]),
                 "import": lambda: index.import_jsonl(work / "from_readonly.jsonl"),
                 "tune": lambda: index.tune(recall=0.5, k=3, sample=10),
-                "backup": lambda: index.backup(folder / "b.egx"),
-                "export": lambda: index.export_jsonl(folder / "b.jsonl"),
+                "backup": lambda: upkeep.backup(index.path, folder / "b.egx"),
+                "export": lambda: upkeep.export_jsonl(index.path, folder / "b.jsonl"),
             }
             for name, write in writes.items():
                 try:

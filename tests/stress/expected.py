@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from egemma.index import Index, describe_index
-from egemma.index.upkeep import check
+from egemma.upkeep import check
 from egemma_core.errors import IndexFileError
 from tests.stress.operations import MODELS, VOCABULARY, State, words
 

@@ -79,7 +79,7 @@ def kill_rounds(  # noqa: PLR0912, PLR0915
     folder = work
     state = State("words-1", True)
     reader: tuple[int, Receiver, int] | None = None
-    jsonl._TOGETHER = 8
+    jsonl._DOCUMENTS_TOGETHER = 8
     for number in range(kills):
         if number % rounds_per_file == 0:
             reader = stop_reader(reader, report)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from egemma import upkeep
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.index import Index, jsonl
 from egemma.index.migration import abandon
@@ -131,7 +132,7 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
             ]
         )
     elif kind == "add_vectors":
-        model: Any = index._embedder
+        model: Any = index.embedder
         vectors = model.embed_documents(
             [doc.text for doc in what.values()], titles=[doc.title for doc in what.values()]
         ).vectors
@@ -146,7 +147,7 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
         index.remove(what)
     elif kind == "compact":
         abandon(index.path)
-        index.compact()
+        upkeep.compact(index.path)
     elif kind == "migrate":
         under_way = index.facts().migrating_to
         if under_way is not None and not under_way.startswith(what):
@@ -156,16 +157,16 @@ def do(index: Index, op: tuple[Any, ...], folder: Path, seed: int) -> Index:  # 
         if index.facts().chunks > 20:
             index.tune(recall=0.9, k=3, sample=20, seed=seed)
     elif kind == "backup":
-        index.backup(folder / "backup.egx", force=True)
+        upkeep.backup(index.path, folder / "backup.egx", force=True)
     elif kind == "export":
-        index.export_jsonl(folder / "export.jsonl", force=True)
+        upkeep.export_jsonl(index.path, folder / "export.jsonl", force=True)
     elif kind == "import":
         index.import_jsonl(folder / "import.jsonl", reembed=True)
     elif kind == "abandon":
         abandon(index.path)
     elif kind == "reopen":
         index.close()
-        return Index.open(index.path, index._embedder)
+        return Index.open(index.path, index.embedder)
     return index
 
 
@@ -185,9 +186,9 @@ def after(state: State, op: tuple[Any, ...], imported: dict[str, Doc]) -> list[S
         end.model = what
     elif kind == "import":
         items = list(imported.items())
-        for start in range(0, len(items), jsonl._TOGETHER):
+        for start in range(0, len(items), jsonl._DOCUMENTS_TOGETHER):
             end = end.copy()
-            end.docs.update(items[start : start + jsonl._TOGETHER])
+            end.docs.update(items[start : start + jsonl._DOCUMENTS_TOGETHER])
             states.append(end)
         return states
     return [*states, end]
@@ -207,7 +208,7 @@ def make_import(rng: random.Random, folder: Path) -> None:
             ids=list(docs),
             metadata=[doc.metadata for doc in docs.values()],
         )
-        other.export_jsonl(folder / "import.jsonl")
+        upkeep.export_jsonl(other.path, folder / "import.jsonl")
     (folder / "import.pickle").write_bytes(pickle.dumps(docs))
 
 
