@@ -72,7 +72,7 @@ def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
 # What an extra of the SDK brings may be imported where it is used, never by loading a module.
 OPTIONAL = {
     "numkong",
-    "usearch",
+    "typing_extensions",  # for type checkers alone, which bring it
     "pypdf",
     "selectolax",
     "pyarrow",
