@@ -137,7 +137,7 @@ def read_only_media(work: Path) -> dict[str, Any]:
             writes: dict[str, Callable[[], object]] = {
                 "add": lambda: index.add(["x"]),
                 "remove": lambda: index.remove(["d1"]),
-                "compact": index.compact,
+                "compact": lambda: upkeep.compact(path),
                 "migrate": lambda: index.migrate(MODELS["words-2"]),
                 "import": lambda: index.import_jsonl(work / "from_readonly.jsonl"),
                 "tune": lambda: index.tune(recall=0.5, k=3, sample=10),
