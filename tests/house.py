@@ -47,7 +47,8 @@ PATH = (
 )
 # Upkeep, migration, exchange and tuning: read when needed.
 NOT_ON_THE_PATH = (
-    *("upkeep", "migration", "migration_tables", "jsonl", "jsonl_lines", "json_lines"),
+    *("upkeep", "bulk_reads", "migration", "migration_tables"),
+    *("jsonl", "jsonl_lines", "json_lines"),
     *("tune", "tuned"),
 )
 _STRING_STARTS = {getattr(tokenize, name, None) for name in ("FSTRING_START", "TSTRING_START")}
