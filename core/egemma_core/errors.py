@@ -68,6 +68,10 @@ class EgemmaError(Exception):
             copy.position = position
         return copy.with_traceback(self.__traceback__)
 
+    def within(self: Self, place: str) -> Self:
+        """Return this error with `place` in front of its own place: a file before a row of it."""
+        return self.at(f"{place}: {self.place}" if self.place else place)
+
 
 def _text(found: str, hint: str, place: str) -> str:
     text = f"{place}: {found}" if place else found

@@ -224,7 +224,7 @@ def read_recipe(path: Path, data: Path | None = None) -> Recipe:
     try:
         return recipe_of(tree, path.stem, path.parent, data)
     except ConfigError as error:
-        raise error.at(str(path)) from error
+        raise error.within(str(path)) from error
 
 
 def recipe_of(tree: Mapping[str, Any], name: str, beside: Path, data: Path | None) -> Recipe:

@@ -48,7 +48,7 @@ def read_table(kind: type[T], table: object, where: str, **given: Any) -> T:
     try:
         return kind(**values, **given)
     except ConfigError as error:
-        raise error.at(where) from error
+        raise error.within(where) from error
 
 
 def check_keys(

@@ -50,6 +50,12 @@ def test_the_place_that_a_caller_knows_stands_for_the_one_that_was_known_before(
     assert (moved.place, moved.position, moved.found) == ("notes.txt:70", 69, "it is blank.")
 
 
+def test_what_encloses_a_place_stands_in_front_of_it() -> None:
+    error = InputError("it is blank.", position=3, place="text 3").within("shard 7")
+    assert str(error.within("folder")) == "folder: shard 7: text 3: it is blank."
+    assert str(InputError("it is blank.").within("shard 7")) == "shard 7: it is blank."
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_every_error_survives_the_way_between_processes(kind: type[EgemmaError]) -> None:
     error = pickle.loads(pickle.dumps(kind("found.", hint="hint.", position=2, place="here")))

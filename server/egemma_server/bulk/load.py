@@ -151,7 +151,7 @@ def _add(index: Index, job: Job, batch: Any, where: str) -> int:
             truncated=column["truncated"].to_pylist(),
         )
     except InputError as error:
-        raise error.at(where) from error
+        raise error.within(where) from error
     return int(batch.num_rows)
 
 
