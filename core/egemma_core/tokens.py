@@ -9,15 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import sentencepiece
 
 from egemma_core.checks import one_of, unicode_text, whole_number
 from egemma_core.errors import BundleError, CheckpointError, TokenLimitError
-
-if TYPE_CHECKING:
-    from egemma_core.config import EncoderConfig
 
 Overflow = Literal["error", "truncate"]
 
@@ -121,15 +118,3 @@ class Tokenizer:
         control = (self.bos_id, self.eos_id, self.pad_id)
         text: str = self._pieces.decode([token for token in ids if token not in control])
         return text
-
-
-def tokenizer_of(path: Path, config: EncoderConfig) -> Tokenizer:
-    """Return the tokenizer of a model; see `Tokenizer` for what is refused."""
-    return Tokenizer(
-        path,
-        bos_id=config.bos_id,
-        eos_id=config.eos_id,
-        pad_id=config.pad_id,
-        vocab_size=config.vocab_size,
-        max_tokens=config.max_tokens,
-    )

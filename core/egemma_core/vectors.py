@@ -9,9 +9,6 @@ from numpy.typing import NDArray
 
 from egemma_core.errors import DimensionError, InputError
 
-# The widths EmbeddingGemma was trained for. Source: arXiv:2509.20354, section 2.2; the model card.
-MATRYOSHKA_DIMS = (768, 512, 256, 128)
-
 
 def check_dim(dim: int | None, dims: Sequence[int]) -> int:
     """Return `dim`, or for None the full width.
