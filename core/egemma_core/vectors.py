@@ -11,11 +11,7 @@ from egemma_core.errors import DimensionError, InputError
 
 
 def check_dim(dim: int | None, dims: Sequence[int]) -> int:
-    """Return `dim`, or for None the full width.
-
-    Raises:
-        DimensionError: the model was not trained for that width.
-    """
+    """Return `dim`, or for None the full width; DimensionError where it is none of `dims`."""
     if dim is None:
         return dims[0]
     if isinstance(dim, bool) or dim not in dims:
