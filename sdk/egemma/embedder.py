@@ -10,8 +10,8 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import overload
 
 import numpy as np
@@ -25,12 +25,7 @@ from egemma.texts import behind_prompts, each_text
 from egemma.threads import check_threads
 from egemma_core.bundle import Bundle, Manifest, read_bundle
 from egemma_core.checks import whole_number
-from egemma_core.errors import (
-    BundleError,
-    EgemmaError,
-    InputError,
-    TokenLimitError,
-)
+from egemma_core.errors import BundleError, EgemmaError, InputError, TokenLimitError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.tokens import Overflow, Tokens
 from egemma_core.vectors import check_dim, shorten
@@ -72,10 +67,7 @@ class Embedder:
         memory_mb: int = 256,
         kleidiai: bool = True,
     ) -> None:
-        """Load the model of a bundle that `read_bundle` has checked.
-
-        `Embedder.open` does both, and describes the settings.
-        """
+        """Load the model of a bundle that was checked; `open` does both and has the settings."""
         whole_number("memory_mb", memory_mb, 1)
         self._manifest = bundle.manifest
         self._tokenizer = bundle.tokenizer()
@@ -115,36 +107,23 @@ class Embedder:
 
         Raises:
             BundleError: no bundle there, or a damaged one.
-            RuntimeUnavailableError: this machine lacks the runtime that the bundle was exported
-                for.
+            RuntimeUnavailableError: this machine lacks the runtime that the bundle is for.
             ConfigError: a setting that cannot work.
         """
-        return cls(
-            read_bundle(folder_of(bundle), check_hashes=check_hashes),
-            threads=threads,
-            memory_mb=memory_mb,
-            kleidiai=kleidiai,
-        )
+        checked = read_bundle(folder_of(bundle), check_hashes=check_hashes)
+        return cls(checked, threads=threads, memory_mb=memory_mb, kleidiai=kleidiai)
 
     def close(self) -> None:
         """Free the model's memory; waits for the run in progress. Closing again does nothing."""
-        if self._process == os.getpid():
-            with self._lock:
-                self._runtime = None
-                self._release()
-        else:  # the lock may have been held at the fork, by a thread that did not come along
+        # after a fork the lock may be held for ever, by a thread that did not come along
+        with self._lock if self._process == os.getpid() else nullcontext():
             self._runtime = None
             self._release()
 
     def __enter__(self) -> Embedder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     @property
@@ -187,12 +166,7 @@ class Embedder:
 
     @overload  # a str is an iterable of str as well, and one text
     def embed_query(  # type: ignore[overload-overlap]
-        self,
-        text: str,
-        *,
-        task: str = ...,
-        dim: int | None = ...,
-        overflow: Overflow = ...,
+        self, text: str, *, task: str = ..., dim: int | None = ..., overflow: Overflow = ...
     ) -> Embedding: ...
     @overload
     def embed_query(
@@ -258,10 +232,9 @@ class Embedder:
         dim: int | None = None,
         overflow: Overflow = "error",
     ) -> Iterator[Embeddings]:
-        """Embed more texts than fit into memory, as `embed_documents` does.
+        """Embed more texts than fit into memory, as `embed_documents` does, in their order.
 
-        Up to WINDOW_TEXTS of them are read, embedded and given out before the next are read, in
-        the order of the texts.
+        Up to WINDOW_TEXTS of them are read, embedded and given out before the next are read.
         """
         documents = behind_prompts(texts, titles, self._prompts)
         check_dim(dim, self.dims)
@@ -275,18 +248,11 @@ class Embedder:
     def embed_raw(
         self, texts: Iterable[str], *, dim: int | None = None, overflow: Overflow = "error"
     ) -> Embeddings:
-        """Embed texts exactly as they are, without a prompt.
-
-        The model was trained with prompts: use this for texts that already begin with one, or to
-        measure what prompts do.
-        """
+        """Embed texts as they are: such as begin with a prompt already, or to measure prompts."""
         return self._embed(list(each_text(texts)), dim, overflow)
 
     def embed_ids(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Embed token ids as they are, all in one padded run where the model takes several.
-
-        Args:
-            rows: token ids of each text, with its prompt and control tokens.
+        """Embed B rows of token ids as they are, together where the model takes several.
 
         Returns:
             (B, dim) float32, each row of length 1.
@@ -307,10 +273,7 @@ class Embedder:
         return np.concatenate([np.empty((0, self.dim), np.float32), *vectors])
 
     def count_tokens(self, text: str) -> int:
-        """Count the tokens of a text exactly as it is, control tokens included.
-
-        The model reads at most `max_tokens` of them.
-        """
+        """Count the tokens of a text as it is, control tokens included, beyond `max_tokens` too."""
         return self._tokenizer.encode(text, overflow="truncate").num_tokens
 
     def document_prompt(self, title: str | None = None) -> str:
@@ -344,9 +307,8 @@ class Embedder:
                 raise error.at(f"text {position}", position=position) from error
         vectors = np.empty((len(tokens), width), np.float32)
         for batch in self._plan(tokens):
-            vectors[batch] = shorten(
-                self._run([tokens[position].ids for position in batch]), dim, self.dims
-            )
+            run = self._run([tokens[position].ids for position in batch])
+            vectors[batch] = shorten(run, dim, self.dims)
         return Embeddings(
             vectors=vectors,
             num_tokens=tuple(text.num_tokens for text in tokens),
@@ -381,6 +343,5 @@ def _release(runtime: Runtime, process: int) -> None:
     if process == os.getpid():
         runtime.close()
     else:
-        # Its destructor would wait for threads that a fork left behind; the parent process frees
-        # the memory.
+        # its destructor would wait for threads that the fork left behind; the parent frees memory
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))

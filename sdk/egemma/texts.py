@@ -39,10 +39,7 @@ def _only_str(texts: Iterator[str]) -> Iterator[str]:
 def behind_prompts(
     texts: Iterable[str], titles: Iterable[str | None] | None, prompts: Prompts
 ) -> Iterator[str]:
-    """Give each document's text behind its prompt.
-
-    What can be checked without reading the texts is checked at once.
-    """
+    """Give each document's text behind its prompt; check at once what needs no text."""
     checked = each_text(texts)
     if titles is None:
         prompt = prompts.document()

@@ -62,9 +62,8 @@ class ExecuTorchRuntime:
         _take_threads(self._egx, threads)
         try:
             found_tokens, found_dim = ctypes.c_int32(), ctypes.c_int32()
-            self._model = self._egx.egx_open(
-                os.fsencode(path), ctypes.byref(found_tokens), ctypes.byref(found_dim)
-            )
+            facts = ctypes.byref(found_tokens), ctypes.byref(found_dim)
+            self._model = self._egx.egx_open(os.fsencode(path), *facts)
             if not self._model:
                 raise BundleError(
                     f"{path}: ExecuTorch {self.version} cannot load it: {self._error()}.",
@@ -86,15 +85,8 @@ class ExecuTorchRuntime:
         ids, mask = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
         # what is not written does not pass for a vector
         vectors = np.full((1, self._dim), np.nan, np.float32)
-        failed = self._egx.egx_run(
-            self._model,
-            ids.ctypes.data,
-            mask.ctypes.data,
-            ids.shape[1],
-            vectors.ctypes.data,
-            self._dim,
-        )
-        if failed:
+        inputs = ids.ctypes.data, mask.ctypes.data, ids.shape[1]
+        if self._egx.egx_run(self._model, *inputs, vectors.ctypes.data, self._dim) != 0:
             raise BundleError(
                 f"{self._path}: ExecuTorch {self.version} failed on {ids.shape[1]} tokens: "
                 f"{self._error()}."
@@ -105,7 +97,8 @@ class ExecuTorchRuntime:
         if self._model:
             self._egx.egx_close(self._model)
         self._model = None
-        _give_threads_back()
+        with _pool.lock:
+            _pool.open_models -= 1
 
     def _error(self) -> str:
         text: bytes = self._egx.egx_error()
@@ -130,11 +123,6 @@ def _take_threads(egx: ctypes.CDLL, threads: int) -> None:
             raise EgemmaError(f"threads={threads}: {egx.egx_error().decode('utf-8', 'replace')}")
         _pool.process, _pool.threads = os.getpid(), threads
         _pool.open_models += 1
-
-
-def _give_threads_back() -> None:
-    with _pool.lock:
-        _pool.open_models -= 1
 
 
 @cache
@@ -166,13 +154,13 @@ def _library() -> ctypes.CDLL:
 
 
 def _declare(egx: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int32
     egx.egx_error.restype = egx.egx_version.restype = ctypes.c_char_p
     egx.egx_set_threads.argtypes = [ctypes.c_uint32]
-    egx.egx_open.restype = ctypes.c_void_p
-    egx.egx_open.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
-    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    egx.egx_open.restype = pointer
+    egx.egx_open.argtypes = [ctypes.c_char_p, pointer, pointer]
     egx.egx_run.argtypes = [pointer, pointer, pointer, number, pointer, number]
-    egx.egx_close.argtypes = [ctypes.c_void_p]
+    egx.egx_close.argtypes = [pointer]
     egx.egx_close.restype = None
     return egx
 
@@ -181,10 +169,8 @@ def _other_executorch() -> list[str]:
     """List the libraries of the `executorch` Python package in this process."""
     maps = Path("/proc/self/maps")
     if maps.exists():
-        rows = (
-            line.split(maxsplit=5) for line in maps.read_text(errors="surrogateescape").splitlines()
-        )
-        loaded = {row[5] for row in rows if len(row) == 6}
+        lines = maps.read_text(errors="surrogateescape").splitlines()
+        loaded = {line.split(maxsplit=5)[-1] for line in lines}
     else:  # macOS: what Python imported
         loaded = {str(getattr(module, "__file__", "")) for module in list(sys.modules.values())}
     return sorted(path for path in loaded if Path(path).parent != NATIVE and _OTHERS.search(path))

@@ -56,11 +56,9 @@ class OnnxRuntime:
         if not kleidiai:
             options.add_session_config_entry("mlas.disable_kleidiai", "1")
         try:
+            # the fallback prints, and tries the same again
             self._session = onnxruntime.InferenceSession(
-                str(path),
-                options,
-                providers=["CPUExecutionProvider"],
-                enable_fallback=0,  # it prints, and tries the same again
+                str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
             inputs = _nodes(self._session.get_inputs())
             outputs = _nodes(self._session.get_outputs())
@@ -87,12 +85,9 @@ class OnnxRuntime:
         # as a query after indexing, pays it.
         shrink = ids.size * 4 <= self._largest_run
         self._largest_run = ids.size if shrink else max(ids.size, self._largest_run)
+        feed = dict(zip(INPUTS, (ids, mask), strict=True))
         try:
-            vectors = self._session.run(
-                [OUTPUT],
-                dict(zip(INPUTS, (ids, mask), strict=True)),
-                self._shrink if shrink else None,
-            )[0]
+            vectors = self._session.run([OUTPUT], feed, self._shrink if shrink else None)[0]
         except Exception as error:  # its exceptions have no other parent
             raise BundleError(
                 f"{self._path}: ONNX Runtime {self.version} failed on {ids.shape} tokens: "
@@ -105,10 +100,7 @@ class OnnxRuntime:
 
 
 def _nodes(nodes: Iterable[Any]) -> dict[str, tuple[str, list[int | str | None]]]:
-    """Return element type and shape of a graph's inputs or outputs by name.
-
-    A free size is a name or None.
-    """
+    """Return type and shape of a graph's inputs or outputs; a free size is a name or None."""
     return {node.name: (node.type, node.shape) for node in nodes}
 
 
