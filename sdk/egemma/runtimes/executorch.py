@@ -170,7 +170,8 @@ def _other_executorch() -> list[str]:
     maps = Path("/proc/self/maps")
     if maps.exists():
         lines = maps.read_text(errors="surrogateescape").splitlines()
-        loaded = {line.split(maxsplit=5)[-1] for line in lines}
+        rows = (line.split(maxsplit=5) for line in lines)
+        loaded = {row[5] for row in rows if len(row) == 6}
     else:  # macOS: what Python imported
         loaded = {str(getattr(module, "__file__", "")) for module in list(sys.modules.values())}
     return sorted(path for path in loaded if Path(path).parent != NATIVE and _OTHERS.search(path))
