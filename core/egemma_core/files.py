@@ -122,8 +122,7 @@ def remove_leftovers(path: Path) -> None:
         return
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.\w+\.part.*")
     for found in path.parent.iterdir():
-        match = pattern.fullmatch(found.name)
-        if match is None:
+        if not (match := pattern.fullmatch(found.name)):
             continue
         try:
             os.kill(int(match[1]), 0)

@@ -40,9 +40,8 @@ class Prompts:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The task names that `query` accepts, sorted."""
-        named = {
-            match["task"] for text in self.by_name.values() if (match := _QUERY.fullmatch(text))
-        }
+        matches = map(_QUERY.fullmatch, self.by_name.values())
+        named = {match["task"] for match in matches if match}
         return tuple(sorted(named | set(CARD_TASKS))) if named else ()
 
     def query(self, task: str = DEFAULT_TASK) -> str:

@@ -197,9 +197,8 @@ def _compare(field: tuple[str, ...], op: object, value: object, place: str) -> C
     checked: Scalar | tuple[Scalar, ...]
     if op == "$in":
         if not isinstance(value, (list, tuple, set, frozenset)) or len(value) > MAX_VALUES:
-            raise ConfigError(
-                f"{here} is {shown(value)}, and must be a list of at most {MAX_VALUES} values."
-            )
+            found = f"{here} is {shown(value)}, and must be a list of at most {MAX_VALUES} values."
+            raise ConfigError(found)
         checked = tuple(_scalar(one, here) for one in value)
     else:
         checked = _scalar(value, here)

@@ -110,9 +110,15 @@ def _import_onnxruntime() -> ModuleType:
     Since 1.32 the import alone writes a device id and reports to Microsoft. Where the application
     imported it before us with telemetry on, that was its choice; we stop further events and say so.
     """
-    if "onnxruntime" in sys.modules and os.environ.get(_TELEMETRY_SWITCH) != "1":
+    already_on = "onnxruntime" in sys.modules and os.environ.get(_TELEMETRY_SWITCH) != "1"
+    if not already_on:
+        os.environ[_TELEMETRY_SWITCH] = "1"
+    try:
         import onnxruntime  # type: ignore[import-untyped]
-
+    except ImportError as error:
+        found = f"ONNX Runtime cannot be imported: {error}."
+        raise RuntimeUnavailableError(found, hint="pip install onnxruntime") from error
+    if already_on:
         onnxruntime.disable_telemetry_events()
         warnings.warn(
             f"onnxruntime was imported before egemma without {_TELEMETRY_SWITCH}=1 and may have "
@@ -120,14 +126,6 @@ def _import_onnxruntime() -> ModuleType:
             RuntimeWarning,
             stacklevel=2,
         )
-        return onnxruntime  # type: ignore[no-any-return]
-    os.environ[_TELEMETRY_SWITCH] = "1"
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise RuntimeUnavailableError(
-            f"ONNX Runtime cannot be imported: {error}.", hint="pip install onnxruntime"
-        ) from error
     return onnxruntime  # type: ignore[no-any-return]
 
 
