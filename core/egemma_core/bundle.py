@@ -150,10 +150,9 @@ def _parse(body: dict[str, Any], path: Path) -> Manifest:
     if form != FORMAT:
         raise BundleError(f"{path}: format={form!r}, not {FORMAT!r}: it is not an egemma bundle.")
     if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{path}: format_version={version!r}, this egemma reads {FORMAT_VERSION}.",
-            hint="Export the model again, or install the egemma that wrote it.",
-        )
+        found = f"{path}: format_version={version!r}, this egemma reads {FORMAT_VERSION}."
+        hint = "Export the model again, or install the egemma that wrote it."
+        raise BundleError(found, hint=hint)
     known = {field.name for field in fields(Manifest)}
     if known != body.keys():
         missing, unknown = sorted(known - body.keys()), sorted(body.keys() - known)

@@ -82,11 +82,8 @@ def unicode_text(
 ) -> str:
     """Return `value` when it is a str that can be written as UTF-8, without a lone surrogate."""
     if not isinstance(value, str):
-        raise error(
-            f"{what} is {type(value).__name__}, and must be str.",
-            hint="Decode bytes first.",
-            position=position,
-        )
+        found = f"{what} is {type(value).__name__}, and must be str."
+        raise error(found, hint="Decode bytes first.", position=position)
     try:
         value.encode()
     except UnicodeEncodeError as problem:

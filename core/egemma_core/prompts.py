@@ -80,8 +80,6 @@ class Prompts:
             return prompt
         before, slot, after = prompt.partition(f"title: {_NO_TITLE} |")
         if not slot:
-            raise PromptError(
-                f"the document prompt {prompt!r} has no place for a title.",
-                hint="Put it into the text instead.",
-            )
+            found = f"the document prompt {prompt!r} has no place for a title."
+            raise PromptError(found, hint="Put it into the text instead.")
         return f"{before}title: {title.strip()} |{after}"

@@ -48,9 +48,7 @@ def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     wide = np.asarray(vectors, dtype=np.float64)
     length = np.sqrt(np.square(wide).sum(-1, keepdims=True))
     if not (np.isfinite(length) & (length > 0)).all():
-        raise InputError(
-            "a vector is zero, NaN or infinite and has no direction.",
-            hint="Check the model file with `egemma verify`.",
-        )
+        found = "a vector is zero, NaN or infinite and has no direction."
+        raise InputError(found, hint="Check the model file with `egemma verify`.")
     unit: NDArray[np.float32] = (wide / length).astype(np.float32)
     return unit

@@ -45,10 +45,8 @@ def folder_of(bundle: str | Path) -> Path:
     if bundle != BUILTIN:
         return Path(bundle)
     if not BUILTIN_FOLDER.is_dir():
-        raise BundleError(
-            f"{BUILTIN_FOLDER} is missing: this egemma was packaged without its built-in model.",
-            hint="Install it again, or open a bundle folder.",
-        )
+        found = f"{BUILTIN_FOLDER} is missing: this egemma was packaged without its built-in model."
+        raise BundleError(found, hint="Install it again, or open a bundle folder.")
     return BUILTIN_FOLDER
 
 
@@ -79,8 +77,7 @@ class Embedder:
         self._runtime: Runtime | None = runtime
         self._runtime_name = f"{runtime.name} {runtime.version}"
         self._threads = runtime.threads
-        # Also runs when the embedder was forgotten, and at exit before modules are torn down; never
-        # twice.
+        # also when the embedder was forgotten, and before modules are torn down; never twice
         self._release = weakref.finalize(self, _release, runtime, self._process)
 
     @classmethod
@@ -218,9 +215,7 @@ class Embedder:
             dim, overflow: as in `embed_query`.
 
         Raises:
-            ShapeError: not as many titles as texts.
-            TokenLimitError, InputError, PromptError, DimensionError: a text or a setting cannot be
-                used; the error's `position` says which text.
+            ShapeError: not as many titles as texts; others as in `embed_query`.
         """
         return self._embed(list(behind_prompts(texts, titles, self._prompts)), dim, overflow)
 
@@ -263,11 +258,8 @@ class Embedder:
         last = self._manifest.tokenizer["vocab_size"] - 1
         for number, row in enumerate(rows):
             if not 1 <= len(row) <= self.max_tokens or not all(0 <= token <= last for token in row):
-                raise InputError(
-                    f"{len(row)} ids must be 1 to {self.max_tokens}, each from 0 to {last}.",
-                    position=number,
-                    place=f"row {number}",
-                )
+                found = f"{len(row)} ids must be 1 to {self.max_tokens}, each from 0 to {last}."
+                raise InputError(found, position=number, place=f"row {number}")
         runs = [[row] for row in rows] if self._manifest.batch == "one" else [rows] if rows else []
         vectors = [shorten(self._run(run), None, self.dims) for run in runs]
         return np.concatenate([np.empty((0, self.dim), np.float32), *vectors])

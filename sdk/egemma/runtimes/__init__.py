@@ -51,10 +51,16 @@ class Runtime(Protocol):
 def open_runtime(bundle: Bundle, *, threads: int, kleidiai: bool) -> Runtime:
     """Load the bundle's model into the runtime it was exported for.
 
+    Args:
+        threads: of ONNX Runtime, for this model; of ExecuTorch, for all that are open together.
+        kleidiai: False keeps Arm's KleidiAI kernels out of ONNX Runtime: symmetric int4 then gives
+            the same numbers as on x86, more slowly.
+
     Raises:
         BundleError: the model file is damaged, or is not what the manifest says.
-        RuntimeUnavailableError: that runtime is not installed here.
-        ConfigError: it cannot work with these settings.
+        RuntimeUnavailableError: that runtime is not installed here, or another copy of ExecuTorch
+            is loaded.
+        ConfigError: ExecuTorch without KleidiAI, or with other threads than an open model has.
     """
     manifest, path = bundle.manifest, bundle.model_path
     dim, max_tokens = manifest.dims[0], manifest.tokenizer["max_tokens"]
@@ -62,10 +68,8 @@ def open_runtime(bundle: Bundle, *, threads: int, kleidiai: bool) -> Runtime:
         from egemma.runtimes.executorch import ExecuTorchRuntime
 
         if not kleidiai:
-            raise ConfigError(
-                "kleidiai=False is a switch of ONNX Runtime, this bundle is for ExecuTorch.",
-                hint="Leave it out.",
-            )
+            found = "kleidiai=False is a switch of ONNX Runtime, this bundle is for ExecuTorch."
+            raise ConfigError(found, hint="Leave it out.")
         runtime: Runtime = ExecuTorchRuntime(path, dim=dim, max_tokens=max_tokens, threads=threads)
     else:
         from egemma.runtimes.onnx import OnnxRuntime
@@ -91,10 +95,8 @@ def check_output(
         found = f"{model} gave {vectors.shape} {vectors.dtype}, the manifest says"
         raise BundleError(f"{found} {(texts, dim)} float32.", hint="Export again.")
     if not np.isfinite(vectors).all():
-        raise BundleError(
-            f"{model} gave NaN or infinity.",
-            hint="Copy the bundle again, or export it again and look at its verification.",
-        )
+        hint = "Copy the bundle again, or export it again and look at its verification."
+        raise BundleError(f"{model} gave NaN or infinity.", hint=hint)
     lengths = np.linalg.norm(vectors, axis=1)
     wrong = lengths[np.abs(lengths - 1) > LARGEST_LENGTH_ERROR]
     if wrong.size:

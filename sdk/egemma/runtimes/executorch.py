@@ -37,17 +37,10 @@ _pool = _Pool()
 
 
 class ExecuTorchRuntime:
-    """One .pte; see `Runtime` for what its methods promise.
+    """One .pte; see `Runtime` for its methods, and `open_runtime` for what is refused.
 
     Args:
         dim, max_tokens: what the manifest promises; the file must agree.
-        threads: for all models of this process that are open at the same time.
-
-    Raises:
-        BundleError: the file is damaged or has other inputs and outputs.
-        RuntimeUnavailableError: this egemma was built without ExecuTorch, or another copy of it is
-            loaded.
-        ConfigError: another open model computes with another number of threads.
     """
 
     name = "executorch"
@@ -65,10 +58,8 @@ class ExecuTorchRuntime:
             facts = ctypes.byref(found_tokens), ctypes.byref(found_dim)
             self._model = self._egx.egx_open(os.fsencode(path), *facts)
             if not self._model:
-                raise BundleError(
-                    f"{path}: ExecuTorch {self.version} cannot load it: {self._error()}.",
-                    hint="Copy it again.",
-                )
+                found = f"{path}: ExecuTorch {self.version} cannot load it: {self._error()}."
+                raise BundleError(found, hint="Copy it again.")
             if found_dim.value != dim or found_tokens.value < max_tokens:
                 raise BundleError(
                     f"{path} reads {found_tokens.value} tokens and gives {found_dim.value} "
@@ -87,10 +78,8 @@ class ExecuTorchRuntime:
         vectors = np.full((1, self._dim), np.nan, np.float32)
         inputs = ids.ctypes.data, mask.ctypes.data, ids.shape[1]
         if self._egx.egx_run(self._model, *inputs, vectors.ctypes.data, self._dim) != 0:
-            raise BundleError(
-                f"{self._path}: ExecuTorch {self.version} failed on {ids.shape[1]} tokens: "
-                f"{self._error()}."
-            )
+            found = f"ExecuTorch {self.version} failed on {ids.shape[1]} tokens: {self._error()}."
+            raise BundleError(f"{self._path}: {found}")
         return check_output(vectors, texts=1, dim=self._dim, model=self._path)
 
     def close(self) -> None:
@@ -148,9 +137,8 @@ def _library() -> ctypes.CDLL:
         return _declare(ctypes.CDLL(str(path)))
     # AttributeError: an in-place build older than this file
     except (OSError, AttributeError) as error:
-        raise RuntimeUnavailableError(
-            f"{path} cannot be used: {error}.", hint="Build egemma again on this machine."
-        ) from error
+        found = f"{path} cannot be used: {error}."
+        raise RuntimeUnavailableError(found, hint="Build egemma again on this machine.") from error
 
 
 def _declare(egx: ctypes.CDLL) -> ctypes.CDLL:

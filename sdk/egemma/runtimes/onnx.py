@@ -21,17 +21,11 @@ _TELEMETRY_SWITCH = "ORT_DISABLE_TELEMETRY"
 
 
 class OnnxRuntime:
-    """A session over one model file; see `Runtime` for what its methods promise.
+    """A session over one model file; see `Runtime` and `open_runtime`.
 
     Args:
         dim: width that the manifest promises.
         threads: for the operators of the one run at a time.
-        kleidiai: False keeps Arm's KleidiAI kernels out: symmetric int4 then gives the same numbers
-            as on x86, more slowly.
-
-    Raises:
-        BundleError: the file is damaged or has other inputs and outputs.
-        RuntimeUnavailableError: ONNX Runtime is not installed.
     """
 
     name = "onnxruntime"
@@ -63,10 +57,8 @@ class OnnxRuntime:
             inputs = _nodes(self._session.get_inputs())
             outputs = _nodes(self._session.get_outputs())
         except Exception as error:  # its exceptions have no other parent
-            raise BundleError(
-                f"{path}: ONNX Runtime {self.version} cannot load it: {_first_line(error)}.",
-                hint="Copy it again.",
-            ) from error
+            found = f"{path}: ONNX Runtime {self.version} cannot load it: {_first_line(error)}."
+            raise BundleError(found, hint="Copy it again.") from error
         taken = {name: (kind, len(shape)) for name, (kind, shape) in inputs.items()}
         given = outputs.get(OUTPUT, ("",))[0]
         if taken != dict.fromkeys(INPUTS, ("tensor(int64)", 2)) or given != "tensor(float)":
@@ -89,10 +81,8 @@ class OnnxRuntime:
         try:
             vectors = self._session.run([OUTPUT], feed, self._shrink if shrink else None)[0]
         except Exception as error:  # its exceptions have no other parent
-            raise BundleError(
-                f"{self._path}: ONNX Runtime {self.version} failed on {ids.shape} tokens: "
-                f"{_first_line(error)}."
-            ) from error
+            found = f"ONNX Runtime {self.version} failed on {ids.shape} tokens"
+            raise BundleError(f"{self._path}: {found}: {_first_line(error)}.") from error
         return check_output(vectors, texts=len(ids), dim=self._dim, model=self._path)
 
     def close(self) -> None:
