@@ -32,11 +32,10 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.latency import commit, machine
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint, tokenizer_of
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
-from egemma_core.prompts import EMBEDDING_GEMMA
-from egemma_core.tokens import tokenizer_of
 from egemma_train.data.batches import BatchConfig, Batches
 from egemma_train.data.texts import TextConfig, read_texts
 from egemma_train.evaluate import DevSets

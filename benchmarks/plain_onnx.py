@@ -58,7 +58,7 @@ def write_plain_nbits(encoder: Encoder, path: Path) -> Path:
 
 
 def main() -> int:
-    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.checkpoint.folder import open_checkpoint
     from egemma_core.nn.load import load_encoder
 
     kind, model, out = sys.argv[1:]

@@ -33,7 +33,7 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from egemma_core.config import FULL, SLIDING
+from egemma_core.checkpoint.config import FULL, SLIDING
 from egemma_core.errors import EgemmaError
 from egemma_train.loop_config import LoopConfig
 from models.train_builtin import CONFIG, SEED, batch_config, make_model

@@ -30,7 +30,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.latency import commit, machine
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_train.data.batches import Batch
 from egemma_train.loop_config import LoopConfig
 from egemma_train.objectives.contrast import Contrast, ContrastConfig

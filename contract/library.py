@@ -22,11 +22,13 @@ from egemma.index.codes import Layout, decode, encode, squares
 from egemma.index.words import match_of
 from egemma.upkeep import check as check_index
 from egemma.where import matches, parse
-from egemma_core.bundle import Manifest, describe_files, fingerprint_of, read_bundle
+from egemma_core.bundle import Manifest, read_bundle
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.errors import EgemmaError
-from egemma_core.prompts import EMBEDDING_GEMMA, Prompts
+from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer
 from egemma_core.vectors import shorten
+from egemma_export.bundle_folder import describe_files, fingerprint_of
 
 __all__ = [
     "EMBEDDING_GEMMA",

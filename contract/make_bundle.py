@@ -82,7 +82,7 @@ def _write_checkpoint(folder: Path, scratch: Path) -> None:
     """A checkpoint in the published layout, with weights that every machine makes alike."""
     import torch
 
-    from egemma_core.config import FULL, SLIDING, EncoderConfig
+    from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
     from egemma_core.nn.encoder import Encoder
     from egemma_core.nn.save import save_checkpoint
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from egemma_core.checkpoint import open_checkpoint
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.nn.encoder import Encoder
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer

@@ -22,14 +22,13 @@ import torch
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from egemma_core.checkpoint import open_checkpoint
-from egemma_core.config import EncoderConfig
+from egemma_core.checkpoint.config import EncoderConfig
+from egemma_core.checkpoint.folder import open_checkpoint, tokenizer_of
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.errors import ConfigError, EgemmaError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint
-from egemma_core.prompts import EMBEDDING_GEMMA
-from egemma_core.tokens import tokenizer_of
 from egemma_train.data.batches import BatchConfig, Batches, BatchesAhead
 from egemma_train.data.dataset_files import hold_out, read_dataset
 from egemma_train.data.datasets import Dataset, DatasetConfig

@@ -18,11 +18,11 @@ from egemma import Embedder, Index
 from egemma.embedder import BUILTIN_FOLDER
 from egemma.verify import verify_bundle
 from egemma_core.bundle import read_bundle
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.files import sha256_of
 from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.load import load_encoder
-from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_export.read_onnx import read_onnx_weights
 from egemma_quant.roles import quantize_encoder
 from egemma_quant.schemes import INT4

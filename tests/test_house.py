@@ -153,8 +153,9 @@ def test_code_tokens_are_counted_without_comments_and_an_f_string_as_one(tmp_pat
     assert lines_of(file) == 5
 
 
-def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
-    for path in sorted((ROOMS["egemma_core"] / "egemma_core").glob("*.py")):
+@pytest.mark.parametrize("floor", [".", "checkpoint"])
+def test_the_floors_below_nn_need_numpy_and_sentencepiece_only(floor: str) -> None:
+    for path in sorted((ROOMS["egemma_core"] / "egemma_core" / floor).glob("*.py")):
         outside = (
             {name.split(".")[0] for name in imported(path)}
             - set(sys.stdlib_module_names)
@@ -162,6 +163,23 @@ def test_the_ground_floor_needs_numpy_and_sentencepiece_only() -> None:
             - {"egemma_core"}
         )
         assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
+
+
+# The floors of core, from the ground; each imports only those before it.
+FLOORS = ("", "checkpoint", "nn")
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_the_floors_of_core_import_only_downwards(floor: str) -> None:
+    folder = ROOMS["egemma_core"] / "egemma_core" / floor
+    above = FLOORS[FLOORS.index(floor) + 1 :]
+    for path in sorted(folder.rglob("*.py") if floor else folder.glob("*.py")):
+        found = {
+            name
+            for name in imported(path)
+            if any(f"{name}.".startswith(f"egemma_core.{upper}.") for upper in above)
+        }
+        assert not found, f"{path.relative_to(ROOT)} imports {found}"
 
 
 # What an extra brings may be imported where it is used, never by loading a module.
@@ -175,6 +193,12 @@ OPTIONAL = {
 }
 
 
+def upstairs(names: set[str]) -> set[str]:
+    """Which imported names lie above the ground floor of core."""
+    floors = tuple(f"egemma_core.{floor}" for floor in FLOORS[1:])
+    return {name for name in names if name.startswith(floors)}
+
+
 def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
     allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime", "pathspec"}
     allowed |= {"egemma", "egemma_core"} | OPTIONAL["egemma"]
@@ -182,16 +206,17 @@ def test_the_sdk_reads_only_the_ground_floor_and_never_torch() -> None:
         names = imported(path)
         outside = {name.split(".")[0] for name in names} - allowed
         assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
-        upstairs = {name for name in names if name.startswith("egemma_core.nn")}
-        assert not upstairs, f"{path.relative_to(ROOT)} imports {upstairs}"
+        assert not upstairs(names), f"{path.relative_to(ROOT)} imports {upstairs(names)}"
 
 
 def test_the_server_reads_only_the_sdk_and_never_torch() -> None:
     allowed = set(sys.stdlib_module_names) | {"numpy", "egemma", "egemma_core", "egemma_server"}
     allowed |= OPTIONAL["egemma_server"]
     for path in modules("egemma_server"):
-        outside = {name.split(".")[0] for name in imported(path)} - allowed
+        names = imported(path)
+        outside = {name.split(".")[0] for name in names} - allowed
         assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
+        assert not upstairs(names), f"{path.relative_to(ROOT)} imports {upstairs(names)}"
 
 
 @pytest.mark.parametrize("room", OPTIONAL)
@@ -211,7 +236,7 @@ SOCKETS = {
     *("psycopg", "qdrant_client", "ray", "fastapi", "starlette", "uvicorn", "flask"),
 }
 ASKS_THE_HUB = {
-    "core/egemma_core/checkpoint.py": {"huggingface_hub"},
+    "core/egemma_core/checkpoint/folder.py": {"huggingface_hub"},
     "quant/egemma_train/teachers/sentence_transformer.py": {"huggingface_hub"},
 }
 

@@ -22,10 +22,8 @@ from egemma_core.bundle import (
     RUNTIMES,
     TOKENIZER,
     Manifest,
-    describe_files,
-    fingerprint_of,
-    write_manifest,
 )
+from egemma_export.bundle_folder import describe_files, fingerprint_of, write_manifest
 
 if TYPE_CHECKING:  # at run time they would import torch, which the SDK's tests do without
     from egemma_core.nn.encoder import Encoder

@@ -1,4 +1,5 @@
 """What the model is.
 
-The files beside this one need NumPy and sentencepiece only; `nn` needs torch.
+The files beside this one and those of `checkpoint` need NumPy and sentencepiece only; `nn` needs
+torch.
 """

@@ -12,19 +12,15 @@ contract/bundle-format.md describes it for other languages.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from egemma_core.checks import number, one_of, whole_number
 from egemma_core.errors import BundleError, ConfigError
-from egemma_core.files import publish_folder, sha256_of, write_json
+from egemma_core.files import sha256_of
 from egemma_core.prompts import Prompts
 from egemma_core.tokens import Tokenizer
 
@@ -35,10 +31,6 @@ TOKENIZER = "tokenizer.model"
 GOLDEN = "golden.json"
 RUNTIMES = {"executorch": "model.pte", "onnxruntime": "model.onnx"}
 
-_TABLES = (
-    *("source", "architecture", "tokenizer", "prompts"),
-    *("scheme", "verification", "tools", "files"),
-)
 _COPY = "Copy the whole bundle folder again."
 _EXPORT = "Export again."
 _MAKE = "Make a bundle with egemma-export."
@@ -46,10 +38,7 @@ _MAKE = "Make a bundle with egemma-export."
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a bundle must keep on every golden text, at every width.
-
-    None is a bound that nobody has set, which no bundle passes.
-    """
+    """What a bundle must keep on every golden text, at every width; none passes a bound of None."""
 
     min_cosine_float: float | None  # to the float model's vector
     min_cosine_quantized: float | None  # to float arithmetic on the same rounded weights
@@ -65,14 +54,11 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """manifest.json, field by field.
-
-    Every field is required; unknown ones are refused by `read`.
-    """
+    """manifest.json, field by field; every one is required, and no other is allowed."""
 
     target: str  # such as "android-int4"
     runtime: str  # a key of RUNTIMES
-    fingerprint: str  # what vectors of this model may be mixed with; see `fingerprint_of`
+    fingerprint: str  # hash over everything that moves a vector; only equal ones may be mixed
     source: Mapping[str, Any]  # model, revision, and the SHA-256 of each weight file
     # vocab_size, layers, widths, window, pooling; for people and checks
     architecture: Mapping[str, Any]
@@ -117,30 +103,6 @@ class Bundle:
         return _json(self.folder / GOLDEN)
 
 
-def fingerprint_of(
-    *,
-    weights: Mapping[str, str],
-    tokenizer_sha256: str,
-    prompts: Mapping[str, str],
-    architecture: Mapping[str, Any],
-    scheme: Mapping[str, Any],
-) -> str:
-    """Return one hash over everything that moves a vector.
-
-    Names, paths, the runtime and tool versions stay out: they move nothing beyond float noise, so a
-    rename rebuilds no index.
-    """
-    parts = {
-        "weights": dict(weights),
-        "tokenizer": tokenizer_sha256,
-        "prompts": dict(prompts),
-        "architecture": dict(architecture),
-        "scheme": dict(scheme),
-    }
-    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 def read_bundle(folder: str | Path, *, check_hashes: bool = True) -> Bundle:
     """Open a bundle folder.
 
@@ -153,127 +115,52 @@ def read_bundle(folder: str | Path, *, check_hashes: bool = True) -> Bundle:
             altered.
     """
     folder = Path(folder)
+    path = folder / MANIFEST
     if not folder.is_dir():
-        raise BundleError(
-            f"{folder}: no such folder. A bundle is a folder with {MANIFEST}.", hint=_MAKE
-        )
-    if not (folder / MANIFEST).is_file():
+        found = f"{folder}: no such folder. A bundle is a folder with {MANIFEST}."
+        raise BundleError(found, hint=_MAKE)
+    if not path.is_file():
         raise BundleError(f"{folder} has no {MANIFEST}: it is not a bundle.", hint=_MAKE)
-    manifest = _parse(_json(folder / MANIFEST), folder / MANIFEST)
+    manifest = _parse(_json(path), path)
     for name in (manifest.model_file, TOKENIZER, GOLDEN):
         if name not in manifest.files:
-            raise BundleError(f"{folder / MANIFEST} does not list {name}.", hint=_EXPORT)
+            raise BundleError(f"{path} does not list {name}.", hint=_EXPORT)
     for name, facts in manifest.files.items():
-        path = folder / name
         if Path(name).name != name:
-            raise BundleError(
-                f"{folder / MANIFEST} lists {name!r}, which is not a plain file name.", hint=_EXPORT
-            )
-        if not path.is_file():
-            raise BundleError(f"{path} is missing.", hint=_COPY)
-        size = path.stat().st_size
-        if size != facts["bytes"]:
-            raise BundleError(
-                f"{path} has {size} bytes, the manifest says {facts['bytes']}: it is cut off or "
-                "altered.",
-                hint=_COPY,
-            )
-        if check_hashes and sha256_of(path) != facts["sha256"]:
-            raise BundleError(
-                f"{path} does not have the SHA-256 that the manifest says: it was altered.",
-                hint=_COPY,
-            )
+            found = f"{path} lists {name!r}, which is not a plain file name."
+            raise BundleError(found, hint=_EXPORT)
+        _check_file(folder / name, facts, check_hashes)
     return Bundle(folder=folder, manifest=manifest)
 
 
-def describe_files(
-    folder: Path, *, known: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Return the manifest's `files` for everything in a folder except the manifest.
-
-    Args:
-        known: entries of files that did not change since; these files are not read again.
-    """
-    found = dict(known or {})
-    return {
-        path.name: dict(found[path.name])
-        if path.name in found
-        else {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json: the last file of a bundle, so that a folder without it is no bundle."""
-    body = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
-    write_json(folder / MANIFEST, body, error=BundleError)
-
-
-@contextmanager
-def atomic_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
-    """Give a scratch folder that takes the place of `destination` when the block ends well.
-
-    After an error in the block it is gone. A process that is killed leaves at most a folder named
-    `.NAME.partial-*`, which is no bundle.
-
-    Raises:
-        BundleError: the destination exists and `replace` is false, or cannot be written.
-    """
-    destination = Path(destination)
-    if destination.exists():
-        if not replace:
-            raise BundleError(
-                f"{destination} exists.", hint="Choose another --out, or replace it with --force."
-            )
-        if any(destination.iterdir()) and not (destination / MANIFEST).is_file():
-            raise BundleError(
-                f"{destination} holds files that are not a bundle; it will not be replaced.",
-                hint="Choose another --out.",
-            )
-    with _writing(destination):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{destination.name}.partial-"
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
-    try:
-        yield scratch
-        with _writing(destination):
-            scratch.chmod(0o755)  # mkdtemp makes private folders
-            publish_folder(scratch, destination, replace=replace)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def _writing(destination: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BundleError(f"{destination} cannot be written: {error}.") from error
+def _check_file(path: Path, facts: Mapping[str, Any], check_hash: bool) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path} is missing.", hint=_COPY)
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        found = f"{path} has {size} bytes, the manifest says {facts['bytes']}"
+        raise BundleError(f"{found}: it is cut off or altered.", hint=_COPY)
+    if check_hash and sha256_of(path) != facts["sha256"]:
+        found = f"{path} does not have the SHA-256 that the manifest says: it was altered."
+        raise BundleError(found, hint=_COPY)
 
 
 def _parse(body: dict[str, Any], path: Path) -> Manifest:
-    found = (body.get("format"), body.get("format_version"))
-    if found[0] != FORMAT:
-        raise BundleError(
-            f"{path}: format={found[0]!r}, not {FORMAT!r}: it is not an egemma bundle."
-        )
-    if found[1] != FORMAT_VERSION:
-        raise BundleError(
-            f"{path}: format_version={found[1]!r}, this egemma reads {FORMAT_VERSION}.",
-            hint="Export the model again, or install the egemma that wrote it.",
-        )
+    form, version = body.pop("format", None), body.pop("format_version", None)
+    if form != FORMAT:
+        raise BundleError(f"{path}: format={form!r}, not {FORMAT!r}: it is not an egemma bundle.")
+    if version != FORMAT_VERSION:
+        found = f"{path}: format_version={version!r}, this egemma reads {FORMAT_VERSION}."
+        hint = "Export the model again, or install the egemma that wrote it."
+        raise BundleError(found, hint=hint)
     known = {field.name for field in fields(Manifest)}
-    given = set(body) - {"format", "format_version"}
-    if known != given:
-        raise BundleError(
-            f"{path}: missing {sorted(known - given)}, not understood {sorted(given - known)}.",
-            hint=_EXPORT,
-        )
+    if known != body.keys():
+        missing, unknown = sorted(known - body.keys()), sorted(body.keys() - known)
+        found = f"{path}: missing {missing}, not understood {unknown}."
+        raise BundleError(found, hint=_EXPORT)
     try:
         _check_fields(body)
-        values: dict[str, Any] = {name: body[name] for name in known}
-        return Manifest(**values | {"dims": tuple(body["dims"])})
+        return Manifest(**body | {"dims": tuple(body["dims"])})
     except BundleError as error:
         raise BundleError(error.found, hint=_EXPORT, place=str(path)) from error
 
@@ -281,7 +168,8 @@ def _parse(body: dict[str, Any], path: Path) -> Manifest:
 def _check_fields(body: dict[str, Any]) -> None:
     """Refuse a manifest whose fields are all there but are not what `Manifest` says."""
     dims, tokenizer = body["dims"], body["tokenizer"]
-    for name in _TABLES:
+    tables = ("source", "architecture", "tokenizer", "prompts")
+    for name in (*tables, "scheme", "verification", "tools", "files"):
         if not isinstance(body[name], dict):
             raise BundleError(f"{name} is not a table.")
     for name in ("target", "runtime", "fingerprint", "batch"):

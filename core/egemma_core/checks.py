@@ -1,4 +1,8 @@
-"""Checks of single values at the door: each returns the value that it accepts."""
+"""Checks of single values at the door.
+
+Each returns the value that it accepts and raises `error` for any other. `name` and `what` are for
+the message, as the caller calls the value: "k", "num_tokens[3]", "text 3".
+"""
 
 from __future__ import annotations
 
@@ -24,13 +28,6 @@ def whole_number(
     """Return `value` as an int when it is a whole number from `least` to `most`, both included.
 
     NumPy's integers are numbers; True and False are not.
-
-    Args:
-        name: what the caller called it, for the message: "k", "num_tokens[3]".
-        most: None for no upper end.
-
-    Raises:
-        ConfigError, or `error`: it is none.
     """
     if isinstance(value, Integral) and not isinstance(value, bool):
         whole = int(value)
@@ -46,29 +43,21 @@ def number(
     least: float = -math.inf,
     most: float = math.inf,
     *,
-    above: float | None = None,
-    below: float | None = None,
+    above: float = -math.inf,
+    below: float = math.inf,
     error: type[EgemmaError] = ConfigError,
     hint: str = "",
 ) -> float:
     """Return `value` as a float when it is a finite number in a range.
 
-    Args:
-        least, most: the range, both ends included.
-        above, below: the range, the end not included; in place of `least` or `most`.
-
-    Raises:
-        ConfigError, or `error`: it is no number, NaN, infinite, or outside.
+    `least` and `most` belong to the range; `above` and `below`, given in their place, do not.
     """
     if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
         found = float(value)
-        inside = (above is None or found > above) and (below is None or found < below)
-        if least <= found <= most and inside:
+        if least <= found <= most and above < found < below:
             return found
-    parts = [f"above {above:g}"] if above is not None else []
-    parts += [f"of at least {least:g}"] if above is None and least > -math.inf else []
-    parts += [f"below {below:g}"] if below is not None else []
-    parts += [f"of at most {most:g}"] if below is None and most < math.inf else []
+    ends = {"above": above, "of at least": least, "below": below, "of at most": most}
+    parts = [f"{word} {end:g}" for word, end in ends.items() if math.isfinite(end)]
     wanted = f" {' and '.join(parts)}" if parts else ", not NaN or infinite"
     raise error(f"{name}={value!r} must be a number{wanted}.", hint=hint)
 
@@ -81,11 +70,7 @@ def one_of(
     error: type[EgemmaError] = ConfigError,
     hint: str = "",
 ) -> T:
-    """Return the one of `choices` that equals `value` and is of its type.
-
-    Raises:
-        ConfigError, or `error`: there is none; lists them.
-    """
+    """Return the one of `choices` that equals `value` and is of its type."""
     for choice in choices:
         if type(choice) is type(value) and choice == value:
             return choice
@@ -93,26 +78,12 @@ def one_of(
 
 
 def unicode_text(
-    what: str,
-    value: object,
-    *,
-    error: type[EgemmaError] = InputError,
-    position: int | None = None,
+    what: str, value: object, *, error: type[EgemmaError] = InputError, position: int | None = None
 ) -> str:
-    """Return `value` when it is a str that can be written as UTF-8.
-
-    Args:
-        what: what the caller called it, for the message: "text 3", "the query".
-
-    Raises:
-        InputError, or `error`: it is no str, or holds a lone surrogate.
-    """
+    """Return `value` when it is a str that can be written as UTF-8, without a lone surrogate."""
     if not isinstance(value, str):
-        raise error(
-            f"{what} is {type(value).__name__}, and must be str.",
-            hint="Decode bytes first.",
-            position=position,
-        )
+        found = f"{what} is {type(value).__name__}, and must be str."
+        raise error(found, hint="Decode bytes first.", position=position)
     try:
         value.encode()
     except UnicodeEncodeError as problem:

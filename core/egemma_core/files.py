@@ -7,6 +7,7 @@ told apart by `sha256_of`.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -78,7 +79,7 @@ def replacing_file(
         raise error(f"{path} cannot be written: {problem}.", hint=_ADVICE) from problem
     finally:
         if scratch is not None:
-            for leftover in scratch.parent.glob(f"{_escaped(scratch.name)}*"):
+            for leftover in scratch.parent.glob(f"{glob.escape(scratch.name)}*"):
                 leftover.unlink(missing_ok=True)
 
 
@@ -121,8 +122,7 @@ def remove_leftovers(path: Path) -> None:
         return
     pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.\w+\.part.*")
     for found in path.parent.iterdir():
-        match = pattern.fullmatch(found.name)
-        if match is None:
+        if not (match := pattern.fullmatch(found.name)):
             continue
         try:
             os.kill(int(match[1]), 0)
@@ -130,7 +130,3 @@ def remove_leftovers(path: Path) -> None:
             found.unlink(missing_ok=True)
         except PermissionError:  # it lives, as another user's
             continue
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

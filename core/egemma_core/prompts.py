@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from egemma_core.errors import CheckpointError, PromptError
 
@@ -41,9 +40,8 @@ class Prompts:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The task names that `query` accepts, sorted."""
-        named = {
-            match["task"] for text in self.by_name.values() if (match := _QUERY.fullmatch(text))
-        }
+        matches = map(_QUERY.fullmatch, self.by_name.values())
+        named = {match["task"] for match in matches if match}
         return tuple(sorted(named | set(CARD_TASKS))) if named else ()
 
     def query(self, task: str = DEFAULT_TASK) -> str:
@@ -82,45 +80,6 @@ class Prompts:
             return prompt
         before, slot, after = prompt.partition(f"title: {_NO_TITLE} |")
         if not slot:
-            raise PromptError(
-                f"the document prompt {prompt!r} has no place for a title.",
-                hint="Put it into the text instead.",
-            )
+            found = f"the document prompt {prompt!r} has no place for a title."
+            raise PromptError(found, hint="Put it into the text instead.")
         return f"{before}title: {title.strip()} |{after}"
-
-
-def read_prompts(config: Mapping[str, Any]) -> Prompts:
-    """Return the prompts of a parsed config_sentence_transformers.json.
-
-    Raises:
-        CheckpointError: `prompts` is missing or not a table of strings.
-    """
-    prompts = config.get("prompts")
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise CheckpointError(
-            f"prompts={prompts!r}: config_sentence_transformers.json must map prompt names to "
-            "strings."
-        )
-    return Prompts(by_name={name: text for name, text in prompts.items() if text})
-
-
-# For a model that is not trained yet; a trained one's are read from its folder.
-# Source: config_sentence_transformers.json of google/embeddinggemma-300m.
-EMBEDDING_GEMMA = Prompts(
-    by_name={
-        "query": "task: search result | query: ",
-        "document": "title: none | text: ",
-        "BitextMining": "task: search result | query: ",
-        "Clustering": "task: clustering | query: ",
-        "Classification": "task: classification | query: ",
-        "InstructionRetrieval": "task: code retrieval | query: ",
-        "MultilabelClassification": "task: classification | query: ",
-        "PairClassification": "task: sentence similarity | query: ",
-        "Reranking": "task: search result | query: ",
-        "Retrieval": "task: search result | query: ",
-        "Retrieval-query": "task: search result | query: ",
-        "Retrieval-document": "title: none | text: ",
-        "STS": "task: sentence similarity | query: ",
-        "Summarization": "task: summarization | query: ",
-    }
-)

@@ -9,15 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import sentencepiece
 
 from egemma_core.checks import one_of, unicode_text, whole_number
 from egemma_core.errors import BundleError, CheckpointError, TokenLimitError
-
-if TYPE_CHECKING:
-    from egemma_core.config import EncoderConfig
 
 Overflow = Literal["error", "truncate"]
 
@@ -39,7 +36,6 @@ class Tokenizer:
     """The checkpoint's SentencePiece model.
 
     Args:
-        path: `tokenizer.model`.
         bos_id, eos_id, pad_id: what the checkpoint's config says; the file must agree.
         vocab_size: rows of the embedding table; the file may have fewer pieces, never more.
         max_tokens: the model's limit, BOS and EOS included.
@@ -91,9 +87,8 @@ class Tokenizer:
             TokenLimitError: the text is too long and `overflow` is "error".
             ConfigError: `max_tokens` or `overflow` cannot work.
         """
-        limit = self.max_tokens
-        if max_tokens is not None:
-            limit = whole_number("max_tokens", max_tokens, 3, self.max_tokens)
+        most = self.max_tokens
+        limit = most if max_tokens is None else whole_number("max_tokens", max_tokens, 3, most)
         one_of("overflow", overflow, get_args(Overflow))
         unicode_text("the text", text)
         pieces: list[int] = self._pieces.encode(text)
@@ -107,11 +102,7 @@ class Tokenizer:
         return Tokens(ids=(self.bos_id, *pieces[: limit - 2], self.eos_id), num_tokens=num_tokens)
 
     def spare_ids(self) -> list[int]:
-        """Return the ids of the `<unusedN>` pieces, by N.
-
-        They are for uses that the vocabulary's makers did not foresee: no text gives them but
-        their names.
-        """
+        """Return the ids of the `<unusedN>` pieces, by N; no text gives them but their names."""
         names = ((id_, self._pieces.id_to_piece(id_)) for id_ in range(self._pieces.vocab_size()))
         found = ((re.fullmatch(r"<unused(\d+)>", name), id_) for id_, name in names)
         return [id_ for _, id_ in sorted((int(match[1]), id_) for match, id_ in found if match)]
@@ -121,15 +112,3 @@ class Tokenizer:
         control = (self.bos_id, self.eos_id, self.pad_id)
         text: str = self._pieces.decode([token for token in ids if token not in control])
         return text
-
-
-def tokenizer_of(path: Path, config: EncoderConfig) -> Tokenizer:
-    """Return the tokenizer of a model; see `Tokenizer` for what is refused."""
-    return Tokenizer(
-        path,
-        bos_id=config.bos_id,
-        eos_id=config.eos_id,
-        pad_id=config.pad_id,
-        vocab_size=config.vocab_size,
-        max_tokens=config.max_tokens,
-    )

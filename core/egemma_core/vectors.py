@@ -9,16 +9,9 @@ from numpy.typing import NDArray
 
 from egemma_core.errors import DimensionError, InputError
 
-# The widths EmbeddingGemma was trained for. Source: arXiv:2509.20354, section 2.2; the model card.
-MATRYOSHKA_DIMS = (768, 512, 256, 128)
-
 
 def check_dim(dim: int | None, dims: Sequence[int]) -> int:
-    """Return `dim`, or for None the full width.
-
-    Raises:
-        DimensionError: the model was not trained for that width.
-    """
+    """Return `dim`, or for None the full width; DimensionError where it is none of `dims`."""
     if dim is None:
         return dims[0]
     if isinstance(dim, bool) or dim not in dims:
@@ -55,9 +48,7 @@ def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     wide = np.asarray(vectors, dtype=np.float64)
     length = np.sqrt(np.square(wide).sum(-1, keepdims=True))
     if not (np.isfinite(length) & (length > 0)).all():
-        raise InputError(
-            "a vector is zero, NaN or infinite and has no direction.",
-            hint="Check the model file with `egemma verify`.",
-        )
+        found = "a vector is zero, NaN or infinite and has no direction."
+        raise InputError(found, hint="Check the model file with `egemma verify`.")
     unit: NDArray[np.float32] = (wide / length).astype(np.float32)
     return unit

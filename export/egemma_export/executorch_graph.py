@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from egemma_core.config import FULL, EncoderConfig
+from egemma_core.checkpoint.config import FULL, EncoderConfig
 from egemma_core.errors import ExportError
 from egemma_core.nn import encoder as float_encoder
 from egemma_core.nn.encoder import MASKED, Encoder

@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from egemma_core.bundle import GOLDEN, TOKENIZER, Bounds, Manifest, describe_files, fingerprint_of
-from egemma_core.checkpoint import Checkpoint
-from egemma_core.config import EncoderConfig
+from egemma_core.bundle import GOLDEN, TOKENIZER, Bounds, Manifest
+from egemma_core.checkpoint.config import EncoderConfig
+from egemma_core.checkpoint.folder import Checkpoint
+from egemma_export.bundle_folder import describe_files, fingerprint_of
 from egemma_export.targets import Target
 from egemma_quant.schemes import ROLES, Scheme
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.nn.encoder import MASKED, Encoder, attention_biases
 from egemma_export.golden import GoldenText, reference_vectors
 

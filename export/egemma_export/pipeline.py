@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from egemma_core.bundle import RUNTIMES, TOKENIZER, Bounds, atomic_folder, write_manifest
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.bundle import RUNTIMES, TOKENIZER, Bounds
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.checks import one_of
 from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_export import run_bundle
+from egemma_export.bundle_folder import atomic_folder, write_manifest
 from egemma_export.golden import golden_file, golden_texts, write_golden
 from egemma_export.manifest import make_manifest, measured_manifest
 from egemma_export.observe import observe, observe_rounded

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from egemma_core.bundle import RUNTIMES
-from egemma_core.checkpoint import Checkpoint
+from egemma_core.checkpoint.folder import Checkpoint
 from egemma_export.targets import Target
 from egemma_quant.ggml import hint
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from onnx import TensorProto
 
-from egemma_core.config import FULL, SLIDING
+from egemma_core.checkpoint.config import FULL, SLIDING
 from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import MASKED, Encoder, rotary_tables
 from egemma_export.onnx_graph import (

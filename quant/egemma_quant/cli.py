@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from egemma_core.errors import EgemmaError, InputError
 
 if TYPE_CHECKING:  # at run time they would import torch for --help
-    from egemma_core.checkpoint import Checkpoint
+    from egemma_core.checkpoint.folder import Checkpoint
     from egemma_core.nn.encode import Ids
 
 # What `report` embeds without --texts: short and long, several languages, code, numbers.
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> str:
-    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.checkpoint.folder import open_checkpoint
     from egemma_core.nn.load import load_encoder
     from egemma_quant.ggml import hint
     from egemma_quant.report import measure
@@ -122,7 +122,7 @@ def _report(args: argparse.Namespace) -> str:
 
 
 def _round(args: argparse.Namespace) -> str:
-    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.checkpoint.folder import open_checkpoint
     from egemma_core.nn.load import load_encoder
     from egemma_core.nn.save import save_checkpoint
     from egemma_quant.ggml import hint

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from egemma_core.checkpoint import Checkpoint
+from egemma_core.checkpoint.folder import Checkpoint
 from egemma_core.errors import ConfigError
 
 _NAME = re.compile(r"qat-(q[48]_0)", re.IGNORECASE)

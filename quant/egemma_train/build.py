@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint, tokenizer_of
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.errors import CheckpointError, ConfigError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
-from egemma_core.prompts import EMBEDDING_GEMMA, Prompts
-from egemma_core.tokens import Tokenizer, tokenizer_of
+from egemma_core.prompts import Prompts
+from egemma_core.tokens import Tokenizer
 from egemma_quant.schemes import scheme_named
 from egemma_train.data.batches import Batches, BatchesAhead
 from egemma_train.data.dataset_files import read_dataset

@@ -226,7 +226,7 @@ def _preset(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.checkpoint.folder import open_checkpoint
     from egemma_core.nn.load import load_encoder
     from egemma_quant.qat import rounded
     from egemma_quant.schemes import scheme_named

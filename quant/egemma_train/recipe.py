@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from egemma_core.checkpoint.config import FULL, EncoderConfig
 from egemma_core.checks import whole_number
-from egemma_core.config import FULL, EncoderConfig
 from egemma_core.errors import ConfigError
 from egemma_quant.schemes import scheme_named
 from egemma_train.data.batches import BatchConfig

@@ -75,7 +75,6 @@ def split_text(
     """Split a text into chunks that the model reads whole, each counted as it will be embedded.
 
     Args:
-        text: of the document.
         title: of the document, or None.
         count_tokens: of a string, as the model's tokenizer counts it.
         max_tokens: the most that `count_tokens` may give for one chunk.
@@ -112,9 +111,8 @@ def _sections(
     """
     outer = [_one_line(title)] if title and title.strip() else []
     starts = [heading.offset for heading in headings]
-    if any(later <= earlier for earlier, later in pairwise(starts)) or (
-        starts and not 0 <= starts[0] <= starts[-1] <= len(text)
-    ):
+    rising = all(earlier < later for earlier, later in pairwise(starts))
+    if starts and not (rising and 0 <= starts[0] <= starts[-1] <= len(text)):
         raise InputError(
             f"headings stand at {starts[:8]}...; their offsets must rise, from 0 to the text's "
             f"{len(text)} characters."
@@ -182,28 +180,19 @@ class _Splitter:
         units = Units(self._text, start, stop, self._tokens, budget)
         first, previous_start = 0, start  # of the chunk before
         while first < len(units):
-            begin = units.start(first)
-            end = units.cut(first)
-            overlapped = units.back(first, self._overlap, no_further_than=previous_start)
-            if (
-                overlapped < begin
-                and self._tokens_of(title, overlapped, units.stop(end)) <= self._max
-            ):
-                yield self._chunk(overlapped, units.stop(end), title)
-            else:
-                while (found := self._tokens_of(title, begin, units.stop(end))) > self._max:
-                    end = units.shorter(first, end, self._max / found)
-                yield self._chunk(begin, units.stop(end), title)
+            begin, end = units.start(first), units.cut(first)
+            start = units.back(first, self._overlap, no_further_than=previous_start)
+            text = self._text[start : units.stop(end)]
+            if start < begin and self._count_framed(title, text) > self._max:
+                start, text = begin, self._text[begin : units.stop(end)]
+            while start == begin and (found := self._count_framed(title, text)) > self._max:
+                end = units.shorter(first, end, self._max / found)
+                text = self._text[begin : units.stop(end)]
+            yield Chunk(start=start, stop=units.stop(end), title=title, text=text)
             first, previous_start = end, begin
-
-    def _chunk(self, start: int, stop: int, title: str | None) -> Chunk:
-        return Chunk(start=start, stop=stop, title=title, text=self._text[start:stop])
 
     def _tokens(self, text: str) -> int:
         return self._count(text) - self._frame
-
-    def _tokens_of(self, title: str | None, start: int, stop: int) -> int:
-        return self._count_framed(title, self._text[start:stop])
 
     def _count_framed(self, title: str | None, text: str) -> int:
         """Count a chunk as it will be embedded."""
@@ -213,11 +202,12 @@ class _Splitter:
         """Return the longest title that leaves room for text, and the tokens before the text."""
         if not path:
             return None, self._untitled
-        forms = [" > ".join(path), " > ".join([path[0], "…", path[-1]]), path[-1]]
-        while len(forms[-1]) > 1:
-            forms.append(
-                forms[-1][: len(forms[-1]) // 2].rstrip("… ") + "…" if len(forms[-1]) > 3 else "…"
-            )
+        shorter = path[-1]
+        forms = [" > ".join(path), " > ".join([path[0], "…", shorter]), shorter]
+        while len(shorter) > 1:
+            half = shorter[: len(shorter) // 2].rstrip("… ") if len(shorter) > 3 else ""
+            shorter = f"{half}…"
+            forms.append(shorter)
         for form in forms:
             overhead = self._count_framed(form, "") if self._prompt else self._frame
             taken = overhead - self._untitled if self._prompt else self._tokens(form)

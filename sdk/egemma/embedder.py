@@ -10,8 +10,8 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import overload
 
 import numpy as np
@@ -25,12 +25,7 @@ from egemma.texts import behind_prompts, each_text
 from egemma.threads import check_threads
 from egemma_core.bundle import Bundle, Manifest, read_bundle
 from egemma_core.checks import whole_number
-from egemma_core.errors import (
-    BundleError,
-    EgemmaError,
-    InputError,
-    TokenLimitError,
-)
+from egemma_core.errors import BundleError, EgemmaError, InputError, TokenLimitError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.tokens import Overflow, Tokens
 from egemma_core.vectors import check_dim, shorten
@@ -50,10 +45,8 @@ def folder_of(bundle: str | Path) -> Path:
     if bundle != BUILTIN:
         return Path(bundle)
     if not BUILTIN_FOLDER.is_dir():
-        raise BundleError(
-            f"{BUILTIN_FOLDER} is missing: this egemma was packaged without its built-in model.",
-            hint="Install it again, or open a bundle folder.",
-        )
+        found = f"{BUILTIN_FOLDER} is missing: this egemma was packaged without its built-in model."
+        raise BundleError(found, hint="Install it again, or open a bundle folder.")
     return BUILTIN_FOLDER
 
 
@@ -72,10 +65,7 @@ class Embedder:
         memory_mb: int = 256,
         kleidiai: bool = True,
     ) -> None:
-        """Load the model of a bundle that `read_bundle` has checked.
-
-        `Embedder.open` does both, and describes the settings.
-        """
+        """Load the model of a bundle that was checked; `open` does both and has the settings."""
         whole_number("memory_mb", memory_mb, 1)
         self._manifest = bundle.manifest
         self._tokenizer = bundle.tokenizer()
@@ -87,8 +77,7 @@ class Embedder:
         self._runtime: Runtime | None = runtime
         self._runtime_name = f"{runtime.name} {runtime.version}"
         self._threads = runtime.threads
-        # Also runs when the embedder was forgotten, and at exit before modules are torn down; never
-        # twice.
+        # also when the embedder was forgotten, and before modules are torn down; never twice
         self._release = weakref.finalize(self, _release, runtime, self._process)
 
     @classmethod
@@ -115,36 +104,23 @@ class Embedder:
 
         Raises:
             BundleError: no bundle there, or a damaged one.
-            RuntimeUnavailableError: this machine lacks the runtime that the bundle was exported
-                for.
+            RuntimeUnavailableError: this machine lacks the runtime that the bundle is for.
             ConfigError: a setting that cannot work.
         """
-        return cls(
-            read_bundle(folder_of(bundle), check_hashes=check_hashes),
-            threads=threads,
-            memory_mb=memory_mb,
-            kleidiai=kleidiai,
-        )
+        checked = read_bundle(folder_of(bundle), check_hashes=check_hashes)
+        return cls(checked, threads=threads, memory_mb=memory_mb, kleidiai=kleidiai)
 
     def close(self) -> None:
         """Free the model's memory; waits for the run in progress. Closing again does nothing."""
-        if self._process == os.getpid():
-            with self._lock:
-                self._runtime = None
-                self._release()
-        else:  # the lock may have been held at the fork, by a thread that did not come along
+        # after a fork the lock may be held for ever, by a thread that did not come along
+        with self._lock if self._process == os.getpid() else nullcontext():
             self._runtime = None
             self._release()
 
     def __enter__(self) -> Embedder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     @property
@@ -187,12 +163,7 @@ class Embedder:
 
     @overload  # a str is an iterable of str as well, and one text
     def embed_query(  # type: ignore[overload-overlap]
-        self,
-        text: str,
-        *,
-        task: str = ...,
-        dim: int | None = ...,
-        overflow: Overflow = ...,
+        self, text: str, *, task: str = ..., dim: int | None = ..., overflow: Overflow = ...
     ) -> Embedding: ...
     @overload
     def embed_query(
@@ -244,9 +215,7 @@ class Embedder:
             dim, overflow: as in `embed_query`.
 
         Raises:
-            ShapeError: not as many titles as texts.
-            TokenLimitError, InputError, PromptError, DimensionError: a text or a setting cannot be
-                used; the error's `position` says which text.
+            ShapeError: not as many titles as texts; others as in `embed_query`.
         """
         return self._embed(list(behind_prompts(texts, titles, self._prompts)), dim, overflow)
 
@@ -258,10 +227,9 @@ class Embedder:
         dim: int | None = None,
         overflow: Overflow = "error",
     ) -> Iterator[Embeddings]:
-        """Embed more texts than fit into memory, as `embed_documents` does.
+        """Embed more texts than fit into memory, as `embed_documents` does, in their order.
 
-        Up to WINDOW_TEXTS of them are read, embedded and given out before the next are read, in
-        the order of the texts.
+        Up to WINDOW_TEXTS of them are read, embedded and given out before the next are read.
         """
         documents = behind_prompts(texts, titles, self._prompts)
         check_dim(dim, self.dims)
@@ -275,18 +243,11 @@ class Embedder:
     def embed_raw(
         self, texts: Iterable[str], *, dim: int | None = None, overflow: Overflow = "error"
     ) -> Embeddings:
-        """Embed texts exactly as they are, without a prompt.
-
-        The model was trained with prompts: use this for texts that already begin with one, or to
-        measure what prompts do.
-        """
+        """Embed texts as they are: such as begin with a prompt already, or to measure prompts."""
         return self._embed(list(each_text(texts)), dim, overflow)
 
     def embed_ids(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Embed token ids as they are, all in one padded run where the model takes several.
-
-        Args:
-            rows: token ids of each text, with its prompt and control tokens.
+        """Embed B rows of token ids as they are, together where the model takes several.
 
         Returns:
             (B, dim) float32, each row of length 1.
@@ -297,20 +258,14 @@ class Embedder:
         last = self._manifest.tokenizer["vocab_size"] - 1
         for number, row in enumerate(rows):
             if not 1 <= len(row) <= self.max_tokens or not all(0 <= token <= last for token in row):
-                raise InputError(
-                    f"{len(row)} ids must be 1 to {self.max_tokens}, each from 0 to {last}.",
-                    position=number,
-                    place=f"row {number}",
-                )
+                found = f"{len(row)} ids must be 1 to {self.max_tokens}, each from 0 to {last}."
+                raise InputError(found, position=number, place=f"row {number}")
         runs = [[row] for row in rows] if self._manifest.batch == "one" else [rows] if rows else []
         vectors = [shorten(self._run(run), None, self.dims) for run in runs]
         return np.concatenate([np.empty((0, self.dim), np.float32), *vectors])
 
     def count_tokens(self, text: str) -> int:
-        """Count the tokens of a text exactly as it is, control tokens included.
-
-        The model reads at most `max_tokens` of them.
-        """
+        """Count the tokens of a text as it is, control tokens included, beyond `max_tokens` too."""
         return self._tokenizer.encode(text, overflow="truncate").num_tokens
 
     def document_prompt(self, title: str | None = None) -> str:
@@ -344,9 +299,8 @@ class Embedder:
                 raise error.at(f"text {position}", position=position) from error
         vectors = np.empty((len(tokens), width), np.float32)
         for batch in self._plan(tokens):
-            vectors[batch] = shorten(
-                self._run([tokens[position].ids for position in batch]), dim, self.dims
-            )
+            run = self._run([tokens[position].ids for position in batch])
+            vectors[batch] = shorten(run, dim, self.dims)
         return Embeddings(
             vectors=vectors,
             num_tokens=tuple(text.num_tokens for text in tokens),
@@ -381,6 +335,5 @@ def _release(runtime: Runtime, process: int) -> None:
     if process == os.getpid():
         runtime.close()
     else:
-        # Its destructor would wait for threads that a fork left behind; the parent process frees
-        # the memory.
+        # its destructor would wait for threads that the fork left behind; the parent frees memory
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))

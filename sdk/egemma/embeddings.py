@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -53,12 +53,9 @@ class Embeddings(Sequence[Embedding]):
     def __getitem__(self, index: slice) -> Embeddings: ...
     def __getitem__(self, index: int | slice) -> Embedding | Embeddings:
         if isinstance(index, slice):
-            return Embeddings(
-                vectors=self.vectors[index],
-                num_tokens=self.num_tokens[index],
-                truncated=self.truncated[index],
-                fingerprint=self.fingerprint,
-            )
+            vectors, num_tokens = self.vectors[index], self.num_tokens[index]
+            truncated = self.truncated[index]
+            return replace(self, vectors=vectors, num_tokens=num_tokens, truncated=truncated)
         return Embedding(
             vector=self.vectors[index],
             num_tokens=self.num_tokens[index],

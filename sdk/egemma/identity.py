@@ -24,7 +24,7 @@ class ModelIdentity:
     Equal fingerprints mean vectors that may be compared, whatever the names say.
     """
 
-    fingerprint: str  # 64 hexadecimal digits; see `egemma_core.bundle.fingerprint_of`
+    fingerprint: str  # 64 hexadecimal digits; see `egemma_core.bundle.Manifest`
     name: str  # for people; not compared
     dims: tuple[int, ...]  # trained widths, falling; the first is a vector's full width
     # PARTS -> the first 12 hexadecimal digits of each part's SHA-256, to say what differs

@@ -23,10 +23,8 @@ def pack_metadata(metadata: Mapping[str, Any] | None) -> str | None:
     if metadata is None:
         return None
     if not isinstance(metadata, Mapping):
-        raise InputError(
-            f"metadata is {type(metadata).__name__}, and must be a mapping from str to JSON "
-            "values, or None."
-        )
+        found = f"metadata is {type(metadata).__name__}, and must be a mapping from str"
+        raise InputError(f"{found} to JSON values, or None.")
     return json.dumps(_plain(metadata, "metadata", 0), ensure_ascii=False, allow_nan=False)
 
 
@@ -34,15 +32,12 @@ def storable_text(what: str, text: str, error: type[EgemmaError]) -> str:
     """Return a text as a plain str when every reader gives it back whole.
 
     Raises:
-        InputError, or what `error` says: it holds a NUL character, where other languages end a
-            text, or a lone surrogate.
+        InputError, or what `error` says: it holds a NUL character or a lone surrogate.
     """
     if "\0" in text:
-        raise error(
-            f"{what} holds a NUL character at {text.index(chr(0))}, where other languages end a "
-            "text.",
-            hint="Remove it.",
-        )
+        place = text.index("\0")
+        found = f"{what} holds a NUL character at {place}, where other languages end a text."
+        raise error(found, hint="Remove it.")
     return str.__str__(unicode_text(what, text, error=error))
 
 
@@ -63,19 +58,15 @@ def shown(value: object) -> str:
 def _plain(value: object, place: str, depth: int) -> Any:
     """Return the value in plain JSON types."""
     if depth > MAX_METADATA_DEPTH:
-        raise InputError(
-            f"{place[:200]} is nested more than {MAX_METADATA_DEPTH} deep.",
-            hint="Store it flatter.",
-        )
+        found = f"{place[:200]} is nested more than {MAX_METADATA_DEPTH} deep."
+        raise InputError(found, hint="Store it flatter.")
     if isinstance(value, Mapping):
         return {
             _key(key, place): _plain(entry, f"{place}[{shown(key)}]", depth + 1)
             for key, entry in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [
-            _plain(entry, f"{place}[{position}]", depth + 1) for position, entry in enumerate(value)
-        ]
+        return [_plain(entry, f"{place}[{n}]", depth + 1) for n, entry in enumerate(value)]
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -85,17 +76,13 @@ def _plain(value: object, place: str, depth: int) -> Any:
             return int(value)
         # As a double it would equal its neighbours, and SQLite's versions disagree on which double
         # it is.
-        raise InputError(
-            f"{place} is {shown(value)}, beyond 64 bits, which not every reader can hold.",
-            hint="Store it as a text.",
-        )
+        found = f"{place} is {shown(value)}, beyond 64 bits, which not every reader can hold."
+        raise InputError(found, hint="Store it as a text.")
     if isinstance(value, float):
         if math.isfinite(value):
             return float(value)
-        raise InputError(
-            f"{place} is {shown(float(value))}, and JSON has no such number.",
-            hint="Use None, or leave it out.",
-        )
+        found = f"{place} is {shown(float(value))}, and JSON has no such number."
+        raise InputError(found, hint="Use None, or leave it out.")
     raise InputError(
         f"{place} is {type(value).__name__}; metadata holds str, int, float, bool, None, lists and "
         "mappings."

@@ -17,32 +17,26 @@ def each_text(texts: Iterable[str]) -> Iterator[str]:
             hint="Pass [text].",
         )
     if isinstance(texts, (Mapping, set, frozenset)) or not isinstance(texts, Iterable):
-        raise InputError(
-            f"texts is {type(texts).__name__}, and must be a list of str.",
-            hint="Pass one, in the order that the vectors should have.",
-        )
+        found = f"texts is {type(texts).__name__}, and must be a list of str."
+        raise InputError(found, hint="Pass one, in the order that the vectors should have.")
     return _only_str(iter(texts))
 
 
 def _only_str(texts: Iterator[str]) -> Iterator[str]:
     for position, text in enumerate(texts):
         if not isinstance(text, str):
-            raise InputError(
+            found, place = (
                 f"the text is {type(text).__name__}, and must be str.",
-                hint="Decode bytes first.",
-                position=position,
-                place=f"text {position}",
+                f"text {position}",
             )
+            raise InputError(found, hint="Decode bytes first.", position=position, place=place)
         yield text
 
 
 def behind_prompts(
     texts: Iterable[str], titles: Iterable[str | None] | None, prompts: Prompts
 ) -> Iterator[str]:
-    """Give each document's text behind its prompt.
-
-    What can be checked without reading the texts is checked at once.
-    """
+    """Give each document's text behind its prompt; check at once what needs no text."""
     checked = each_text(texts)
     if titles is None:
         prompt = prompts.document()

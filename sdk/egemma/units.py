@@ -14,6 +14,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 from egemma_core.errors import TokenLimitError
 
@@ -49,11 +50,8 @@ class Units:
         content = start
         for unit_stop, level in _natural_units(text, start, stop):
             content = self._append(content, unit_stop, level)
-        rest = 0
-        self._rests = [0] * len(self._costs)  # tokens behind each unit
-        for number in range(len(self._costs) - 1, -1, -1):
-            self._rests[number] = rest
-            rest += self._costs[number]
+        total = sum(self._costs)
+        self._rests = [total - passed for passed in accumulate(self._costs)]  # behind each unit
 
     def __len__(self) -> int:
         return len(self._stops)
@@ -75,11 +73,8 @@ class Units:
             if filled >= _FULL_ENOUGH * self._budget and number + 1 < len(self):
                 # The strongest boundary; among those one that leaves no crumb; then the anchor, the
                 # later of equal ones.
-                rank = (
-                    self._levels[number],
-                    4 * self._rests[number] >= self._budget,
-                    -self._anchor(number),
-                )
+                crumb = 4 * self._rests[number] < self._budget
+                rank = (self._levels[number], not crumb, -self._anchor(number))
                 if best_rank is None or rank >= best_rank:
                     best, best_rank = number + 1, rank
             elif best_rank is None:
@@ -123,10 +118,8 @@ class Units:
         middle = start + (stop - start) // 2
         self._stops.insert(number, middle)
         self._levels.insert(number, _CHARACTER)
-        self._costs[number : number + 1] = [
-            self._tokens(self._text[start:middle]),
-            self._tokens(self._text[middle:stop]),
-        ]
+        halves = self._text[start:middle], self._text[middle:stop]
+        self._costs[number : number + 1] = [self._tokens(half) for half in halves]
         self._rests.insert(number, self._rests[number] + self._costs[number + 1])
         return number + 1
 
@@ -150,8 +143,7 @@ class Units:
                 self._add(stop, level, cost)
                 return content_stop
         for piece_stop in _pieces(self._text, start, stop, self._piece_characters):
-            behind_blank = self._text[piece_stop - 1].isspace()
-            inner = _WORD if behind_blank else _CHARACTER
+            inner = _WORD if self._text[piece_stop - 1].isspace() else _CHARACTER
             piece_level = level if piece_stop == stop else inner
             cost = self._tokens(self._text[content:piece_stop])
             blank = self._stops and not self._text[self._stops[-1] : piece_stop].strip()
@@ -171,16 +163,12 @@ class Units:
 
     def _anchor(self, number: int) -> int:
         stop = self._stops[number]
-        return zlib.crc32(
-            self._text[stop : stop + _ANCHOR_CHARACTERS].encode(errors="surrogatepass")
-        )
+        behind = self._text[stop : stop + _ANCHOR_CHARACTERS]
+        return zlib.crc32(behind.encode(errors="surrogatepass"))
 
 
 def _natural_units(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Give the stop and the boundary of each sentence and line.
-
-    Blanks belong to the unit before them.
-    """
+    """Give the stop and the boundary of each sentence and line, the blanks behind it included."""
     pending: tuple[int, int] | None = None
     unit_start = start
     for match in _BREAKS.finditer(text, start, stop):
@@ -239,9 +227,6 @@ def _pieces(text: str, start: int, stop: int, size: int) -> Iterator[int]:
 def _joined(text: str, position: int) -> bool:
     """Say whether a cut here would part one visible character."""
     before, after = text[position - 1], text[position]
-    return (
-        before == "\u200d"
-        or after in _JOINERS
-        or (before == "\r" and after == "\n")
-        or unicodedata.combining(after) != 0
-    )
+    if before == "\u200d" or after in _JOINERS or before + after == "\r\n":
+        return True
+    return unicodedata.combining(after) != 0

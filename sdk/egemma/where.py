@@ -34,17 +34,8 @@ Op: TypeAlias = Literal[
 ]
 
 OPS = (
-    "$eq",
-    "$ne",
-    "$gt",
-    "$gte",
-    "$lt",
-    "$lte",
-    "$in",
-    "$nin",
-    "$exists",
-    "$contains",
-    "$startswith",
+    *("$eq", "$ne", "$gt", "$gte", "$lt", "$lte"),
+    *("$in", "$nin", "$exists", "$contains", "$startswith"),
 )
 LOGIC = ("$and", "$or", "$not")
 # SQLite's parser gives up at expressions 1,000 deep, and a chain of n ANDs is n deep.
@@ -133,10 +124,7 @@ def matches(condition: Condition, metadata: Mapping[str, Any] | None) -> bool:
 
 
 def comparable(number: float) -> int | float:
-    """Return a number as filters compare it.
-
-    A whole number of 64 bits stays as it is, any other becomes the nearest double.
-    """
+    """Return a number as filters compare it: whole and of 64 bits, or the nearest double."""
     return number if isinstance(number, int) and has_64_bits(number) else float(number)
 
 
@@ -150,9 +138,8 @@ def _parse(where: object, place: str, depth: int) -> Condition:
             f'{place} is {type(where).__name__}, and must be a mapping such as {{"lang": "en"}}.'
         )
     if depth > MAX_FILTER_DEPTH:
-        raise ConfigError(
-            f"{place} is nested more than {MAX_FILTER_DEPTH} deep.", hint="Write it flatter."
-        )
+        found = f"{place} is nested more than {MAX_FILTER_DEPTH} deep."
+        raise ConfigError(found, hint="Write it flatter.")
     return _all([_entry(key, value, place, depth) for key, value in where.items()])
 
 
@@ -160,12 +147,9 @@ def _entry(key: object, value: object, place: str, depth: int) -> Condition:
     if key in ("$and", "$or"):
         here = f"{place}[{key!r}]"
         if not isinstance(value, (list, tuple)) or not value:
-            raise ConfigError(
-                f"{here} is {shown(value)}, and must be a list of at least one filter."
-            )
-        parts = [
-            _parse(part, f"{here}[{position}]", depth + 1) for position, part in enumerate(value)
-        ]
+            found = f"{here} is {shown(value)}, and must be a list of at least one filter."
+            raise ConfigError(found)
+        parts = [_parse(part, f"{here}[{n}]", depth + 1) for n, part in enumerate(value)]
         return _all(parts) if key == "$and" else Or(tuple(parts))
     if key == "$not":
         return Not(_parse(value, f"{place}['$not']", depth + 1))
@@ -182,9 +166,8 @@ def _entry(key: object, value: object, place: str, depth: int) -> Condition:
     if not isinstance(value, Mapping):
         return _compare(field, "$eq", value, here)
     if not value:
-        raise ConfigError(
-            f"{here} is an empty mapping.", hint=f"Give it an operator, one of {', '.join(OPS)}."
-        )
+        hint = f"Give it an operator, one of {', '.join(OPS)}."
+        raise ConfigError(f"{here} is an empty mapping.", hint=hint)
     return _all([_compare(field, op, operand, here) for op, operand in value.items()])
 
 
@@ -196,10 +179,8 @@ def _field(key: object, place: str) -> tuple[str, ...]:
             "by a tuple of str."
         )
     if len(parts) > MAX_METADATA_DEPTH:
-        raise ConfigError(
-            f"{place} has a name of {len(parts)} keys, and metadata is at most "
-            f"{MAX_METADATA_DEPTH} deep."
-        )
+        found = f"{place} has a name of {len(parts)} keys, and metadata is at most"
+        raise ConfigError(f"{found} {MAX_METADATA_DEPTH} deep.")
     return tuple(storable_text(f"a name in {place}", part, ConfigError) for part in parts)
 
 
@@ -216,9 +197,8 @@ def _compare(field: tuple[str, ...], op: object, value: object, place: str) -> C
     checked: Scalar | tuple[Scalar, ...]
     if op == "$in":
         if not isinstance(value, (list, tuple, set, frozenset)) or len(value) > MAX_VALUES:
-            raise ConfigError(
-                f"{here} is {shown(value)}, and must be a list of at most {MAX_VALUES} values."
-            )
+            found = f"{here} is {shown(value)}, and must be a list of at most {MAX_VALUES} values."
+            raise ConfigError(found)
         checked = tuple(_scalar(one, here) for one in value)
     else:
         checked = _scalar(value, here)
@@ -232,27 +212,23 @@ def _compare(field: tuple[str, ...], op: object, value: object, place: str) -> C
 
 
 def _scalar(value: object, place: str) -> Scalar:
-    """Return the value as a plain JSON type.
-
-    Values of subclasses, such as enum members and NumPy's float64, become what they are.
-    """
+    """Return the value in a plain JSON type; an enum member or a float64 becomes what it is."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return storable_text(place, value, ConfigError)
     if isinstance(value, (int, float)):
         plain = int(value) if isinstance(value, int) else float(value)
-        if not _is_finite(plain):
-            raise ConfigError(f"{place} is {shown(plain)}, and no number in JSON equals it.")
-        return plain
-    hint = (
-        "Use $in for one of several values, $contains for arrays."
-        if isinstance(value, (list, tuple, set, frozenset))
-        else ""
-    )
-    raise ConfigError(
-        f"{place} is {shown(value)}, and must be a str, a number, True, False or None.", hint=hint
-    )
+        try:
+            if math.isfinite(plain):
+                return plain
+        except OverflowError:  # a whole number beyond every double
+            pass
+        raise ConfigError(f"{place} is {shown(plain)}, and no number in JSON equals it.")
+    several = isinstance(value, (list, tuple, set, frozenset))
+    hint = "Use $in for one of several values, $contains for arrays." if several else ""
+    found = f"{place} is {shown(value)}, and must be a str, a number, True, False or None."
+    raise ConfigError(found, hint=hint)
 
 
 def _all(parts: Sequence[Condition]) -> Condition:
@@ -273,13 +249,11 @@ def _holds(op: Op, found: Any, value: Scalar | tuple[Scalar, ...]) -> bool:
         return any(_equal(one, cast(Scalar, value)) for one in found)
     if op in ("$eq", "$in"):
         return any(_equal(found, one) for one in (value if isinstance(value, tuple) else (value,)))
-    left: Any = found
-    right: Any = value
     if op in ORDER and is_number(found) and is_number(value):
-        left, right = comparable(found), comparable(right)
-    elif not (isinstance(found, str) and isinstance(value, str)):
-        return False
-    return _TESTS[op](left, right)
+        return _TESTS[op](comparable(found), comparable(cast(float, value)))
+    if isinstance(found, str) and isinstance(value, str):
+        return _TESTS[op](found, value)
+    return False
 
 
 def _equal(found: Any, value: Scalar) -> bool:
@@ -288,10 +262,3 @@ def _equal(found: Any, value: Scalar) -> bool:
     if isinstance(found, bool) or isinstance(value, bool) or found is None or value is None:
         return found is value
     return isinstance(found, str) and found == value
-
-
-def _is_finite(number: float) -> bool:
-    try:
-        return math.isfinite(float(number))
-    except OverflowError:
-        return False

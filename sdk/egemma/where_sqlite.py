@@ -43,20 +43,19 @@ def _expression(condition: Condition, column: str, parameters: list[str | int | 
         return f"(NOT {_expression(exists, column, parameters)})"
     if all(_PLAIN_KEY.fullmatch(key) for key in condition.field):
         path = "$" + "".join(f'."{key}"' for key in condition.field)
-        source = (
-            f"(SELECT json_type({column}, ?) AS type, json_extract({column}, ?) AS value) AS field"
-        )
+        found = f"SELECT json_type({column}, ?) AS type, json_extract({column}, ?) AS value"
         parameters += [path, path]
-        test = _test(condition, parameters)
-        return f"(EXISTS (SELECT 1 FROM {source} WHERE field.type IS NOT NULL AND {test}))"
+        test = f"field.type IS NOT NULL AND {_test(condition, parameters)}"
+        return f"(EXISTS (SELECT 1 FROM ({found}) AS field WHERE {test}))"
+    depth = len(condition.field)
     steps = [f"json_each({column}) AS key0"]
     steps += [
         f"json_each(CASE key{n}.type WHEN 'object' THEN key{n}.value END) AS key{n + 1}"
-        for n in range(len(condition.field) - 1)
+        for n in range(depth - 1)
     ]
-    names = " AND ".join(f"key{n}.key = ?" for n in range(len(condition.field)))
+    names = " AND ".join(f"key{n}.key = ?" for n in range(depth))
     parameters += condition.field
-    last = f"key{len(condition.field) - 1}"
+    last = f"key{depth - 1}"
     test = _test(condition, parameters)
     # In an object of its own, so that both ways above ask the same test.
     return (
@@ -66,10 +65,7 @@ def _expression(condition: Condition, column: str, parameters: list[str | int | 
 
 
 def _test(condition: Compare, parameters: list[str | int | float]) -> str:
-    """Write SQL over `field.type` and `field.value`.
-
-    NULL counts as false, because EXISTS stands around it.
-    """
+    """Write SQL over `field.type` and `field.value`; EXISTS around it makes NULL false."""
     op, value = condition.op, condition.value
     if op == "$exists":
         return "1"
@@ -79,17 +75,14 @@ def _test(condition: Compare, parameters: list[str | int | float]) -> str:
     if op == "$contains":
         # CASE, because a text may look like an array.
         members = "json_each(CASE field.type WHEN 'array' THEN field.value END) AS member"
-        array = (
-            f"EXISTS (SELECT 1 FROM {members} WHERE "
-            f"{_one_of('member', (cast(Scalar, value),), parameters)})"
-        )
+        same = _one_of("member", (cast(Scalar, value),), parameters)
+        array = f"EXISTS (SELECT 1 FROM {members} WHERE {same})"
         if not isinstance(value, str):
             return array
     if isinstance(value, str):
-        test = {
-            "$contains": "instr(field.value, ?)",
-            "$startswith": "instr(field.value, ?) = 1",
-        }.get(op) or f"field.value {ORDER[op]} ?"
+        found = "instr(field.value, ?)"
+        other = {"$contains": found, "$startswith": f"{found} = 1"}
+        test = other.get(op) or f"field.value {ORDER[op]} ?"
         parameters.append(value)
         text = f"(field.type = 'text' AND {test})"
         return f"({array} OR {text})" if array else text
@@ -98,25 +91,14 @@ def _test(condition: Compare, parameters: list[str | int | float]) -> str:
 
 
 def _one_of(name: str, values: tuple[Scalar, ...], parameters: list[str | int | float]) -> str:
-    """Write SQL that is true where `name` equals one of the values.
-
-    Each kind of value is one parameter, however many there are.
-    """
+    """Write SQL that is true where `name` equals one of the values; a kind is one parameter."""
     tests = []
-    words = [
-        {None: "null", True: "true", False: "false"}[value]
-        for value in values
-        if value is None or isinstance(value, bool)
-    ]
+    words = {json.dumps(value) for value in values if value is None or isinstance(value, bool)}
     if words:
-        tests.append(f"{name}.type IN ({', '.join(repr(word) for word in sorted(set(words)))})")
-    for types, found in (
-        ("('text')", [value for value in values if isinstance(value, str)]),
-        (
-            "('integer', 'real')",
-            [comparable(cast(float, value)) for value in values if is_number(value)],
-        ),
-    ):
+        tests.append(f"{name}.type IN ({', '.join(repr(word) for word in sorted(words))})")
+    texts = [value for value in values if isinstance(value, str)]
+    numbers = [comparable(cast(float, value)) for value in values if is_number(value)]
+    for types, found in (("('text')", texts), ("('integer', 'real')", numbers)):
         if len(found) == 1:
             parameters.append(cast(Any, found[0]))
             tests.append(f"({name}.type IN {types} AND {name}.value = ?)")

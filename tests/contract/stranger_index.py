@@ -214,7 +214,7 @@ class Index:
         with _damage():
             row = self._one("SELECT number, title, metadata, source, crc32 FROM documents WHERE id = ?", id_)  # fmt: skip
             if row is None:
-                raise Refused("InputError")
+                raise Refused("NotFoundError")
             number, title, metadata, source, crc = row
             _require(fields_crc(id_, title, metadata, source) == crc)
             numbers = self.db.execute("SELECT number FROM chunks WHERE document = ? ORDER BY position", (number,))  # fmt: skip

@@ -1,16 +1,8 @@
-"""The bundle folder: what is read back, what is refused, and that a half-written one cannot
-exist.
-"""
+"""The bundle folder: what is read back, and what is refused."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +15,10 @@ from egemma_core.bundle import (
     TOKENIZER,
     Bounds,
     Manifest,
-    atomic_folder,
-    describe_files,
-    fingerprint_of,
     read_bundle,
-    write_manifest,
 )
 from egemma_core.errors import BundleError, ConfigError
+from egemma_export.bundle_folder import describe_files, write_manifest
 
 
 @pytest.fixture
@@ -127,86 +116,6 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(BundleError, match="not readable JSON"):
         read_bundle(tmp_path)
-
-
-def write_half(folder: Path, error: BaseException) -> None:
-    with atomic_folder(folder, replace=True) as scratch:
-        (scratch / MANIFEST).write_text("half")
-        raise error
-
-
-def test_a_failing_writer_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError):
-        write_half(tmp_path / "b", RuntimeError())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failing_writer_leaves_the_old_bundle(bundle: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        write_half(bundle, KeyboardInterrupt())
-    assert read_bundle(bundle).manifest.target == "onnx-int4"
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
-
-
-def test_a_killed_writer_leaves_no_bundle(tmp_path: Path) -> None:
-    program = textwrap.dedent("""
-        import sys, time
-        from pathlib import Path
-        from egemma_core.bundle import atomic_folder
-        with atomic_folder(Path(sys.argv[1]), replace=False) as scratch:
-            (scratch / "manifest.json").write_text("half")
-            print("writing", flush=True)
-            time.sleep(60)
-    """)
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "b")], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "writing\n"
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    time.sleep(0.05)
-    assert not (tmp_path / "b").exists()
-    assert all(path.name.startswith(".b.partial-") for path in tmp_path.iterdir())
-
-
-def test_an_existing_bundle_is_replaced_only_when_asked(bundle: Path) -> None:
-    with pytest.raises(BundleError, match="--force"), atomic_folder(bundle, replace=False):
-        pass
-    with atomic_folder(bundle, replace=True) as scratch:
-        (scratch / "new").write_text("x")
-    assert [path.name for path in bundle.iterdir()] == ["new"]
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
-
-
-def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="not a bundle"), atomic_folder(tmp_path, replace=True):
-        pass
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-def test_the_fingerprint_follows_what_moves_vectors_and_nothing_else() -> None:
-    def fingerprint(**changes: Any) -> str:
-        parts: dict[str, Any] = {
-            "weights": {"model.safetensors": "1"},
-            "tokenizer_sha256": "2",
-            "prompts": {"query": "q: "},
-            "architecture": {"window": 256},
-            "scheme": {"name": "int4"},
-        }
-        return fingerprint_of(**(parts | changes))
-
-    base = fingerprint()
-    assert base == fingerprint(prompts={"query": "q: "})
-    for change in (
-        {"weights": {"model.safetensors": "9"}},
-        {"tokenizer_sha256": "9"},
-        {"prompts": {"query": "q:"}},
-        {"architecture": {"window": 512}},
-        {"scheme": {"name": "int8"}},
-    ):
-        assert fingerprint(**change) != base
 
 
 def test_bounds_are_of_cosines_and_channels() -> None:

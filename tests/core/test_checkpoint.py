@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from egemma_core.checkpoint import open_checkpoint
-from egemma_core.config import FULL, SLIDING
+from egemma_core.checkpoint.config import FULL, SLIDING
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.errors import CheckpointError
 from egemma_core.nn.load import load_encoder
 from models.make_checkpoint import PROMPTS, write_checkpoint

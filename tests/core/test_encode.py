@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ConfigError
 from egemma_core.nn.encode import by_length, encode_rows, pad
 from egemma_train.start.decoder import random_encoder

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.nn import encoder as encoder_module
 from egemma_core.nn import pooling
 from egemma_core.nn.encoder import Encoder
@@ -169,7 +169,8 @@ def test_smaller_slips_are_seen(
 
 
 def test_a_shortened_embedding_has_unit_length() -> None:
-    from egemma_core.vectors import MATRYOSHKA_DIMS, shorten
+    from egemma_core.checkpoint.folder import MATRYOSHKA_DIMS
+    from egemma_core.vectors import shorten
 
     vectors = np.random.default_rng(0).normal(size=(5, 768)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

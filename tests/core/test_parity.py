@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.nn.encoder import Encoder, RMSNorm, rotary_tables, rotate
 from egemma_core.nn.load import load_encoder
 from models.make_checkpoint import load_reference, load_reference_model, write_checkpoint

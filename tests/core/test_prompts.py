@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from egemma_core.checkpoint.prompts import read_prompts
 from egemma_core.errors import CheckpointError, PromptError
-from egemma_core.prompts import Prompts, read_prompts
+from egemma_core.prompts import Prompts
 from models.make_checkpoint import PROMPTS
 
 prompts = Prompts(by_name=PROMPTS)

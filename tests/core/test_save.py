@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from egemma_core.checkpoint import open_checkpoint
-from egemma_core.config import FULL, POOLINGS, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, POOLINGS, SLIDING, EncoderConfig
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.errors import CheckpointError, ConfigError
 from egemma_core.nn.encode import encode_rows, pad
 from egemma_core.nn.encoder import Encoder

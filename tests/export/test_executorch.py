@@ -18,7 +18,7 @@ pytest.importorskip("executorch.runtime")
 from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Method, Runtime
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import Encoder
 from egemma_export.executorch_graph import DelegateEncoder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.nn.load import load_encoder
 from egemma_export.pipeline import ExportConfig, export
 from egemma_export.read_executorch import read_pte_weights

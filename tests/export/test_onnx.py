@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ExportError
 from egemma_core.nn.encoder import Encoder
 from egemma_export.read_onnx import read_onnx_weights

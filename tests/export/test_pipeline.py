@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from egemma_core import bundle as bundle_module
-from egemma_core import checkpoint as checkpoint_module
 from egemma_core.bundle import read_bundle
-from egemma_core.config import FULL
+from egemma_core.checkpoint import folder as checkpoint_module
+from egemma_core.checkpoint.config import FULL
 from egemma_core.errors import BundleError, CheckpointError, ConfigError, ExportError
 from egemma_core.nn.encoder import Encoder
-from egemma_export import pipeline
+from egemma_export import bundle_folder, pipeline
 from egemma_export.cli import main
 from egemma_export.mistakes import MISTAKES, mistaken_vectors
 from egemma_export.pipeline import ExportConfig, export
@@ -210,7 +210,7 @@ def test_a_rounded_file_with_a_mistake_is_not_taken_for_rounding(
 
 
 def test_the_mistakes_are_other_models_and_leave_the_right_one_alone(checkpoint: Path) -> None:
-    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.checkpoint.folder import open_checkpoint
     from egemma_core.nn.load import load_encoder
     from egemma_export.golden import golden_texts, reference_vectors
 
@@ -265,6 +265,7 @@ def test_each_weight_and_each_file_of_the_bundle_is_read_once_for_its_hash(
 
     monkeypatch.setattr(checkpoint_module, "sha256_of", counted)
     monkeypatch.setattr(bundle_module, "sha256_of", counted)
+    monkeypatch.setattr(bundle_folder, "sha256_of", counted)
     run(checkpoint, tmp_path / "b", "onnx-fp32")
     weights = [path.relative_to(checkpoint) for path in hashed if path.is_relative_to(checkpoint)]
     assert sorted(path.as_posix() for path in weights) == [
@@ -324,7 +325,7 @@ def test_the_bundle_answers_as_the_float_model_through_the_sdk(
     checkpoint: Path, exported: Exported
 ) -> None:
     from egemma import Embedder
-    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.checkpoint.folder import open_checkpoint
     from egemma_core.nn.load import load_encoder
 
     opened = open_checkpoint(checkpoint)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.errors import ExportError
 from egemma_core.nn.save import save_checkpoint
-from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_export.pipeline import ExportConfig, export
 from egemma_export.targets import TARGETS
 from egemma_train.start.decoder import random_encoder

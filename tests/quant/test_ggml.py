@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.errors import ConfigError
 from egemma_quant.ggml import GgmlFormat, hint, published_grid
 from egemma_quant.schemes import Q4_0, Q8_0, quantize

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ConfigError
 from egemma_core.nn.encoder import Encoder
 from egemma_quant.qat import round_tokens, rounded, rounded_activations

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.errors import InputError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder

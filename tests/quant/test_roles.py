@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_quant.roles import quantize_encoder, role_of

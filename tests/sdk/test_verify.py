@@ -11,8 +11,9 @@ import pytest
 
 from egemma.embedder import Embedder
 from egemma.verify import verify_bundle
-from egemma_core.bundle import GOLDEN, MANIFEST, TOKENIZER, describe_files, read_bundle
+from egemma_core.bundle import GOLDEN, MANIFEST, TOKENIZER, read_bundle
 from egemma_core.errors import BundleError, ConfigError, InputError
+from egemma_export.bundle_folder import describe_files
 from tests.tiny import DIMS, MAX_TOKENS, WIDTH, tiny_bundle, tiny_onnx, tiny_vectors
 
 BOUNDS = {"min_cosine_float": 0.9999, "min_cosine_quantized": 0.9999, "max_batch_difference": 1e-4}

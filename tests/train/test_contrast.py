@@ -21,12 +21,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from egemma_core.checkpoint import open_checkpoint
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.folder import open_checkpoint
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.errors import ConfigError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
-from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import Tokenizer
 from egemma_quant.schemes import INT4, Scheme
 from egemma_train.data.batches import Batch, BatchConfig, Batches

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.errors import CheckpointError, ConfigError
 from egemma_core.nn.encoder import Encoder
-from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import Tokenizer
 from egemma_train.objectives.encoder_decoder import causal_hidden_states
 from egemma_train.start.decoder import INDEX, HeadConfig, random_encoder, read_decoder, save_decoder

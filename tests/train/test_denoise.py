@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from egemma_core.checkpoint import open_checkpoint
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.folder import open_checkpoint
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.errors import ConfigError, InputError
 from egemma_core.nn.encode import pad
 from egemma_core.nn.load import load_encoder
-from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import Tokenizer
 from egemma_train.data.texts import TextConfig, Texts, hold_out_texts, read_texts, window
 from egemma_train.loop import run

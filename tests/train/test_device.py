@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from egemma_core.prompts import EMBEDDING_GEMMA
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import Tokenizer
 from egemma_quant.schemes import INT4, MIXED, Q4_0
 from egemma_train import checkpoints

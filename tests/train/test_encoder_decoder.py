@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ShapeError
 from egemma_core.nn.encoder import Encoder
 from egemma_train.objectives.encoder_decoder import CrossAttention, adapt, causal_hidden_states

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ConfigError, DimensionError, InputError, PromptError
 from egemma_core.nn.encoder import Encoder
 from egemma_core.prompts import Prompts

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ShapeError
 from egemma_core.nn.encoder import Encoder
 from egemma_train.objectives.cache import backward_in_chunks

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.errors import ConfigError
 from egemma_core.nn.encode import by_length
 from egemma_core.nn.load import load_encoder

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.errors import ConfigError
 from egemma_core.nn.load import load_encoder
 from egemma_quant.qat import rounded

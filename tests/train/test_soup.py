@@ -16,8 +16,8 @@ import torch
 from safetensors.numpy import load_file
 
 import egemma_train.mixtures.soup
-from egemma_core.checkpoint import open_checkpoint
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.errors import CheckpointError, ConfigError
 from egemma_core.files import sha256_of
 from egemma_core.nn.encoder import Encoder

@@ -73,7 +73,7 @@ class HashTeacher:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_spm: Path) -> Path:
     """A tiny checkpoint that sentence-transformers opens too."""
-    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.checkpoint.folder import open_checkpoint
     from egemma_core.nn.load import load_encoder
     from egemma_core.nn.save import save_checkpoint
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_quant.roles import quantize_encoder

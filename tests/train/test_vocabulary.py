@@ -13,11 +13,11 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-from egemma_core.checkpoint import open_checkpoint
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.folder import open_checkpoint
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
-from egemma_core.prompts import EMBEDDING_GEMMA
 from egemma_core.tokens import Tokenizer
 from egemma_train.data.batches import BatchConfig, Batches
 from egemma_train.data.datasets import Dataset, DatasetConfig, Row

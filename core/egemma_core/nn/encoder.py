@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from egemma_core.config import FULL, EncoderConfig
+from egemma_core.checkpoint.config import FULL, EncoderConfig
 from egemma_core.nn.pooling import make_pooler
 
 # Finite on purpose: a row whose every key is masked then averages instead of giving NaN. No real

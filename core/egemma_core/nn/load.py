@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from egemma_core.checkpoint import WEIGHTS, Checkpoint
+from egemma_core.checkpoint.folder import WEIGHTS, Checkpoint
 from egemma_core.errors import CheckpointError
 from egemma_core.nn.encoder import Encoder
 

@@ -99,7 +99,7 @@ class AttentionPooler(nn.Module):
 
 
 def make_pooler(name: str, width: int) -> nn.Module:
-    """Return the pooler of that name; see `egemma_core.config.POOLINGS`."""
+    """Return the pooler of that name; see `egemma_core.checkpoint.config.POOLINGS`."""
     if name == "attention":
         return AttentionPooler(width)
     poolers: dict[str, type[nn.Module]] = {

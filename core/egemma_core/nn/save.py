@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from egemma_core.checkpoint import TOKENIZER, WEIGHTS
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.folder import TOKENIZER, WEIGHTS
 from egemma_core.errors import CheckpointError, ConfigError
 from egemma_core.files import publish_folder
 from egemma_core.nn.encoder import Encoder

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from egemma_core.checkpoint.config import EncoderConfig
 from egemma_core.checks import one_of, whole_number
-from egemma_core.config import EncoderConfig
 from egemma_core.errors import ConfigError, InputError
 from egemma_core.json_lines import BadRowError, checked_text
 from egemma_core.nn.encode import Ids

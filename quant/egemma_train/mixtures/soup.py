@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from egemma_core.checkpoint import Checkpoint, open_checkpoint
+from egemma_core.checkpoint.folder import Checkpoint, open_checkpoint
 from egemma_core.checks import number
 from egemma_core.errors import CheckpointError, ConfigError
 from egemma_core.files import publish_folder, sha256_of, write_json

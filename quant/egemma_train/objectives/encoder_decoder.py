@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.checks import one_of
-from egemma_core.config import FULL, SLIDING, EncoderConfig
 from egemma_core.nn.encoder import MASKED, Attention, Encoder, FeedForward, RMSNorm, rotary_tables
 
 CrossInit = Literal["balanced", "fresh"]

@@ -23,17 +23,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from egemma_core.checkpoint import TOKENIZER, WEIGHTS
+from egemma_core.checkpoint.config import EncoderConfig, read_transformer
+from egemma_core.checkpoint.folder import TOKENIZER, WEIGHTS, tokenizer_of
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.checks import whole_number
-from egemma_core.config import EncoderConfig, read_transformer
 from egemma_core.errors import BundleError, CheckpointError, ConfigError
 from egemma_core.files import publish_folder
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.hf_tokenizer import tokenizer_json
 from egemma_core.nn.load import read_tensors
 from egemma_core.nn.save import transformer_json
-from egemma_core.prompts import EMBEDDING_GEMMA, Prompts
-from egemma_core.tokens import tokenizer_of
+from egemma_core.prompts import Prompts
 
 INDEX = "model.safetensors.index.json"
 PREFIX, TABLE, OUTPUT = "model.", "model.embed_tokens.weight", "lm_head.weight"
@@ -43,7 +43,7 @@ PREFIX, TABLE, OUTPUT = "model.", "model.embed_tokens.weight", "lm_head.weight"
 class HeadConfig:
     """What an embedding model has behind the layers of a decoder, and how far it reads."""
 
-    pooling: str = "mean"  # see egemma_core.config.POOLINGS
+    pooling: str = "mean"  # see egemma_core.checkpoint.config.POOLINGS
     dims: tuple[int, ...]  # trained widths, falling; the first is the decoder's own width D
     max_tokens: int = 2048  # BOS and EOS included; no more than the decoder's positions
     seed: int = 0  # of the two linear layers D -> 4 D -> D, and of attention pooling

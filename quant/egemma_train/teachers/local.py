@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.files import sha256_of
 from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.load import load_encoder

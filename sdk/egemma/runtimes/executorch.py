@@ -37,17 +37,10 @@ _pool = _Pool()
 
 
 class ExecuTorchRuntime:
-    """One .pte; see `Runtime` for what its methods promise.
+    """One .pte; see `Runtime` for its methods, and `open_runtime` for what is refused.
 
     Args:
         dim, max_tokens: what the manifest promises; the file must agree.
-        threads: for all models of this process that are open at the same time.
-
-    Raises:
-        BundleError: the file is damaged or has other inputs and outputs.
-        RuntimeUnavailableError: this egemma was built without ExecuTorch, or another copy of it is
-            loaded.
-        ConfigError: another open model computes with another number of threads.
     """
 
     name = "executorch"
@@ -62,14 +55,11 @@ class ExecuTorchRuntime:
         _take_threads(self._egx, threads)
         try:
             found_tokens, found_dim = ctypes.c_int32(), ctypes.c_int32()
-            self._model = self._egx.egx_open(
-                os.fsencode(path), ctypes.byref(found_tokens), ctypes.byref(found_dim)
-            )
+            facts = ctypes.byref(found_tokens), ctypes.byref(found_dim)
+            self._model = self._egx.egx_open(os.fsencode(path), *facts)
             if not self._model:
-                raise BundleError(
-                    f"{path}: ExecuTorch {self.version} cannot load it: {self._error()}.",
-                    hint="Copy it again.",
-                )
+                found = f"{path}: ExecuTorch {self.version} cannot load it: {self._error()}."
+                raise BundleError(found, hint="Copy it again.")
             if found_dim.value != dim or found_tokens.value < max_tokens:
                 raise BundleError(
                     f"{path} reads {found_tokens.value} tokens and gives {found_dim.value} "
@@ -86,26 +76,18 @@ class ExecuTorchRuntime:
         ids, mask = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
         # what is not written does not pass for a vector
         vectors = np.full((1, self._dim), np.nan, np.float32)
-        failed = self._egx.egx_run(
-            self._model,
-            ids.ctypes.data,
-            mask.ctypes.data,
-            ids.shape[1],
-            vectors.ctypes.data,
-            self._dim,
-        )
-        if failed:
-            raise BundleError(
-                f"{self._path}: ExecuTorch {self.version} failed on {ids.shape[1]} tokens: "
-                f"{self._error()}."
-            )
+        inputs = ids.ctypes.data, mask.ctypes.data, ids.shape[1]
+        if self._egx.egx_run(self._model, *inputs, vectors.ctypes.data, self._dim) != 0:
+            found = f"ExecuTorch {self.version} failed on {ids.shape[1]} tokens: {self._error()}."
+            raise BundleError(f"{self._path}: {found}")
         return check_output(vectors, texts=1, dim=self._dim, model=self._path)
 
     def close(self) -> None:
         if self._model:
             self._egx.egx_close(self._model)
         self._model = None
-        _give_threads_back()
+        with _pool.lock:
+            _pool.open_models -= 1
 
     def _error(self) -> str:
         text: bytes = self._egx.egx_error()
@@ -132,11 +114,6 @@ def _take_threads(egx: ctypes.CDLL, threads: int) -> None:
         _pool.open_models += 1
 
 
-def _give_threads_back() -> None:
-    with _pool.lock:
-        _pool.open_models -= 1
-
-
 @cache
 def _library() -> ctypes.CDLL:
     """Load libegx with its five ExecuTorch libraries, once."""
@@ -160,19 +137,18 @@ def _library() -> ctypes.CDLL:
         return _declare(ctypes.CDLL(str(path)))
     # AttributeError: an in-place build older than this file
     except (OSError, AttributeError) as error:
-        raise RuntimeUnavailableError(
-            f"{path} cannot be used: {error}.", hint="Build egemma again on this machine."
-        ) from error
+        found = f"{path} cannot be used: {error}."
+        raise RuntimeUnavailableError(found, hint="Build egemma again on this machine.") from error
 
 
 def _declare(egx: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int32
     egx.egx_error.restype = egx.egx_version.restype = ctypes.c_char_p
     egx.egx_set_threads.argtypes = [ctypes.c_uint32]
-    egx.egx_open.restype = ctypes.c_void_p
-    egx.egx_open.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
-    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    egx.egx_open.restype = pointer
+    egx.egx_open.argtypes = [ctypes.c_char_p, pointer, pointer]
     egx.egx_run.argtypes = [pointer, pointer, pointer, number, pointer, number]
-    egx.egx_close.argtypes = [ctypes.c_void_p]
+    egx.egx_close.argtypes = [pointer]
     egx.egx_close.restype = None
     return egx
 
@@ -181,9 +157,8 @@ def _other_executorch() -> list[str]:
     """List the libraries of the `executorch` Python package in this process."""
     maps = Path("/proc/self/maps")
     if maps.exists():
-        rows = (
-            line.split(maxsplit=5) for line in maps.read_text(errors="surrogateescape").splitlines()
-        )
+        lines = maps.read_text(errors="surrogateescape").splitlines()
+        rows = (line.split(maxsplit=5) for line in lines)
         loaded = {row[5] for row in rows if len(row) == 6}
     else:  # macOS: what Python imported
         loaded = {str(getattr(module, "__file__", "")) for module in list(sys.modules.values())}

@@ -21,17 +21,11 @@ _TELEMETRY_SWITCH = "ORT_DISABLE_TELEMETRY"
 
 
 class OnnxRuntime:
-    """A session over one model file; see `Runtime` for what its methods promise.
+    """A session over one model file; see `Runtime` and `open_runtime`.
 
     Args:
         dim: width that the manifest promises.
         threads: for the operators of the one run at a time.
-        kleidiai: False keeps Arm's KleidiAI kernels out: symmetric int4 then gives the same numbers
-            as on x86, more slowly.
-
-    Raises:
-        BundleError: the file is damaged or has other inputs and outputs.
-        RuntimeUnavailableError: ONNX Runtime is not installed.
     """
 
     name = "onnxruntime"
@@ -56,19 +50,15 @@ class OnnxRuntime:
         if not kleidiai:
             options.add_session_config_entry("mlas.disable_kleidiai", "1")
         try:
+            # the fallback prints, and tries the same again
             self._session = onnxruntime.InferenceSession(
-                str(path),
-                options,
-                providers=["CPUExecutionProvider"],
-                enable_fallback=0,  # it prints, and tries the same again
+                str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
             inputs = _nodes(self._session.get_inputs())
             outputs = _nodes(self._session.get_outputs())
         except Exception as error:  # its exceptions have no other parent
-            raise BundleError(
-                f"{path}: ONNX Runtime {self.version} cannot load it: {_first_line(error)}.",
-                hint="Copy it again.",
-            ) from error
+            found = f"{path}: ONNX Runtime {self.version} cannot load it: {_first_line(error)}."
+            raise BundleError(found, hint="Copy it again.") from error
         taken = {name: (kind, len(shape)) for name, (kind, shape) in inputs.items()}
         given = outputs.get(OUTPUT, ("",))[0]
         if taken != dict.fromkeys(INPUTS, ("tensor(int64)", 2)) or given != "tensor(float)":
@@ -87,17 +77,12 @@ class OnnxRuntime:
         # as a query after indexing, pays it.
         shrink = ids.size * 4 <= self._largest_run
         self._largest_run = ids.size if shrink else max(ids.size, self._largest_run)
+        feed = dict(zip(INPUTS, (ids, mask), strict=True))
         try:
-            vectors = self._session.run(
-                [OUTPUT],
-                dict(zip(INPUTS, (ids, mask), strict=True)),
-                self._shrink if shrink else None,
-            )[0]
+            vectors = self._session.run([OUTPUT], feed, self._shrink if shrink else None)[0]
         except Exception as error:  # its exceptions have no other parent
-            raise BundleError(
-                f"{self._path}: ONNX Runtime {self.version} failed on {ids.shape} tokens: "
-                f"{_first_line(error)}."
-            ) from error
+            found = f"ONNX Runtime {self.version} failed on {ids.shape} tokens"
+            raise BundleError(f"{self._path}: {found}: {_first_line(error)}.") from error
         return check_output(vectors, texts=len(ids), dim=self._dim, model=self._path)
 
     def close(self) -> None:
@@ -105,10 +90,7 @@ class OnnxRuntime:
 
 
 def _nodes(nodes: Iterable[Any]) -> dict[str, tuple[str, list[int | str | None]]]:
-    """Return element type and shape of a graph's inputs or outputs by name.
-
-    A free size is a name or None.
-    """
+    """Return type and shape of a graph's inputs or outputs; a free size is a name or None."""
     return {node.name: (node.type, node.shape) for node in nodes}
 
 
@@ -118,9 +100,15 @@ def _import_onnxruntime() -> ModuleType:
     Since 1.32 the import alone writes a device id and reports to Microsoft. Where the application
     imported it before us with telemetry on, that was its choice; we stop further events and say so.
     """
-    if "onnxruntime" in sys.modules and os.environ.get(_TELEMETRY_SWITCH) != "1":
+    already_on = "onnxruntime" in sys.modules and os.environ.get(_TELEMETRY_SWITCH) != "1"
+    if not already_on:
+        os.environ[_TELEMETRY_SWITCH] = "1"
+    try:
         import onnxruntime  # type: ignore[import-untyped]
-
+    except ImportError as error:
+        found = f"ONNX Runtime cannot be imported: {error}."
+        raise RuntimeUnavailableError(found, hint="pip install onnxruntime") from error
+    if already_on:
         onnxruntime.disable_telemetry_events()
         warnings.warn(
             f"onnxruntime was imported before egemma without {_TELEMETRY_SWITCH}=1 and may have "
@@ -128,14 +116,6 @@ def _import_onnxruntime() -> ModuleType:
             RuntimeWarning,
             stacklevel=2,
         )
-        return onnxruntime  # type: ignore[no-any-return]
-    os.environ[_TELEMETRY_SWITCH] = "1"
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise RuntimeUnavailableError(
-            f"ONNX Runtime cannot be imported: {error}.", hint="pip install onnxruntime"
-        ) from error
     return onnxruntime  # type: ignore[no-any-return]
 
 

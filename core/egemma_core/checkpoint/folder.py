@@ -21,14 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from egemma_core.checkpoint.config import EncoderConfig, read_transformer
+from egemma_core.checkpoint.prompts import read_prompts
 from egemma_core.checks import whole_number
-from egemma_core.config import EncoderConfig, read_transformer
 from egemma_core.errors import CheckpointError, MissingDependencyError
 from egemma_core.files import sha256_of
-from egemma_core.prompts import Prompts, read_prompts
-from egemma_core.tokens import Tokenizer, tokenizer_of
-from egemma_core.vectors import MATRYOSHKA_DIMS
+from egemma_core.prompts import Prompts
+from egemma_core.tokens import Tokenizer
 
+# The widths EmbeddingGemma was trained for. Source: arXiv:2509.20354, section 2.2; the model card.
+MATRYOSHKA_DIMS = (768, 512, 256, 128)
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.model"
 _PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -63,6 +65,18 @@ class Checkpoint:
             path.relative_to(self.folder).as_posix(): sha256_of(path)
             for path in self.weight_files()
         }
+
+
+def tokenizer_of(path: Path, config: EncoderConfig) -> Tokenizer:
+    """Return the tokenizer of a model; see `Tokenizer` for what is refused."""
+    return Tokenizer(
+        path,
+        bos_id=config.bos_id,
+        eos_id=config.eos_id,
+        pad_id=config.pad_id,
+        vocab_size=config.vocab_size,
+        max_tokens=config.max_tokens,
+    )
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
