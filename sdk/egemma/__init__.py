@@ -34,11 +34,12 @@ from egemma.errors import (
 )
 
 if TYPE_CHECKING:
+    from egemma import upkeep
     from egemma.chunks import Chunk, ChunkedDocument, split_text
     from egemma.embedder import Embedder
     from egemma.embeddings import Embedding, Embeddings
     from egemma.identity import ModelIdentity
-    from egemma.index import Document, Hit, Hits, Index
+    from egemma.index import Document, Hit, Hits, Index, PutReport, SearchInfo
     from egemma.verify import Verification, verify_bundle
 
     __version__: str
@@ -67,13 +68,16 @@ __all__ = [
     "NotFoundError",
     "OutputError",
     "PromptError",
+    "PutReport",
     "RuntimeUnavailableError",
+    "SearchInfo",
     "ShapeError",
     "StoreError",
     "TokenLimitError",
     "Verification",
     "__version__",
     "split_text",
+    "upkeep",
     "verify_bundle",
 ]
 
@@ -89,8 +93,11 @@ _HOMES = {
     "Hits": "index",
     "Index": "index",
     "ModelIdentity": "identity",
+    "PutReport": "index",
+    "SearchInfo": "index",
     "Verification": "verify",
     "split_text": "chunks",
+    "upkeep": "upkeep",
     "verify_bundle": "verify",
 }
 

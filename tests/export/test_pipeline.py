@@ -291,7 +291,7 @@ def test_each_weight_and_each_file_of_the_bundle_is_read_once_for_its_hash(
 def test_each_golden_text_goes_once_through_the_float_and_once_through_the_rounded_model(
     checkpoint: Path,
 ) -> None:
-    from egemma_core.checkpoint import open_checkpoint
+    from egemma_core.checkpoint.folder import open_checkpoint
     from egemma_core.nn.load import load_encoder
     from egemma_export.golden import golden_texts, reference_vectors
     from egemma_export.mistakes import CASES

@@ -50,6 +50,7 @@ class Hit:
     text_score: float | None  # BM25, where words were searched and this was among their best
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class SearchInfo:
     """How a search was done."""

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egemma.chunks import Chunk
+from egemma.exported import exported
 from egemma.index.codes import check_vectors
 from egemma.index.prepare import Prepared, PreparedVectors
 from egemma.index.records import ChunkKey, chunk_keys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from egemma.embedder import Embedder
 
 
+@exported
 @dataclass(frozen=True, kw_only=True)
 class PutReport:
     """What `put` did."""
