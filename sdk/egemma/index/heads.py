@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index.blocks import changed_blocks
 from egemma.index.checksums import Damage
 from egemma.index.codes import squares
 from egemma.index.facts import BLOCK_ROWS, State
@@ -20,6 +19,7 @@ from egemma.index.scan import (
     inverse_lengths,
     round_queries,
 )
+from egemma.index.vectors import changed_blocks
 
 _SPLIT_BYTES = 32 * 2**20  # heads that are worth a second thread
 _SCORES_BYTES = 64 * 2**20  # scores of several queries that are held at once

@@ -20,28 +20,27 @@ from egemma.exported import exported
 from egemma.identity import ModelIdentity
 from egemma.index import jsonl, migration, records, tune
 from egemma.index.facts import write_state
-from egemma.index.hits import Document, Hits, Mode, read_document
-from egemma.index.inputs import check_ids, check_text
+from egemma.index.hits import MODES, Document, Hits, Mode, read_document
+from egemma.index.inputs import MAX_K, check_ids, check_shortlist, check_text
 from egemma.index.prepare import IndexOverflow, documents_of, prepare, prepare_vectors, text_rows
-from egemma.index.put import PutReport, put_documents, store_vectors
-from egemma.index.search import Queries, Searcher, plan_search
+from egemma.index.put import PutReport, put_documents, replace_documents
+from egemma.index.search import Searcher, SearchOptions, SearchPlan, queries_of
 from egemma.index.session import Session
 from egemma.index.tuned import TuneReport
 from egemma.index.upkeep.describe import IndexFacts, facts_of
 from egemma.threads import check_threads
 from egemma.where import parse
 from egemma.where_sqlite import to_sqlite
-from egemma_core.checks import one_of
+from egemma_core.checks import one_of, whole_number
 from egemma_core.errors import NotFoundError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.tokens import Overflow
+from egemma_core.vectors import check_dim
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from egemma.embedder import Embedder
-    from egemma.index.put import PutReport, put_documents, store_vectors
-from egemma.index.search import SearchOptions
 
 
 @exported
@@ -160,12 +159,12 @@ class Index:
         Raises:
             InputError, IndexFileError: as `add`.
         """
-        prepared = prepare_vectors(
+        checked, documents = prepare_vectors(
             vectors, self.identity.dim, ids, texts, titles, metadata, num_tokens, truncated
         )
         with self._session.writing("add") as change:
-            store_vectors(change, prepared)
-        return [row.id for row in prepared.rows]
+            change.add_chunks(replace_documents(change, documents), checked)
+        return list(ids)
 
     def put(
         self, documents: Sequence[ChunkedDocument], *, overflow: Overflow = "error"
@@ -186,15 +185,7 @@ class Index:
         one_of("overflow", overflow, get_args(Overflow))
         prepared = prepare(documents)
         self._session.check_writable()
-        if not prepared:
-            return PutReport(documents=0, chunks=0, embedded=0, reused=0, removed=0)
-        return put_documents(
-            prepared,
-            overflow,
-            current_embedder=lambda: self._session.embedder_for("put documents"),
-            reading=self._session.reading,
-            writing=self._session.writing,
-        )
+        return put_documents(prepared, overflow, self._session)
 
     def remove(self, ids: Sequence[str]) -> int:
         """Delete documents, all in one transaction, and return how many of the ids were stored."""
@@ -289,10 +280,20 @@ class Index:
             IndexFileError: the file is damaged or was replaced.
             IndexMismatchError: somebody has migrated the file to another model since it was opened.
         """
-        queries = Queries.of(query)
-        plan = plan_search(queries, self.identity, k, dim, where, mode, shortlist, exact)
-        found = self._searcher.answer(queries, plan, task, self._session)
-        return found[0] if queries.single else found
+        texts, vectors, single = queries_of(query)
+        plan = SearchPlan(
+            texts=texts,
+            vectors=vectors,
+            k=whole_number("k", k, 1, MAX_K),
+            dim=None if dim is None else check_dim(dim, self.identity.dims),
+            condition=None if where is None else to_sqlite(parse(where)),
+            mode=one_of("mode", mode, MODES),
+            task=task,
+            shortlist=check_shortlist(shortlist),
+            exact=exact,
+        )
+        found = self._searcher.answer(plan, self._session)
+        return found[0] if single else found
 
     def facts(self, *, check: bool = False) -> IndexFacts:
         """Return what the file says about itself; see `egemma.upkeep.describe`."""

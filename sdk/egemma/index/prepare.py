@@ -23,6 +23,7 @@ from egemma.index.inputs import (
     one_per_text,
     pack_json,
 )
+from egemma.index.records import StoredDocument
 from egemma.metadata import pack_metadata
 from egemma_core.errors import InputError
 
@@ -33,7 +34,7 @@ IndexOverflow = Literal["error", "truncate", "chunk"]
 
 
 class TextRow(NamedTuple):
-    """One text with what stands beside it, checked."""
+    """One text with what stands beside it, checked but for the metadata."""
 
     id: str
     text: str
@@ -45,35 +46,16 @@ class TextRow(NamedTuple):
 class Prepared:
     """A document on its way in: checked, and as far as possible embedded."""
 
-    id: str
-    title: str | None
-    metadata: str | None
-    source: str | None
+    row: StoredDocument
     chunks: tuple[Chunk, ...]
-    position: int = field(default=0, compare=False)  # in the call
+    position: int = field(compare=False)  # in the call
     # chunk hash -> vector, tokens, truncated
     vectors: dict[bytes, tuple[NDArray[np.float32], int, bool]] = field(default_factory=dict)
 
     @cached_property
     def hashed(self) -> list[tuple[bytes, Chunk]]:
-        """The chunks, each with its hash."""
-        return [(hash_of(chunk), chunk) for chunk in self.chunks]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedVectors:
-    """Documents of one chunk each whose vectors come with them, checked; N of everything."""
-
-    rows: Sequence[TextRow]
-    metadata: Sequence[str | None]  # JSON
-    vectors: NDArray[np.float32]  # (N, D)
-    num_tokens: Sequence[int]
-    truncated: Sequence[bool]
-
-
-def hash_of(chunk: Chunk) -> bytes:
-    """Return the hash by which a chunk finds the vector that its stored document has of it."""
-    return chunk_hash(chunk.title, chunk.text)
+        """The chunks, each with the hash by which it finds a vector that is stored of it."""
+        return [(chunk_hash(chunk.title, chunk.text), chunk) for chunk in self.chunks]
 
 
 def text_rows(
@@ -89,9 +71,6 @@ def text_rows(
     Args:
         ids: None makes each from a hash of its title and text.
         blank: whether a text may be blank.
-
-    Raises:
-        InputError: a text or title cannot be stored, or the lists differ in length.
     """
     if isinstance(texts, str):
         raise InputError("texts is one str: pass a list of texts.")
@@ -119,26 +98,28 @@ def documents_of(
     rows: Sequence[TextRow], embedder: Embedder, overflow: IndexOverflow
 ) -> list[ChunkedDocument]:
     """Return texts as documents: of one chunk, or with overflow "chunk" of as many as needed."""
-
-    def chunks_of(row: TextRow) -> tuple[Chunk, ...]:
-        if overflow != "chunk":
-            return (Chunk(start=0, stop=len(row.text), title=row.title, text=row.text),)
-        return tuple(
-            split_text(
+    documents = []
+    for row in rows:
+        chunks = [_whole(row)]
+        if overflow == "chunk":
+            chunks = split_text(
                 row.text,
                 title=row.title,
                 count_tokens=embedder.count_tokens,
                 max_tokens=embedder.max_tokens,
                 prompt=embedder.document_prompt,
             )
+        documents.append(
+            ChunkedDocument(
+                id=row.id, title=row.title, metadata=row.metadata, source=None, chunks=tuple(chunks)
+            )
         )
+    return documents
 
-    return [
-        ChunkedDocument(
-            id=row.id, title=row.title, metadata=row.metadata, source=None, chunks=chunks_of(row)
-        )
-        for row in rows
-    ]
+
+def _whole(row: TextRow) -> Chunk:
+    """Return a text as one chunk."""
+    return Chunk(start=0, stop=len(row.text), title=row.title, text=row.text)
 
 
 def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> list[Prepared]:
@@ -148,9 +129,6 @@ def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> lis
 
     Args:
         blank: whether a document without a word is allowed, because its vectors come with it.
-
-    Raises:
-        InputError: a document cannot be stored, or one id is given to two different documents.
     """
     prepared: dict[str, Prepared] = {}
     for position, document in enumerate(documents):
@@ -177,14 +155,8 @@ def _prepare(document: ChunkedDocument, position: int, *, blank: bool) -> Prepar
             f"document {document.id!r} {lacks}, so there is nothing to find in it.",
             hint="Leave it out.",
         )
-    return Prepared(
-        document.id,
-        title,
-        pack_metadata(document.metadata),
-        pack_json("source", document.source),
-        chunks,
-        position,
-    )
+    metadata, source = pack_metadata(document.metadata), pack_json("source", document.source)
+    return Prepared(StoredDocument(document.id, title, metadata, source), chunks, position)
 
 
 def _check_chunks(id_: str, chunks: Sequence[Chunk]) -> None:
@@ -222,14 +194,15 @@ def prepare_vectors(
     metadata: Sequence[Mapping[str, Any] | None] | None,
     num_tokens: Sequence[int] | None,
     truncated: Sequence[bool] | None,
-) -> PreparedVectors:
-    """Check vectors that were computed elsewhere, and what is stored with them.
+) -> tuple[NDArray[np.float32], list[tuple[Prepared, list[tuple[int, bool]]]]]:
+    """Check N vectors that were computed elsewhere, and what is stored with them.
 
     Args:
-        dim: the model's full width.
+        dim: D, the model's full width.
 
-    Raises:
-        InputError: a vector, id, text or metadata cannot be stored, or an id comes twice.
+    Returns:
+        The (N, D) vectors; and the documents of one chunk each that they are of, with the number of
+        tokens of that chunk, and whether it is truncated.
     """
     checked = check_vectors(vectors, dim)
     count = len(checked)
@@ -240,12 +213,15 @@ def prepare_vectors(
         raise InputError("an id comes twice in one call.", hint="Give each vector its own.")
     words = [""] * count if texts is None else one_per_text("texts", texts, count)
     rows = text_rows(words, given, titles, metadata, blank=True)
-    return PreparedVectors(
-        rows=rows,
-        metadata=[pack_metadata(row.metadata) for row in rows],
-        vectors=checked,
-        num_tokens=[0] * count if num_tokens is None else check_counts(num_tokens, count),
-        truncated=[False] * count
-        if truncated is None
-        else one_per_text("truncated", truncated, count),
-    )
+    documents = [
+        Prepared(
+            StoredDocument(row.id, row.title, pack_metadata(row.metadata), None),
+            (_whole(row),),
+            position,
+        )
+        for position, row in enumerate(rows)
+    ]
+    tokens = [0] * count if num_tokens is None else check_counts(num_tokens, count)
+    cut = [bool(value) for value in one_per_text("truncated", truncated, count)]
+    counts = [[pair] for pair in zip(tokens, cut, strict=True)]
+    return checked, list(zip(documents, counts, strict=True))
