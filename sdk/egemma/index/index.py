@@ -1,7 +1,6 @@
-"""The local index: documents, their chunks and vectors in one SQLite file.
+"""The local index: documents, their chunks and vectors in one SQLite file, searched right here.
 
-It is searched on this machine: no service, no network. `Index` is what users open; the modules
-beside this one do the work.
+`Index` is what users open; the modules beside this one do the work.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, overload
 
@@ -21,7 +21,7 @@ from egemma.identity import ModelIdentity
 from egemma.index import jsonl, migration, records, tune
 from egemma.index.facts import write_state
 from egemma.index.hits import MODES, Document, Hits, Mode, read_document
-from egemma.index.inputs import MAX_K, check_ids, check_shortlist, check_text
+from egemma.index.inputs import MAX_K, check_ids, check_text
 from egemma.index.prepare import IndexOverflow, documents_of, prepare, prepare_vectors, text_rows
 from egemma.index.put import PutReport, put_documents, replace_documents
 from egemma.index.search import Searcher, SearchOptions, SearchPlan, queries_of
@@ -76,8 +76,8 @@ class Index:
                 exists: both can do everything but embed.
             create: make the file when there is none. A file that cannot be written is opened for
                 search only.
-            keep_floats: a new file keeps vectors as float32 beside their int8 codes: 4 bytes more
-                per channel, and scores as of the model's own vectors.
+            keep_floats: a new file keeps vectors as float32 beside their codes: 4 bytes more per
+                channel, and scores as of the model's own vectors.
             threads: to search with; None for as many as this process has CPUs.
 
         Raises:
@@ -281,6 +281,9 @@ class Index:
             IndexMismatchError: somebody has migrated the file to another model since it was opened.
         """
         texts, vectors, single = queries_of(query)
+        if shortlist is not None:
+            hint = "None leaves the choice to the index."
+            shortlist = whole_number("shortlist", shortlist, 1, hint=hint)
         plan = SearchPlan(
             texts=texts,
             vectors=vectors,
@@ -289,7 +292,7 @@ class Index:
             condition=None if where is None else to_sqlite(parse(where)),
             mode=one_of("mode", mode, MODES),
             task=task,
-            shortlist=check_shortlist(shortlist),
+            shortlist=shortlist,
             exact=exact,
         )
         found = self._searcher.answer(plan, self._session)
@@ -313,15 +316,9 @@ class Index:
         """Find the fastest scan width and shortlist that find what an exact search finds.
 
         See `egemma.index.tune.tune`; later searches use what was found.
-
-        Args:
-            queries: texts, or their (B, D) vectors by this model, as users will ask; some hundred.
-                None takes stored chunks, which is a guess: queries can be harder.
         """
         request = tune.TuneRequest(recall, k, sample, seed, confidence)
-        session = self._session
-        session.check_writable()
-        return tune.tune(self.path, request, queries, session, threads=self._threads)
+        return tune.tune(request, queries, self._session, threads=self._threads)
 
     def import_jsonl(
         self,
@@ -332,14 +329,11 @@ class Index:
         progress: Callable[[int, int], None] | None = None,
     ) -> jsonl.ImportReport:
         """Put the documents of an export in; see `jsonl.import_jsonl`."""
-        session = self._session
-        session.check_writable()
-
-        def put(documents: list[ChunkedDocument]) -> PutReport:
-            return self.put(documents, overflow=overflow)
-
+        self._session.check_writable()
+        put = partial(self.put, overflow=overflow)
+        writing = self._session.writing
         return jsonl.import_jsonl(
-            source, self.identity, put, session.writing, reembed=reembed, progress=progress
+            source, self.identity, put, writing, reembed=reembed, progress=progress
         )
 
     def migrate(
