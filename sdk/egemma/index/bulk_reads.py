@@ -36,6 +36,11 @@ from egemma.index.vectors import (
 BLOCKS_TOGETHER = 16  # blocks whose vectors are read at a time
 
 
+def count_truncated(connection: sqlite3.Connection) -> int:
+    """Return of how many chunks only the beginning was embedded."""
+    return int(connection.execute("SELECT count(*) FROM chunks WHERE truncated").fetchone()[0])
+
+
 def documents_by_first_chunk(
     connection: sqlite3.Connection,
 ) -> Iterator[tuple[int, StoredDocument]]:

@@ -22,7 +22,7 @@ from egemma.index import jsonl, migration, records, tune
 from egemma.index.facts import write_state
 from egemma.index.hits import MODES, Document, Hits, Mode, read_document
 from egemma.index.inputs import MAX_K, check_ids, check_text
-from egemma.index.prepare import IndexOverflow, documents_of, prepare, prepare_vectors, text_rows
+from egemma.index.prepare import IndexOverflow, cut_to_fit, prepare_vectors, whole_documents
 from egemma.index.put import PutReport, put_documents, replace_documents
 from egemma.index.search import Searcher, SearchOptions, SearchPlan, queries_of
 from egemma.index.session import Session
@@ -127,11 +127,13 @@ class Index:
             TokenLimitError: a text is too long and `overflow` is "error".
             IndexFileError: the file is read-only, full, locked or damaged.
         """
-        rows = text_rows(texts, ids, titles, metadata)
+        documents = whole_documents(texts, ids, titles, metadata)
         one_of("overflow", overflow, get_args(IndexOverflow))
-        documents = documents_of(rows, self._session.embedder_for("add texts"), overflow)
-        self.put(documents, overflow="error" if overflow == "chunk" else overflow)
-        return [row.id for row in rows]
+        embedder = self._session.embedder_for("add texts")
+        if overflow == "chunk":
+            overflow, documents = "error", [cut_to_fit(whole, embedder) for whole in documents]
+        self.put(documents, overflow=overflow)
+        return [document.id for document in documents]
 
     def add_vectors(
         self,
@@ -181,11 +183,8 @@ class Index:
         Raises:
             InputError, TokenLimitError, IndexFileError: as `add`.
         """
-        self._session.embedder_for("put documents")
         one_of("overflow", overflow, get_args(Overflow))
-        prepared = prepare(documents)
-        self._session.check_writable()
-        return put_documents(prepared, overflow, self._session)
+        return put_documents(documents, overflow, self._session)
 
     def remove(self, ids: Sequence[str]) -> int:
         """Delete documents, all in one transaction, and return how many of the ids were stored."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
 IndexOverflow = Literal["error", "truncate", "chunk"]
 
 
-class TextRow(NamedTuple):
-    """One text with what stands beside it, checked but for the metadata."""
-
-    id: str
-    text: str
-    title: str | None
-    metadata: Mapping[str, Any] | None
-
-
 @dataclass
 class Prepared:
     """A document on its way in: checked, and as far as possible embedded."""
@@ -58,15 +49,15 @@ class Prepared:
         return [(chunk_hash(chunk.title, chunk.text), chunk) for chunk in self.chunks]
 
 
-def text_rows(
+def whole_documents(
     texts: Sequence[str],
     ids: Sequence[str] | None,
     titles: Sequence[str | None] | None,
     metadata: Sequence[Mapping[str, Any] | None] | None,
     *,
     blank: bool = False,
-) -> list[TextRow]:
-    """Check texts, and join each with its id, title and metadata.
+) -> list[ChunkedDocument]:
+    """Check texts, and make each a document of one chunk; metadata is not checked yet.
 
     Args:
         ids: None makes each from a hash of its title and text.
@@ -86,40 +77,29 @@ def text_rows(
             raise error.at(f"text {position}", position=position) from error
     if ids is None:
         ids = [content_id(text, title or None) for text, title in zip(texts, names, strict=True)]
+    ids = one_per_text("ids", ids, len(texts))
     return [
-        TextRow(id_, text, title or None, entry)
-        for id_, text, title, entry in zip(
-            one_per_text("ids", ids, len(texts)), texts, names, entries, strict=True
+        ChunkedDocument(
+            id=id_,
+            title=title or None,
+            metadata=entry,
+            source=None,
+            chunks=(Chunk(start=0, stop=len(text), title=title or None, text=text),),
         )
+        for id_, text, title, entry in zip(ids, texts, names, entries, strict=True)
     ]
 
 
-def documents_of(
-    rows: Sequence[TextRow], embedder: Embedder, overflow: IndexOverflow
-) -> list[ChunkedDocument]:
-    """Return texts as documents: of one chunk, or with overflow "chunk" of as many as needed."""
-    documents = []
-    for row in rows:
-        chunks = [_whole(row)]
-        if overflow == "chunk":
-            chunks = split_text(
-                row.text,
-                title=row.title,
-                count_tokens=embedder.count_tokens,
-                max_tokens=embedder.max_tokens,
-                prompt=embedder.document_prompt,
-            )
-        documents.append(
-            ChunkedDocument(
-                id=row.id, title=row.title, metadata=row.metadata, source=None, chunks=tuple(chunks)
-            )
-        )
-    return documents
-
-
-def _whole(row: TextRow) -> Chunk:
-    """Return a text as one chunk."""
-    return Chunk(start=0, stop=len(row.text), title=row.title, text=row.text)
+def cut_to_fit(document: ChunkedDocument, embedder: Embedder) -> ChunkedDocument:
+    """Return a document of one chunk with as many as it takes for the model to read them whole."""
+    chunks = split_text(
+        document.chunks[0].text,
+        title=document.title,
+        count_tokens=embedder.count_tokens,
+        max_tokens=embedder.max_tokens,
+        prompt=embedder.document_prompt,
+    )
+    return replace(document, chunks=tuple(chunks))
 
 
 def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> list[Prepared]:
@@ -212,16 +192,12 @@ def prepare_vectors(
     if len(set(given)) != count:
         raise InputError("an id comes twice in one call.", hint="Give each vector its own.")
     words = [""] * count if texts is None else one_per_text("texts", texts, count)
-    rows = text_rows(words, given, titles, metadata, blank=True)
-    documents = [
-        Prepared(
-            StoredDocument(row.id, row.title, pack_metadata(row.metadata), None),
-            (_whole(row),),
-            position,
-        )
-        for position, row in enumerate(rows)
-    ]
+    documents = whole_documents(words, given, titles, metadata, blank=True)
     tokens = [0] * count if num_tokens is None else check_counts(num_tokens, count)
     cut = [bool(value) for value in one_per_text("truncated", truncated, count)]
-    counts = [[pair] for pair in zip(tokens, cut, strict=True)]
-    return checked, list(zip(documents, counts, strict=True))
+    prepared = []
+    for position, document in enumerate(documents):
+        row = StoredDocument(document.id, document.title, pack_metadata(document.metadata), None)
+        counts = [(tokens[position], cut[position])]
+        prepared.append((Prepared(row, document.chunks, position), counts))
+    return checked, prepared

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.chunks import Chunk
+from egemma.chunks import Chunk, ChunkedDocument
 from egemma.index.codes import check_vectors
-from egemma.index.prepare import Prepared
+from egemma.index.prepare import Prepared, prepare
 from egemma.index.records import ChunkKey, NewChunk, chunk_keys
 from egemma.index.rows import Change
 from egemma.index.session import Session
@@ -36,12 +36,16 @@ class PutReport:
     removed: int  # chunks of earlier versions that went
 
 
-def put_documents(prepared: list[Prepared], overflow: Overflow, session: Session) -> PutReport:
+def put_documents(
+    documents: Sequence[ChunkedDocument], overflow: Overflow, session: Session
+) -> PutReport:
     """Embed what the file has no vector of, and store all documents in one transaction."""
+    embedder = session.embedder_for("put documents")
+    prepared = prepare(documents)
+    session.check_writable()
     if not prepared:
         return PutReport(documents=0, chunks=0, embedded=0, reused=0, removed=0)
     ids = [document.row.id for document in prepared]
-    embedder = session.embedder_for("put documents")
     embedded = 0
     while True:
         if embedder is not session.embedder:  # a migration came between, and is done

@@ -88,11 +88,6 @@ def count_documents(connection: sqlite3.Connection) -> int:
     return int(connection.execute("SELECT count(*) FROM documents").fetchone()[0])
 
 
-def count_truncated(connection: sqlite3.Connection) -> int:
-    """Return of how many chunks only the beginning was embedded."""
-    return int(connection.execute("SELECT count(*) FROM chunks WHERE truncated").fetchone()[0])
-
-
 def find_document(connection: sqlite3.Connection, id_: str) -> tuple[int, StoredDocument] | None:
     """Return a document's number and row, or None where nothing has this id."""
     row = connection.execute(

@@ -121,9 +121,9 @@ def vector_is_sound(
 def read_vector(connection: sqlite3.Connection, state: State, number: int) -> NDArray[np.float32]:
     """Return (D,) a stored vector, as near to its floats as the file has it."""
     block, slot = divmod(number, BLOCK_ROWS)
-    codes = np.frombuffer(read_heads(connection, block)[1], np.int8).reshape(-1, state.scan_width)
-    head = codes[slot : slot + 1]
-    vectors = read_vectors(connection, state, head, np.array([number])).astype(np.float32)
+    start, stop = slot * state.scan_width, (slot + 1) * state.scan_width
+    codes = np.frombuffer(read_heads(connection, block)[1][start:stop], np.int8)[None]
+    vectors = read_vectors(connection, state, codes, np.array([number])).astype(np.float32)
     return vectors.reshape(-1)
 
 
