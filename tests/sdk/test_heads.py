@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from egemma.identity import ModelIdentity
 from egemma.index import Index, heads
-from egemma.index.blocks import live_numbers
 from egemma.index.checksums import Damage, block_crc32, head_crc32
 from egemma.index.codes import squares
 from egemma.index.facts import BLOCK_ROWS, State, read_state
 from egemma.index.heads import Heads
 from egemma.index.scan import best_kernel, int8_products, kernel_name
+from egemma.index.vectors import live_numbers
 from egemma_core.errors import IndexFileError
 from egemma_core.vectors import normalize
 

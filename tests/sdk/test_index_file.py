@@ -174,15 +174,16 @@ def test_an_empty_file_becomes_an_index_only_when_it_may_be_created(tmp_path: Pa
 def test_a_file_that_another_process_makes_an_index_in_the_last_moment_is_taken_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    switch = file._switch_to_wal
+    wait_for = file._wait_for
 
-    def overtaken(connection: sqlite3.Connection) -> None:
-        monkeypatch.setattr(file, "_switch_to_wal", switch)
+    def overtaken(connection: sqlite3.Connection, statement: str) -> None:
+        assert "WAL" in statement
+        monkeypatch.setattr(file, "_wait_for", wait_for)
         with open_index(tmp_path / "a.egx") as other:
             other.add(TEXTS)
-        switch(connection)
+        wait_for(connection, statement)
 
-    monkeypatch.setattr(file, "_switch_to_wal", overtaken)
+    monkeypatch.setattr(file, "_wait_for", overtaken)
     with open_index(tmp_path / "a.egx") as index:
         assert len(index) == 4
 

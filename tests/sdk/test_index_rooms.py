@@ -15,7 +15,6 @@ IN_SQL = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE) {TABLE}\b")
 OWNERS = {
     "records.py",
     "vectors.py",
-    "blocks.py",
     "bulk_reads.py",
     "rows.py",
     "facts.py",

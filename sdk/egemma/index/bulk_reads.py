@@ -1,6 +1,6 @@
 """Readers that go through a whole index: for export, compaction, tuning and migration.
 
-Like `records`, `vectors` and `blocks` they check each row, and are called inside a transaction.
+Like `records` and `vectors` they check each row, and are called inside a transaction.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index.blocks import HeadReader, damaged_block, heads_are_sound
 from egemma.index.checksums import Damage
 from egemma.index.codes import Layout
 from egemma.index.facts import BLOCK_ROWS, State
@@ -24,9 +23,22 @@ from egemma.index.records import (
     checked_chunk,
     checked_document,
 )
-from egemma.index.vectors import VECTOR_COLUMNS, check_rows, unpacked, vector_is_sound
+from egemma.index.vectors import (
+    VECTOR_COLUMNS,
+    check_rows,
+    damaged_block,
+    heads_are_sound,
+    read_heads,
+    unpacked,
+    vector_is_sound,
+)
 
 BLOCKS_TOGETHER = 16  # blocks whose vectors are read at a time
+
+
+def count_truncated(connection: sqlite3.Connection) -> int:
+    """Return of how many chunks only the beginning was embedded."""
+    return int(connection.execute("SELECT count(*) FROM chunks WHERE truncated").fetchone()[0])
 
 
 def documents_by_first_chunk(
@@ -67,6 +79,22 @@ def chunks_with_new_counts(
         (last, limit),
     ).fetchall()
     return [(checked_chunk(row[2], row[3:]), row[0], row[1]) for row in rows]
+
+
+class HeadReader:
+    """Reads the heads of single chunks whose numbers mostly rise: it keeps the last block."""
+
+    def __init__(self, connection: sqlite3.Connection, width: int, prefix: str = "") -> None:
+        self._connection, self._width, self._prefix = connection, width, prefix
+        self._block, self._codes = -1, b""
+
+    def head(self, number: int) -> bytes:
+        """Return the head of a chunk."""
+        block, slot = divmod(number, BLOCK_ROWS)
+        if block != self._block:
+            self._codes = read_heads(self._connection, block, self._prefix)[1]
+            self._block = block
+        return self._codes[slot * self._width : (slot + 1) * self._width]
 
 
 class StoredVector(NamedTuple):

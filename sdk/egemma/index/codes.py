@@ -20,24 +20,16 @@ _UNIT_SLACK = 1e-3
 
 
 def to_array(vectors: object) -> NDArray[Any]:
-    """Return vectors as an array of any type and shape.
-
-    Raises:
-        InputError: rows of different lengths, or a tensor that NumPy may not read.
-    """
+    """Return vectors as an array of any type and shape."""
     try:
         return np.asarray(vectors)
+    # rows of different lengths, or a tensor that NumPy may not read
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the vectors cannot be read as rows of floats: {error}") from error
 
 
 def check_vectors(vectors: object, dim: int) -> NDArray[np.float32]:
-    """Return (N, dim) float32 rows, when every row is finite and of unit length.
-
-    Raises:
-        InputError: another shape, type or width, or a row that is zero, NaN, infinite or not of
-            unit length.
-    """
+    """Return (N, dim) float32 rows, when every row is finite and of unit length."""
     array = to_array(vectors)
     if array.ndim != 2 or array.shape[1] != dim:
         raise InputError(
@@ -55,8 +47,8 @@ def check_vectors(vectors: object, dim: int) -> NDArray[np.float32]:
     if len(wrong):
         raise InputError(
             f"vector {wrong[0]} has length {length[wrong[0]]:.4g}, not 1: a vector of this model "
-            "is a finite unit vector. "
-            "Pass them as the embedder gives them; check a model with `egemma verify`."
+            "is a finite unit vector. Pass them as the embedder gives them; check a model with "
+            "`egemma verify`."
         )
     return narrow
 
@@ -142,13 +134,9 @@ def decode(
     ]
     wide = scales.astype(np.float64)
     vectors[:, : layout.head] = (heads + (nibbles - FINE / 2) / FINE) * wide[:, :1]
-    codes = rests[:, packed.shape[1] :].view(np.int8)
-    start = layout.head
-    for segment, stop in enumerate(layout.edges, start=1):
-        vectors[:, start:stop] = (
-            codes[:, start - layout.head : stop - layout.head] * wide[:, segment, None]
-        )
-        start = stop
+    vectors[:, layout.head :] = rests[:, packed.shape[1] :].view(np.int8)
+    for segment, (start, stop) in enumerate(pairwise((layout.head, *layout.edges)), start=1):
+        vectors[:, start:stop] *= wide[:, segment, None]
     return vectors
 
 

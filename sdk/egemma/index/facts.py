@@ -22,13 +22,11 @@ LIVE_BYTES = BLOCK_ROWS // 8  # a bit for each of them
 TABLES = {
     "facts": "CREATE TABLE facts (name TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL)",
     "documents": "CREATE TABLE documents (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, "
-    "title TEXT, metadata TEXT, source TEXT, "
-    "crc32 INTEGER NOT NULL)",
+    "title TEXT, metadata TEXT, source TEXT, crc32 INTEGER NOT NULL)",
     "chunks": "CREATE TABLE chunks (number INTEGER PRIMARY KEY, document INTEGER NOT NULL, "
-    "position INTEGER NOT NULL, start INTEGER NOT NULL, "
-    "stop INTEGER NOT NULL, num_tokens INTEGER NOT NULL, truncated INTEGER NOT NULL, title TEXT, "
-    "hash BLOB NOT NULL, "
-    "crc32 INTEGER NOT NULL, text TEXT NOT NULL)",
+    "position INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, num_tokens INTEGER "
+    "NOT NULL, truncated INTEGER NOT NULL, title TEXT, hash BLOB NOT NULL, crc32 INTEGER NOT NULL, "
+    "text TEXT NOT NULL)",
     "chunks_of_document": "CREATE INDEX chunks_of_document ON chunks (document)",
     "vectors": "CREATE TABLE vectors (number INTEGER PRIMARY KEY, crc32 INTEGER NOT NULL, scales "
     "BLOB NOT NULL, rest BLOB NOT NULL, floats BLOB)",
@@ -57,12 +55,12 @@ class State:
     identity: ModelIdentity
     scan_width: int  # channels of a head; one of the model's widths
     floats: bool  # vectors are kept as float32 beside their codes
-    generation: int  # rises with every write
-    numbering: int  # rises when chunks get new numbers
-    next_number: int  # of the next chunk; none below it is given out twice
-    chunks: int  # how many there are
-    model_path: str | None  # where the bundle was; a hint
-    tuned: str | None  # JSON of the last `tune`
+    generation: int = 0  # rises with every write
+    numbering: int = 0  # rises when chunks get new numbers
+    next_number: int = 0  # of the next chunk; none below it is given out twice
+    chunks: int = 0  # how many there are
+    model_path: str | None = None  # where the bundle was; a hint
+    tuned: str | None = None  # JSON of the last `tune`
 
     @property
     def layout(self) -> Layout:
@@ -88,11 +86,7 @@ class State:
 
 
 def read_state(connection: sqlite3.Connection) -> State:
-    """Read the facts, and check them against their checksum and each other.
-
-    Raises:
-        Damage: a fact is missing or impossible.
-    """
+    """Read the facts, and check them against their checksum and each other."""
     facts = dict(connection.execute("SELECT name, value FROM facts").fetchall())
     try:
         identity = ModelIdentity.from_json(

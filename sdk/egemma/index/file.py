@@ -149,42 +149,22 @@ def create_tables(connection: sqlite3.Connection, identity: ModelIdentity, *, fl
     """Make a blank file an index of this model, unless another process was faster."""
     # of no effect where another process was faster
     connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-    _switch_to_wal(connection)
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    _wait_for(connection, "PRAGMA journal_mode = WAL")
+    with transaction(connection, "BEGIN IMMEDIATE"):
         if is_blank(connection):
             for statement in TABLES.values():
                 connection.execute(statement)
-            write_state(
-                connection,
-                State(
-                    identity=identity,
-                    scan_width=identity.dims[-1],
-                    floats=floats,
-                    generation=0,
-                    numbering=0,
-                    next_number=0,
-                    chunks=0,
-                    model_path=None,
-                    tuned=None,
-                ),
-            )
+            state = State(identity=identity, scan_width=identity.dims[-1], floats=floats)
+            write_state(connection, state)
             # pragmas take no parameters; both are our own integers
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
 
 
 def check_format(connection: sqlite3.Connection, path: Path) -> None:
-    """Check that the file is an index of the version that this egemma reads.
-
-    Raises:
-        IndexFileError: another program's file, another version, or tables that are not ours.
-    """
+    """Check that the file is an index of the version that this egemma reads, with its tables."""
+    if is_blank(connection):
+        raise IndexFileError(f"{path} is empty: it is not an index yet. Fill it with `egemma add`.")
     application_id = connection.execute("PRAGMA application_id").fetchone()[0]
     if application_id != APPLICATION_ID:
         raise IndexFileError(
@@ -198,10 +178,6 @@ def check_format(connection: sqlite3.Connection, path: Path) -> None:
             hint="Export it as JSON lines with the egemma that wrote it (`egemma index export`), "
             "and import these here (`egemma index import`).",
         )
-    _check_tables(connection, path)
-
-
-def _check_tables(connection: sqlite3.Connection, path: Path) -> None:
     rows = connection.execute(
         "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' "
         # FTS5 makes these four
@@ -237,21 +213,10 @@ def opened(path: str | Path, doing: str, *, write: bool) -> Iterator[sqlite3.Con
                 "first."
             )
         with typed_errors(path, doing):
-            check_not_blank(connection, path)
             check_format(connection, path)
             yield connection
     finally:
         connection.close()
-
-
-def check_not_blank(connection: sqlite3.Connection, path: Path) -> None:
-    """Check that an index was made in the file already.
-
-    Raises:
-        IndexFileError: it is empty.
-    """
-    if is_blank(connection):
-        raise IndexFileError(f"{path} is empty: it is not an index yet. Fill it with `egemma add`.")
 
 
 @contextmanager
@@ -263,7 +228,7 @@ def transaction(connection: sqlite3.Connection, begin: str = "BEGIN") -> Iterato
         if begin == "BEGIN":
             connection.execute(begin)
         else:
-            _begin_to_write(connection, begin)
+            _wait_for(connection, begin)
         yield
         connection.execute("COMMIT")
     except BaseException:
@@ -272,43 +237,32 @@ def transaction(connection: sqlite3.Connection, begin: str = "BEGIN") -> Iterato
         raise
 
 
-def _begin_to_write(connection: sqlite3.Connection, begin: str) -> None:
-    """Take the write lock, and log it where that takes long."""
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
+def _wait_for(connection: sqlite3.Connection, statement: str) -> None:
+    """Run a statement that takes a lock; wait for it where another program has it, and log that.
+
+    For the switch to a write-ahead log SQLite does not wait by itself: it would have to raise a
+    read lock that both may hold.
+    """
+    started, logged = time.monotonic(), False
     connection.execute(f"PRAGMA busy_timeout = {round(1000 * _SILENT_WAIT_S)}")
-    logged = False
     try:
         while True:
             try:
-                connection.execute(begin)
+                connection.execute(statement)
                 return
             except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
+                waited = time.monotonic() - started
+                if "locked" not in str(error) or waited > BUSY_TIMEOUT_S:
                     raise
-            if not logged:
+            if waited > _SILENT_WAIT_S and not logged:
                 logger.warning(
                     "another program is writing to this index; waiting up to %g s for it",
                     BUSY_TIMEOUT_S,
                 )
                 logged = True
+            time.sleep(0.01)
     finally:
         connection.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
-
-
-def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    """Switch a new file to a write-ahead log, after waiting for whoever does the same.
-
-    SQLite does not wait by itself here: it would have to raise a read lock that both may hold.
-    """
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
 
 
 def wal_of(path: Path) -> Path:

@@ -9,22 +9,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index.blocks import changed_blocks
 from egemma.index.checksums import Damage
 from egemma.index.codes import squares
 from egemma.index.facts import BLOCK_ROWS, State
-from egemma.index.scan import (
-    best_kernel,
-    highest,
-    int8_products,
-    inverse_lengths,
-    round_queries,
-)
+from egemma.index.scan import best_kernel, highest, int8_products, inverse_lengths, round_queries
+from egemma.index.vectors import changed_blocks
 
 _SPLIT_BYTES = 32 * 2**20  # heads that are worth a second thread
 _SCORES_BYTES = 64 * 2**20  # scores of several queries that are held at once
-# rows whose products are made at a time, so that they stay in the processor's cache
-_SCAN_ROWS = 16384
+_SCAN_ROWS = 16384  # whose products are made at a time: they stay in the processor's cache
 
 
 @dataclass
@@ -37,26 +30,21 @@ class Heads:
     width: int
     threads: int
     kernel: str = field(default_factory=best_kernel)  # see `scan.KERNELS`
-    codes: NDArray[np.int8] = field(init=False)  # (capacity, width)
-    # (capacity,) 1 / length of the row's codes; 0 where there is no direction
-    inverse: NDArray[np.float32] = field(init=False)
-    live: NDArray[np.bool_] = field(init=False)  # (capacity,)
     count: int = 0  # rows in use, dead ones included
     generation: int = -1  # state of the file that this is; -1 for none
-    dead: NDArray[np.int64] = field(init=False)  # numbers below count that are not live
 
     def __post_init__(self) -> None:
-        self._reserve(0)
-        self.dead = np.empty(0, np.int64)
+        self.codes = np.empty((0, self.width), np.int8)  # (capacity, width)
+        # (capacity,) 1 / length of the row's codes; 0 where there is no direction
+        self.inverse = np.empty(0, np.float32)
+        self.live = np.empty(0, np.bool_)  # (capacity,)
+        self.dead = np.empty(0, np.int64)  # numbers below count that are not live
 
     def refresh(self, connection: sqlite3.Connection, state: State) -> None:
         """Read what changed since the last call.
 
         Args:
             state: what the file's facts say now.
-
-        Raises:
-            Damage: a checksum or a count does not fit.
         """
         if state.generation == self.generation:
             return
@@ -164,19 +152,12 @@ class Heads:
 
     def _reserve(self, rows: int) -> None:
         """Make room for this many rows, with some to spare; what is there stays."""
-        have = len(self.live) if hasattr(self, "live") else -1
-        if rows <= have:
+        if rows <= len(self.live):
             return
         capacity = rows + rows // 8 + BLOCK_ROWS
-        codes, inverse, live = (
-            np.empty((capacity, self.width), np.int8),
-            np.empty(capacity, np.float32),
-            np.zeros(capacity, np.bool_),
-        )
-        if have > 0:
-            codes[: self.count], inverse[: self.count] = (
-                self.codes[: self.count],
-                self.inverse[: self.count],
-            )
-            live[: self.count] = self.live[: self.count]
-        self.codes, self.inverse, self.live = codes, inverse, live
+        codes, inverse, live = self.codes, self.inverse, self.live
+        self.codes = np.empty((capacity, self.width), np.int8)
+        self.inverse, self.live = np.empty(capacity, np.float32), np.zeros(capacity, np.bool_)
+        self.codes[: self.count] = codes[: self.count]
+        self.inverse[: self.count] = inverse[: self.count]
+        self.live[: self.count] = live[: self.count]

@@ -13,7 +13,7 @@ from egemma.index.checksums import Damage
 from egemma.index.records import chunk_with_document, chunks_of, find_document
 
 Mode = Literal["vector", "text", "hybrid"]
-MODES = ("vector", "text", "hybrid")
+MODES: tuple[Mode, ...] = ("vector", "text", "hybrid")
 
 
 @exported

@@ -1,7 +1,6 @@
-"""The local index: documents, their chunks and vectors in one SQLite file.
+"""The local index: documents, their chunks and vectors in one SQLite file, searched right here.
 
-It is searched on this machine: no service, no network. `Index` is what users open; the modules
-beside this one do the work.
+`Index` is what users open; the modules beside this one do the work.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, overload
 
@@ -20,28 +20,27 @@ from egemma.exported import exported
 from egemma.identity import ModelIdentity
 from egemma.index import jsonl, migration, records, tune
 from egemma.index.facts import write_state
-from egemma.index.hits import Document, Hits, Mode, read_document
-from egemma.index.inputs import check_ids, check_text
-from egemma.index.prepare import IndexOverflow, documents_of, prepare, prepare_vectors, text_rows
-from egemma.index.put import PutReport, put_documents, store_vectors
-from egemma.index.search import Queries, Searcher, plan_search
+from egemma.index.hits import MODES, Document, Hits, Mode, read_document
+from egemma.index.inputs import MAX_K, check_ids, check_text
+from egemma.index.prepare import IndexOverflow, cut_to_fit, prepare_vectors, whole_documents
+from egemma.index.put import PutReport, put_documents, replace_documents
+from egemma.index.search import Searcher, SearchOptions, SearchPlan, queries_of
 from egemma.index.session import Session
 from egemma.index.tuned import TuneReport
 from egemma.index.upkeep.describe import IndexFacts, facts_of
 from egemma.threads import check_threads
 from egemma.where import parse
 from egemma.where_sqlite import to_sqlite
-from egemma_core.checks import one_of
+from egemma_core.checks import one_of, whole_number
 from egemma_core.errors import NotFoundError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.tokens import Overflow
+from egemma_core.vectors import check_dim
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from egemma.embedder import Embedder
-    from egemma.index.put import PutReport, put_documents, store_vectors
-from egemma.index.search import SearchOptions
 
 
 @exported
@@ -77,8 +76,8 @@ class Index:
                 exists: both can do everything but embed.
             create: make the file when there is none. A file that cannot be written is opened for
                 search only.
-            keep_floats: a new file keeps vectors as float32 beside their int8 codes: 4 bytes more
-                per channel, and scores as of the model's own vectors.
+            keep_floats: a new file keeps vectors as float32 beside their codes: 4 bytes more per
+                channel, and scores as of the model's own vectors.
             threads: to search with; None for as many as this process has CPUs.
 
         Raises:
@@ -128,11 +127,13 @@ class Index:
             TokenLimitError: a text is too long and `overflow` is "error".
             IndexFileError: the file is read-only, full, locked or damaged.
         """
-        rows = text_rows(texts, ids, titles, metadata)
+        documents = whole_documents(texts, ids, titles, metadata)
         one_of("overflow", overflow, get_args(IndexOverflow))
-        documents = documents_of(rows, self._session.embedder_for("add texts"), overflow)
-        self.put(documents, overflow="error" if overflow == "chunk" else overflow)
-        return [row.id for row in rows]
+        embedder = self._session.embedder_for("add texts")
+        if overflow == "chunk":
+            overflow, documents = "error", [cut_to_fit(whole, embedder) for whole in documents]
+        self.put(documents, overflow=overflow)
+        return [document.id for document in documents]
 
     def add_vectors(
         self,
@@ -160,12 +161,12 @@ class Index:
         Raises:
             InputError, IndexFileError: as `add`.
         """
-        prepared = prepare_vectors(
+        checked, documents = prepare_vectors(
             vectors, self.identity.dim, ids, texts, titles, metadata, num_tokens, truncated
         )
         with self._session.writing("add") as change:
-            store_vectors(change, prepared)
-        return [row.id for row in prepared.rows]
+            change.add_chunks(replace_documents(change, documents), checked)
+        return list(ids)
 
     def put(
         self, documents: Sequence[ChunkedDocument], *, overflow: Overflow = "error"
@@ -182,19 +183,8 @@ class Index:
         Raises:
             InputError, TokenLimitError, IndexFileError: as `add`.
         """
-        self._session.embedder_for("put documents")
         one_of("overflow", overflow, get_args(Overflow))
-        prepared = prepare(documents)
-        self._session.check_writable()
-        if not prepared:
-            return PutReport(documents=0, chunks=0, embedded=0, reused=0, removed=0)
-        return put_documents(
-            prepared,
-            overflow,
-            current_embedder=lambda: self._session.embedder_for("put documents"),
-            reading=self._session.reading,
-            writing=self._session.writing,
-        )
+        return put_documents(documents, overflow, self._session)
 
     def remove(self, ids: Sequence[str]) -> int:
         """Delete documents, all in one transaction, and return how many of the ids were stored."""
@@ -289,10 +279,23 @@ class Index:
             IndexFileError: the file is damaged or was replaced.
             IndexMismatchError: somebody has migrated the file to another model since it was opened.
         """
-        queries = Queries.of(query)
-        plan = plan_search(queries, self.identity, k, dim, where, mode, shortlist, exact)
-        found = self._searcher.answer(queries, plan, task, self._session)
-        return found[0] if queries.single else found
+        texts, vectors, single = queries_of(query)
+        if shortlist is not None:
+            hint = "None leaves the choice to the index."
+            shortlist = whole_number("shortlist", shortlist, 1, hint=hint)
+        plan = SearchPlan(
+            texts=texts,
+            vectors=vectors,
+            k=whole_number("k", k, 1, MAX_K),
+            dim=None if dim is None else check_dim(dim, self.identity.dims),
+            condition=None if where is None else to_sqlite(parse(where)),
+            mode=one_of("mode", mode, MODES),
+            task=task,
+            shortlist=shortlist,
+            exact=exact,
+        )
+        found = self._searcher.answer(plan, self._session)
+        return found[0] if single else found
 
     def facts(self, *, check: bool = False) -> IndexFacts:
         """Return what the file says about itself; see `egemma.upkeep.describe`."""
@@ -312,15 +315,9 @@ class Index:
         """Find the fastest scan width and shortlist that find what an exact search finds.
 
         See `egemma.index.tune.tune`; later searches use what was found.
-
-        Args:
-            queries: texts, or their (B, D) vectors by this model, as users will ask; some hundred.
-                None takes stored chunks, which is a guess: queries can be harder.
         """
         request = tune.TuneRequest(recall, k, sample, seed, confidence)
-        session = self._session
-        session.check_writable()
-        return tune.tune(self.path, request, queries, session, threads=self._threads)
+        return tune.tune(request, queries, self._session, threads=self._threads)
 
     def import_jsonl(
         self,
@@ -331,14 +328,11 @@ class Index:
         progress: Callable[[int, int], None] | None = None,
     ) -> jsonl.ImportReport:
         """Put the documents of an export in; see `jsonl.import_jsonl`."""
-        session = self._session
-        session.check_writable()
-
-        def put(documents: list[ChunkedDocument]) -> PutReport:
-            return self.put(documents, overflow=overflow)
-
+        self._session.check_writable()
+        put = partial(self.put, overflow=overflow)
+        writing = self._session.writing
         return jsonl.import_jsonl(
-            source, self.identity, put, session.writing, reembed=reembed, progress=progress
+            source, self.identity, put, writing, reembed=reembed, progress=progress
         )
 
     def migrate(

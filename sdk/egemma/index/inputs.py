@@ -24,32 +24,8 @@ def content_id(text: str, title: str | None = None) -> str:
     return hashlib.sha256(json.dumps([title, text]).encode()).hexdigest()[:32]
 
 
-def check_k(k: int) -> int:
-    """Return how many hits are asked for, when that many can be.
-
-    Raises:
-        ConfigError: no whole number from 1 to MAX_K.
-    """
-    return whole_number("k", k, 1, MAX_K)
-
-
-def check_shortlist(shortlist: int | None) -> int | None:
-    """Return the length of a shortlist, when it can be one; None leaves it to the index.
-
-    Raises:
-        ConfigError: no whole number of at least 1.
-    """
-    if shortlist is None:
-        return None
-    return whole_number("shortlist", shortlist, 1, hint="None leaves the choice to the index.")
-
-
 def one_per_text(name: str, values: Sequence[Any] | None, count: int) -> list[Any]:
-    """Return a list with one value per text; of Nones where no values are given.
-
-    Raises:
-        InputError: one value for all, or another count.
-    """
+    """Return a list with one value per text; of Nones where no values are given."""
     if values is None:
         return [None] * count
     if isinstance(values, (str, Mapping)):
@@ -60,11 +36,7 @@ def one_per_text(name: str, values: Sequence[Any] | None, count: int) -> list[An
 
 
 def check_counts(num_tokens: Sequence[Any], count: int) -> list[int]:
-    """Return one number of tokens per text.
-
-    Raises:
-        InputError: another count, or an entry that is none.
-    """
+    """Return one number of tokens per text."""
     return [
         whole_number(f"num_tokens[{row}]", value, 0, 2**31 - 1, error=InputError)
         for row, value in enumerate(one_per_text("num_tokens", num_tokens, count))
@@ -78,9 +50,6 @@ def check_text(name: str, text: object, *, blank: bool, position: int | None = N
         name: of the text in messages: "the text", "the title of 'a'".
         blank: whether it may be blank.
         position: which of the call's texts it is, for the error.
-
-    Raises:
-        InputError: it is no Unicode text, holds a NUL, or is blank and must not be.
     """
     checked = unicode_text(name, text, position=position)
     if "\0" in checked:
@@ -98,16 +67,12 @@ def check_text(name: str, text: object, *, blank: bool, position: int | None = N
 
 
 def check_id(id_: object) -> None:
-    """Check that an id can be stored; raises as `check_text`."""
+    """Check that an id can be stored."""
     check_text(f"id {id_!r}", id_, blank=False)
 
 
 def check_ids(ids: object) -> list[str]:
-    """Return ids as a list, each checked.
-
-    Raises:
-        InputError: no sequence, or an entry that can be no id.
-    """
+    """Return ids as a list, each checked."""
     if isinstance(ids, str) or not isinstance(ids, Sequence):
         raise InputError(f"ids is one {type(ids).__name__}: pass a list of ids.")
     for id_ in ids:
@@ -116,11 +81,7 @@ def check_ids(ids: object) -> list[str]:
 
 
 def check_unique(ids: Sequence[str], contents: Sequence[object]) -> None:
-    """Check that an id that comes twice in a call has the same content both times.
-
-    Raises:
-        InputError: it has another.
-    """
+    """Check that an id that comes twice in a call has the same content both times."""
     seen: dict[str, object] = {}
     for id_, content in zip(ids, contents, strict=True):
         if seen.setdefault(id_, content) != content:
@@ -130,11 +91,7 @@ def check_unique(ids: Sequence[str], contents: Sequence[object]) -> None:
 
 
 def pack_json(name: str, value: Mapping[str, Any] | None) -> str | None:
-    """Return a JSON object as text, or None for None.
-
-    Raises:
-        InputError: not a JSON object.
-    """
+    """Return a JSON object as text, or None for None."""
     if value is None:
         return None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -161,9 +118,6 @@ def query_rows(
     Args:
         vectors: (B, W) floats, W a trained width; only their directions count.
         dim: a trained width, not above W; None for W.
-
-    Raises:
-        InputError, DimensionError: a shape, width or value that cannot work.
     """
     array = to_array(vectors)
     if array.ndim != 2 or array.dtype.kind != "f":

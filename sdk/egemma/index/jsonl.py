@@ -15,8 +15,12 @@ import numpy as np
 
 from egemma.chunks import ChunkedDocument
 from egemma.identity import ModelIdentity, check_same_model
-from egemma.index.blocks import HeadReader
-from egemma.index.bulk_reads import StoredVector, chunks_with_vectors_of, documents_by_first_chunk
+from egemma.index.bulk_reads import (
+    HeadReader,
+    StoredVector,
+    chunks_with_vectors_of,
+    documents_by_first_chunk,
+)
 from egemma.index.checksums import Damage
 from egemma.index.codes import Layout
 from egemma.index.facts import State, read_state
@@ -30,9 +34,9 @@ from egemma.index.jsonl_lines import (
     read_documents,
     stacked,
 )
-from egemma.index.put import PutReport
-from egemma.index.records import StoredChunk, chunk_keys, chunks_of, count_documents
-from egemma.index.rows import Change, NewChunk
+from egemma.index.put import PutReport, replace_documents
+from egemma.index.records import StoredChunk, chunks_of, count_documents
+from egemma.index.rows import Change
 from egemma_core.errors import IndexFileError, InputError
 from egemma_core.files import replacing_file
 
@@ -234,33 +238,7 @@ def _store(change: Change, batch: list[ReadDocument], header: Header, layout: La
             floats=change.state.floats or header.floats,
             tuned=header.tuned,
         )
-    known = chunk_keys(change.connection, [read.document.id for read in batch])
-    change.remove_chunks([chunk.number for _, stored in known.values() for chunk in stored])
-    chunks = []
-    for read in batch:
-        document = read.packed
-        number = change.put_document(
-            document.id,
-            document.title,
-            document.metadata,
-            document.source,
-            known.get(document.id, (None,))[0],
-        )
-        chunks += [
-            NewChunk(
-                document=number,
-                position=position,
-                start=chunk.start,
-                stop=chunk.stop,
-                num_tokens=num_tokens,
-                truncated=truncated,
-                title=chunk.title,
-                text=chunk.text,
-            )
-            for position, (chunk, (num_tokens, truncated)) in enumerate(
-                zip(document.chunks, read.counts, strict=True)
-            )
-        ]
+    chunks = replace_documents(change, [(read.packed, read.counts) for read in batch])
     if header.vectors == "floats":
         change.add_chunks(chunks, stacked(vectors, "floats", "<f4").astype(np.float32))
     elif change.state.layout == layout and not change.state.floats:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Literal
 
 from egemma.identity import ModelIdentity
 from egemma.index import migration_tables
-from egemma.index.bulk_reads import check_vectors_from, chunks_from
+from egemma.index.bulk_reads import check_vectors_from, chunks_from, count_truncated
 from egemma.index.checksums import Damage
 from egemma.index.codes import Layout, check_vectors
 from egemma.index.facts import read_migration, read_state
 from egemma.index.file import checked_path, opened, transaction
-from egemma.index.records import StoredChunk, count_truncated
+from egemma.index.records import StoredChunk
 from egemma.index.upkeep.disk import check_room
 from egemma_core.checks import one_of, whole_number
 from egemma_core.errors import EgemmaError, IndexFileError, InputError, TokenLimitError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from egemma.index.inputs import (
     one_per_text,
     pack_json,
 )
+from egemma.index.records import StoredDocument
 from egemma.metadata import pack_metadata
 from egemma_core.errors import InputError
 
@@ -32,66 +33,35 @@ if TYPE_CHECKING:
 IndexOverflow = Literal["error", "truncate", "chunk"]
 
 
-class TextRow(NamedTuple):
-    """One text with what stands beside it, checked."""
-
-    id: str
-    text: str
-    title: str | None
-    metadata: Mapping[str, Any] | None
-
-
 @dataclass
 class Prepared:
     """A document on its way in: checked, and as far as possible embedded."""
 
-    id: str
-    title: str | None
-    metadata: str | None
-    source: str | None
+    row: StoredDocument
     chunks: tuple[Chunk, ...]
-    position: int = field(default=0, compare=False)  # in the call
+    position: int = field(compare=False)  # in the call
     # chunk hash -> vector, tokens, truncated
     vectors: dict[bytes, tuple[NDArray[np.float32], int, bool]] = field(default_factory=dict)
 
     @cached_property
     def hashed(self) -> list[tuple[bytes, Chunk]]:
-        """The chunks, each with its hash."""
-        return [(hash_of(chunk), chunk) for chunk in self.chunks]
+        """The chunks, each with the hash by which it finds a vector that is stored of it."""
+        return [(chunk_hash(chunk.title, chunk.text), chunk) for chunk in self.chunks]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreparedVectors:
-    """Documents of one chunk each whose vectors come with them, checked; N of everything."""
-
-    rows: Sequence[TextRow]
-    metadata: Sequence[str | None]  # JSON
-    vectors: NDArray[np.float32]  # (N, D)
-    num_tokens: Sequence[int]
-    truncated: Sequence[bool]
-
-
-def hash_of(chunk: Chunk) -> bytes:
-    """Return the hash by which a chunk finds the vector that its stored document has of it."""
-    return chunk_hash(chunk.title, chunk.text)
-
-
-def text_rows(
+def whole_documents(
     texts: Sequence[str],
     ids: Sequence[str] | None,
     titles: Sequence[str | None] | None,
     metadata: Sequence[Mapping[str, Any] | None] | None,
     *,
     blank: bool = False,
-) -> list[TextRow]:
-    """Check texts, and join each with its id, title and metadata.
+) -> list[ChunkedDocument]:
+    """Check texts, and make each a document of one chunk; metadata is not checked yet.
 
     Args:
         ids: None makes each from a hash of its title and text.
         blank: whether a text may be blank.
-
-    Raises:
-        InputError: a text or title cannot be stored, or the lists differ in length.
     """
     if isinstance(texts, str):
         raise InputError("texts is one str: pass a list of texts.")
@@ -107,38 +77,29 @@ def text_rows(
             raise error.at(f"text {position}", position=position) from error
     if ids is None:
         ids = [content_id(text, title or None) for text, title in zip(texts, names, strict=True)]
-    return [
-        TextRow(id_, text, title or None, entry)
-        for id_, text, title, entry in zip(
-            one_per_text("ids", ids, len(texts)), texts, names, entries, strict=True
-        )
-    ]
-
-
-def documents_of(
-    rows: Sequence[TextRow], embedder: Embedder, overflow: IndexOverflow
-) -> list[ChunkedDocument]:
-    """Return texts as documents: of one chunk, or with overflow "chunk" of as many as needed."""
-
-    def chunks_of(row: TextRow) -> tuple[Chunk, ...]:
-        if overflow != "chunk":
-            return (Chunk(start=0, stop=len(row.text), title=row.title, text=row.text),)
-        return tuple(
-            split_text(
-                row.text,
-                title=row.title,
-                count_tokens=embedder.count_tokens,
-                max_tokens=embedder.max_tokens,
-                prompt=embedder.document_prompt,
-            )
-        )
-
+    ids = one_per_text("ids", ids, len(texts))
     return [
         ChunkedDocument(
-            id=row.id, title=row.title, metadata=row.metadata, source=None, chunks=chunks_of(row)
+            id=id_,
+            title=title or None,
+            metadata=entry,
+            source=None,
+            chunks=(Chunk(start=0, stop=len(text), title=title or None, text=text),),
         )
-        for row in rows
+        for id_, text, title, entry in zip(ids, texts, names, entries, strict=True)
     ]
+
+
+def cut_to_fit(document: ChunkedDocument, embedder: Embedder) -> ChunkedDocument:
+    """Return a document of one chunk with as many as it takes for the model to read them whole."""
+    chunks = split_text(
+        document.chunks[0].text,
+        title=document.title,
+        count_tokens=embedder.count_tokens,
+        max_tokens=embedder.max_tokens,
+        prompt=embedder.document_prompt,
+    )
+    return replace(document, chunks=tuple(chunks))
 
 
 def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> list[Prepared]:
@@ -148,9 +109,6 @@ def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> lis
 
     Args:
         blank: whether a document without a word is allowed, because its vectors come with it.
-
-    Raises:
-        InputError: a document cannot be stored, or one id is given to two different documents.
     """
     prepared: dict[str, Prepared] = {}
     for position, document in enumerate(documents):
@@ -177,14 +135,8 @@ def _prepare(document: ChunkedDocument, position: int, *, blank: bool) -> Prepar
             f"document {document.id!r} {lacks}, so there is nothing to find in it.",
             hint="Leave it out.",
         )
-    return Prepared(
-        document.id,
-        title,
-        pack_metadata(document.metadata),
-        pack_json("source", document.source),
-        chunks,
-        position,
-    )
+    metadata, source = pack_metadata(document.metadata), pack_json("source", document.source)
+    return Prepared(StoredDocument(document.id, title, metadata, source), chunks, position)
 
 
 def _check_chunks(id_: str, chunks: Sequence[Chunk]) -> None:
@@ -222,14 +174,15 @@ def prepare_vectors(
     metadata: Sequence[Mapping[str, Any] | None] | None,
     num_tokens: Sequence[int] | None,
     truncated: Sequence[bool] | None,
-) -> PreparedVectors:
-    """Check vectors that were computed elsewhere, and what is stored with them.
+) -> tuple[NDArray[np.float32], list[tuple[Prepared, list[tuple[int, bool]]]]]:
+    """Check N vectors that were computed elsewhere, and what is stored with them.
 
     Args:
-        dim: the model's full width.
+        dim: D, the model's full width.
 
-    Raises:
-        InputError: a vector, id, text or metadata cannot be stored, or an id comes twice.
+    Returns:
+        The (N, D) vectors; and the documents of one chunk each that they are of, with the number of
+        tokens of that chunk, and whether it is truncated.
     """
     checked = check_vectors(vectors, dim)
     count = len(checked)
@@ -239,13 +192,12 @@ def prepare_vectors(
     if len(set(given)) != count:
         raise InputError("an id comes twice in one call.", hint="Give each vector its own.")
     words = [""] * count if texts is None else one_per_text("texts", texts, count)
-    rows = text_rows(words, given, titles, metadata, blank=True)
-    return PreparedVectors(
-        rows=rows,
-        metadata=[pack_metadata(row.metadata) for row in rows],
-        vectors=checked,
-        num_tokens=[0] * count if num_tokens is None else check_counts(num_tokens, count),
-        truncated=[False] * count
-        if truncated is None
-        else one_per_text("truncated", truncated, count),
-    )
+    documents = whole_documents(words, given, titles, metadata, blank=True)
+    tokens = [0] * count if num_tokens is None else check_counts(num_tokens, count)
+    cut = [bool(value) for value in one_per_text("truncated", truncated, count)]
+    prepared = []
+    for position, document in enumerate(documents):
+        row = StoredDocument(document.id, document.title, pack_metadata(document.metadata), None)
+        counts = [(tokens[position], cut[position])]
+        prepared.append((Prepared(row, document.chunks, position), counts))
+    return checked, prepared

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from sqlite3 import Connection
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.chunks import Chunk
+from egemma.chunks import Chunk, ChunkedDocument
 from egemma.exported import exported
 from egemma.index.codes import check_vectors
-from egemma.index.prepare import Prepared, PreparedVectors
-from egemma.index.records import ChunkKey, chunk_keys
-from egemma.index.rows import Change, NewChunk
+from egemma.index.prepare import Prepared, prepare
+from egemma.index.records import ChunkKey, NewChunk, chunk_keys
+from egemma.index.rows import Change
+from egemma.index.session import Session
 from egemma.index.vectors import read_vector
 from egemma_core.errors import EgemmaError, InputError
 from egemma_core.tokens import Overflow
 
 if TYPE_CHECKING:
     from egemma.embedder import Embedder
+
+Stored = Mapping[str, tuple[int, list[ChunkKey]]]  # id -> a document's number, and its chunks
 
 
 @exported
@@ -38,44 +39,56 @@ class PutReport:
 
 
 def put_documents(
-    prepared: list[Prepared],
-    overflow: Overflow,
-    *,
-    current_embedder: Callable[[], Embedder],
-    reading: Callable[[str], AbstractContextManager[Connection]],
-    writing: Callable[[str], AbstractContextManager[Change]],
+    documents: Sequence[ChunkedDocument], overflow: Overflow, session: Session
 ) -> PutReport:
-    """Embed what the file has no vector of, and store all documents in one transaction.
-
-    Args:
-        current_embedder: gives the model that the file is of; a migration may change it meanwhile.
-        reading, writing: give a read or a write transaction on the file.
-    """
-    embedder = current_embedder()
+    """Embed what the file has no vector of, and store all documents in one transaction."""
+    embedder = session.embedder_for("put documents")
+    prepared = prepare(documents)
+    session.check_writable()
+    if not prepared:
+        return PutReport(documents=0, chunks=0, embedded=0, reused=0, removed=0)
+    ids = [document.row.id for document in prepared]
     embedded = 0
     while True:
-        if embedder is not current_embedder():  # a migration came between, and is done
-            embedder = current_embedder()
+        if embedder is not session.embedder:  # a migration came between, and is done
+            embedder = session.embedder_for("put documents")
             for document in prepared:
                 document.vectors.clear()
-        with reading("read") as connection:
-            known = chunk_keys(connection, [document.id for document in prepared])
-        missing: dict[bytes, tuple[Prepared, Chunk]] = {}
-        for document in prepared:
-            reusable = reusable_chunks(known.get(document.id), overflow)
-            for hash_, chunk in document.hashed:
-                if hash_ not in document.vectors and hash_ not in reusable:
-                    missing.setdefault(hash_, (document, chunk))
+        with session.reading("read") as connection:
+            missing = _missing_vectors(prepared, chunk_keys(connection, ids), overflow)
         if missing:
             _embed(prepared, missing, embedder, overflow)
             embedded += len(missing)
-        report = None
-        with writing("add") as change:
-            if embedder is current_embedder():
-                report = store_documents(change, prepared, overflow)
-        # None: another writer took away what was to be reused, so begin again with what is embedded
-        if report is not None:
-            return replace(report, embedded=embedded)
+        with session.writing("add") as change:
+            stored = chunk_keys(change.connection, ids)
+            # else another writer took away what was to be reused: begin again with what is embedded
+            if embedder is session.embedder and not _missing_vectors(prepared, stored, overflow):
+                report = _store_documents(change, prepared, stored, overflow)
+                return replace(report, embedded=embedded)
+
+
+def _missing_vectors(
+    prepared: Sequence[Prepared], stored: Stored, overflow: Overflow
+) -> dict[bytes, tuple[Prepared, Chunk]]:
+    """Return by hash the chunks that have a vector neither at hand nor in the file."""
+    missing: dict[bytes, tuple[Prepared, Chunk]] = {}
+    for document in prepared:
+        reusable = _reusable_chunks(document, stored, overflow)
+        for hash_, chunk in document.hashed:
+            if hash_ not in document.vectors and hash_ not in reusable:
+                missing.setdefault(hash_, (document, chunk))
+    return missing
+
+
+def _reusable_chunks(
+    document: Prepared, stored: Stored, overflow: Overflow
+) -> dict[bytes, list[ChunkKey]]:
+    """Return stored chunks by hash, without those that were cut off where that is an error now."""
+    by_hash: dict[bytes, list[ChunkKey]] = {}
+    for key in stored[document.row.id][1] if document.row.id in stored else []:
+        if not key.truncated or overflow == "truncate":
+            by_hash.setdefault(key.hash, []).append(key)
+    return by_hash
 
 
 def _embed(
@@ -112,33 +125,10 @@ def _embed(
         )
 
 
-def reusable_chunks(
-    known: tuple[int, list[ChunkKey]] | None, overflow: Overflow
-) -> dict[bytes, list[ChunkKey]]:
-    """Return stored chunks by hash, without those that were cut off where that is an error now."""
-    by_hash: dict[bytes, list[ChunkKey]] = {}
-    for chunk in known[1] if known else []:
-        if not chunk.truncated or overflow == "truncate":
-            by_hash.setdefault(chunk.hash, []).append(chunk)
-    return by_hash
-
-
-def store_documents(
-    change: Change, prepared: list[Prepared], overflow: Overflow
-) -> PutReport | None:
-    """Write documents.
-
-    Returns:
-        None, with nothing written, where a chunk has neither a vector at hand nor one in the file.
-    """
-    known = chunk_keys(change.connection, [document.id for document in prepared])
-    by_hash = {
-        document.id: reusable_chunks(known.get(document.id), overflow) for document in prepared
-    }
-    for document in prepared:
-        here = by_hash[document.id].keys() | document.vectors.keys()
-        if any(hash_ not in here for hash_, _ in document.hashed):
-            return None
+def _store_documents(
+    change: Change, prepared: Sequence[Prepared], stored: Stored, overflow: Overflow
+) -> PutReport:
+    """Write documents, none of which misses a vector."""
     chunks: list[NewChunk] = []
     vectors: list[NDArray[np.float32]] = []
     # the same words once more in a document: the stored vector is copied
@@ -146,41 +136,28 @@ def store_documents(
     gone: list[int] = []
     reused = 0
     for document in prepared:
-        stored, reusable = known.get(document.id), by_hash[document.id]
-        number = change.put_document(
-            document.id,
-            document.title,
-            document.metadata,
-            document.source,
-            None if stored is None else stored[0],
-        )
+        number, keys = stored.get(document.row.id, (None, []))
+        number = change.put_document(document.row, number)
+        reusable = _reusable_chunks(document, stored, overflow)
         kept: set[int] = set()
         for position, (hash_, chunk) in enumerate(document.hashed):
-            new = NewChunk(
-                document=number,
-                position=position,
-                start=chunk.start,
-                stop=chunk.stop,
-                num_tokens=0,
-                truncated=False,
-                title=chunk.title,
-                text=chunk.text,
-            )
-            free = [key for key in reusable.get(hash_, []) if key.number not in kept]
-            if free:
-                kept.add(free[0].number)
-                reused += 1
-                if free[0][2:5] != (position, chunk.start, chunk.stop):
-                    change.move_chunk(free[0], new)
+            same = reusable.get(hash_, [])
+            free = next((key for key in same if key.number not in kept), None)
+            if free is not None:
+                kept.add(free.number)
+                if (free.position, free.start, free.stop) != (position, chunk.start, chunk.stop):
+                    moved = _new_chunk(number, position, chunk, free.num_tokens, free.truncated)
+                    change.move_chunk(free.number, moved)
             elif hash_ in document.vectors:
                 vector, num_tokens, truncated = document.vectors[hash_]
-                chunks.append(replace(new, num_tokens=num_tokens, truncated=truncated))
+                chunks.append(_new_chunk(number, position, chunk, num_tokens, truncated))
                 vectors.append(vector)
             else:
-                key = reusable[hash_][0]
-                new = replace(new, num_tokens=key.num_tokens, truncated=key.truncated)
-                copies.append((new, key.number))
-        gone += [key.number for key in (stored[1] if stored else []) if key.number not in kept]
+                copied = same[0]
+                new = _new_chunk(number, position, chunk, copied.num_tokens, copied.truncated)
+                copies.append((new, copied.number))
+        gone += [key.number for key in keys if key.number not in kept]
+        reused += len(kept)
     for new, source in copies:
         chunks.append(new)
         vectors.append(read_vector(change.connection, change.state, source))
@@ -196,25 +173,34 @@ def store_documents(
     )
 
 
-def store_vectors(change: Change, prepared: PreparedVectors) -> None:
-    """Write documents of one chunk each, whose vectors were computed elsewhere."""
-    known = chunk_keys(change.connection, [row.id for row in prepared.rows])
-    change.remove_chunks([key.number for _, keys in known.values() for key in keys])
-    chunks = [
-        NewChunk(
-            document=change.put_document(
-                row.id, row.title, metadata, None, known[row.id][0] if row.id in known else None
-            ),
-            position=0,
-            start=0,
-            stop=len(row.text),
-            num_tokens=num_tokens,
-            truncated=bool(truncated),
-            title=row.title,
-            text=row.text,
-        )
-        for row, metadata, num_tokens, truncated in zip(
-            prepared.rows, prepared.metadata, prepared.num_tokens, prepared.truncated, strict=True
-        )
-    ]
-    change.add_chunks(chunks, prepared.vectors)
+def replace_documents(
+    change: Change, documents: Iterable[tuple[Prepared, Sequence[tuple[int, bool]]]]
+) -> list[NewChunk]:
+    """Put documents in place of what has their ids, and drop what chunks these had.
+
+    Args:
+        documents: each with the number of tokens of its chunks, and whether they are truncated.
+
+    Returns:
+        Their chunks, which the caller stores with the vectors that it has of them.
+    """
+    documents = list(documents)
+    stored = chunk_keys(change.connection, [document.row.id for document, _ in documents])
+    change.remove_chunks([key.number for _, keys in stored.values() for key in keys])
+    chunks: list[NewChunk] = []
+    for document, counts in documents:
+        number = change.put_document(document.row, stored.get(document.row.id, (None,))[0])
+        chunks += [
+            _new_chunk(number, position, chunk, *count)
+            for position, (chunk, count) in enumerate(zip(document.chunks, counts, strict=True))
+        ]
+    return chunks
+
+
+def _new_chunk(
+    document: int, position: int, chunk: Chunk, num_tokens: int, truncated: bool
+) -> NewChunk:
+    return NewChunk(
+        *(document, position, chunk.start, chunk.stop, num_tokens, int(truncated)),
+        *(chunk.title, chunk.text),
+    )

@@ -1,6 +1,6 @@
 """What an index file holds, read and checked: documents and their chunks.
 
-Together with `blocks` and `vectors` this is the only place that reads rows of content. Every
+Together with `vectors` this is the only place that reads rows of content. Every
 function is called inside a transaction, so that all it reads is of one moment. A row whose
 checksum, type or length does not fit ends the reading with `Damage`.
 """
@@ -48,6 +48,19 @@ class StoredChunk(NamedTuple):
     text: str
 
 
+class NewChunk(NamedTuple):
+    """A chunk on its way into the file: a row of `chunks` that has no number yet."""
+
+    document: int
+    position: int
+    start: int
+    stop: int
+    num_tokens: int
+    truncated: int  # 0 or 1; the checksum would read True as a word
+    title: str | None
+    text: str
+
+
 class ChunkKey(NamedTuple):
     """What a later version of the same document is compared with."""
 
@@ -75,27 +88,16 @@ def count_documents(connection: sqlite3.Connection) -> int:
     return int(connection.execute("SELECT count(*) FROM documents").fetchone()[0])
 
 
-def count_truncated(connection: sqlite3.Connection) -> int:
-    """Return of how many chunks only the beginning was embedded."""
-    return int(connection.execute("SELECT count(*) FROM chunks WHERE truncated").fetchone()[0])
-
-
 def find_document(connection: sqlite3.Connection, id_: str) -> tuple[int, StoredDocument] | None:
-    """Return a document's number and row, or None where nothing has this id.
-
-    Raises:
-        Damage: also where the row is there and SQLite's own index of ids does not know it.
-    """
-    select = f"SELECT d.number, d.crc32, {DOCUMENT_COLUMNS} FROM documents d"
-    row = connection.execute(f"{select} WHERE d.id = ?", (id_,)).fetchone()
-    if row is None:
-        if connection.execute(
-            "SELECT 1 FROM documents NOT INDEXED WHERE id = ?", (id_,)
-        ).fetchone():
-            raise Damage(f"document {id_!r} is there, and SQLite's index of ids does not know it")
-        return None
-    number, crc, *fields = row
-    return number, checked_document(crc, fields)
+    """Return a document's number and row, or None where nothing has this id."""
+    row = connection.execute(
+        f"SELECT d.number, d.crc32, {DOCUMENT_COLUMNS} FROM documents d WHERE d.id = ?", (id_,)
+    ).fetchone()
+    if row is not None:
+        return row[0], checked_document(row[1], row[2:])
+    if connection.execute("SELECT 1 FROM documents NOT INDEXED WHERE id = ?", (id_,)).fetchone():
+        raise Damage(f"document {id_!r} is there, and SQLite's index of ids does not know it")
+    return None
 
 
 def documents_with_source(connection: sqlite3.Connection) -> Iterator[StoredDocument]:
@@ -128,11 +130,7 @@ def unsound_documents(connection: sqlite3.Connection) -> Iterator[str]:
 
 
 def check_documents(connection: sqlite3.Connection, num_chunks: int) -> None:
-    """Check what no hit's checksum can see: documents that a filter or a list passes over.
-
-    Raises:
-        Damage: a row is not what was stored, or an index of SQLite's leads past it.
-    """
+    """Check what no hit's checksum can see: documents that a filter or a list passes over."""
     for found in unsound_documents(connection):
         raise Damage(found)
     documents = count_documents(connection)
@@ -148,11 +146,7 @@ def check_documents(connection: sqlite3.Connection, num_chunks: int) -> None:
 
 
 def checked_document(crc: object, fields: Sequence[Any]) -> StoredDocument:
-    """Return the document of a row with DOCUMENT_COLUMNS.
-
-    Raises:
-        Damage: it is not what was stored.
-    """
+    """Return the document of a row with DOCUMENT_COLUMNS, when it is what was stored."""
     document = StoredDocument._make(fields)
     if not isinstance(document.id, str) or document_crc32(*document) != crc:
         raise Damage(f"document {document.id!r} is not what was stored")
@@ -204,7 +198,7 @@ def chunk_keys(
     return found
 
 
-# of the chunks whose document passes a filter
+# The numbers of the chunks whose document passes a filter.
 CHUNKS_WHERE = (
     "SELECT chunks.number FROM documents JOIN chunks ON chunks.document = documents.number WHERE {}"
 )
@@ -213,7 +207,7 @@ CHUNKS_WHERE = (
 def numbers_where(
     connection: sqlite3.Connection, state: State, condition: str, parameters: Sequence[object]
 ) -> NDArray[np.int64]:
-    """Return the numbers of the chunks whose document a filter's SQL is true for."""
+    """Return (n,) the numbers of the chunks whose document a filter's SQL is true for."""
     rows = connection.execute(CHUNKS_WHERE.format(condition), tuple(parameters)).fetchall()
     numbers = np.fromiter((row[0] for row in rows), np.int64, len(rows))
     if len(rows) and not 0 <= numbers.min() <= numbers.max() < state.next_number:
@@ -225,11 +219,7 @@ def numbers_where(
 
 
 def checked_chunk(crc: object, fields: Sequence[Any]) -> StoredChunk:
-    """Return the chunk of a row with CHUNK_COLUMNS.
-
-    Raises:
-        Damage: it is not what was stored.
-    """
+    """Return the chunk of a row with CHUNK_COLUMNS, when it is what was stored."""
     chunk = StoredChunk._make(fields)
     if chunk_crc32(*chunk) != crc:
         raise Damage(f"chunk {chunk.number} is not what was stored")

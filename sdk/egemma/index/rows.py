@@ -8,12 +8,11 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index.blocks import read_heads, read_live
 from egemma.index.checksums import (
     Damage,
     block_crc32,
@@ -25,23 +24,10 @@ from egemma.index.checksums import (
 )
 from egemma.index.codes import encode, squares
 from egemma.index.facts import BLOCK_ROWS, LIVE_BYTES, read_state, write_state
-from egemma.index.records import ChunkKey, parts_of
+from egemma.index.records import NewChunk, StoredDocument, parts_of
+from egemma.index.vectors import read_heads, read_live
 
 _YIELD_ROWS = 16  # rows between two moments at which other threads may go on
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewChunk:
-    """A chunk on its way into the file, its vector beside it in an array."""
-
-    document: int
-    position: int
-    start: int
-    stop: int
-    num_tokens: int
-    truncated: bool
-    title: str | None
-    text: str
 
 
 class Change:
@@ -56,26 +42,19 @@ class Change:
         self._live: dict[int, bytearray] = {}
         self._touched = False
 
-    def put_document(
-        self,
-        id_: str,
-        title: str | None,
-        metadata: str | None,
-        source: str | None,
-        number: int | None,
-    ) -> int:
+    def put_document(self, document: StoredDocument, number: int | None) -> int:
         """Insert a document, or change the one with this number, and return its number."""
-        crc = document_crc32(id_, title, metadata, source)
         self._touched = True
+        id_, *fields = *document, document_crc32(*document)
         if number is None:
             cursor = self.connection.execute(
                 "INSERT INTO documents (id, title, metadata, source, crc32) VALUES (?, ?, ?, ?, ?)",
-                (id_, title, metadata, source, crc),
+                (id_, *fields),
             )
             return int(cursor.lastrowid or 0)
         self.connection.execute(
             "UPDATE documents SET title = ?, metadata = ?, source = ?, crc32 = ? WHERE number = ?",
-            (title, metadata, source, crc, number),
+            (*fields, number),
         )
         return number
 
@@ -111,27 +90,10 @@ class Change:
                 time.sleep(0)
             head, scale, rest = (part.tobytes() for part in parts)
             floats = None if exact is None else exact.tobytes()
-            coded.append(
-                (number, vector_crc32(number, head, scale, rest, floats), scale, rest, floats)
-            )
-            fields = (
-                chunk.document,
-                chunk.position,
-                chunk.start,
-                chunk.stop,
-                chunk.num_tokens,
-                int(chunk.truncated),
-                chunk.title,
-            )
-            rows.append(
-                (
-                    number,
-                    *fields,
-                    chunk_hash(chunk.title, chunk.text),
-                    chunk_crc32(number, *fields, chunk.text),
-                    chunk.text,
-                )
-            )
+            crc = vector_crc32(number, head, scale, rest, floats)
+            coded.append((number, crc, scale, rest, floats))
+            hash_ = chunk_hash(chunk.title, chunk.text)
+            rows.append((number, *chunk, hash_, chunk_crc32(number, *chunk)))
             texts.append((number, chunk.title or "", chunk.text))
         self.connection.executemany(
             "INSERT INTO vectors (number, crc32, scales, rest, floats) VALUES (?, ?, ?, ?, ?)",
@@ -139,8 +101,7 @@ class Change:
         )
         self.connection.executemany(
             "INSERT INTO chunks (number, document, position, start, stop, num_tokens, truncated, "
-            "title, hash, crc32, text) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "title, text, hash, crc32) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             rows,
         )
         self.connection.executemany(
@@ -153,27 +114,12 @@ class Change:
             self.state, next_number=first + len(chunks), chunks=self.state.chunks + len(chunks)
         )
 
-    def move_chunk(self, stored: ChunkKey, chunk: NewChunk) -> None:
-        """Move a chunk within its document; its number and its vector stay."""
-        fields = (
-            chunk.document,
-            chunk.position,
-            chunk.start,
-            chunk.stop,
-            stored.num_tokens,
-            int(stored.truncated),
-            chunk.title,
-        )
+    def move_chunk(self, number: int, chunk: NewChunk) -> None:
+        """Move a stored chunk within its document; its number, counts and vector stay."""
         self._touched = True
         self.connection.execute(
             "UPDATE chunks SET position = ?, start = ?, stop = ?, crc32 = ? WHERE number = ?",
-            (
-                chunk.position,
-                chunk.start,
-                chunk.stop,
-                chunk_crc32(stored.number, *fields, chunk.text),
-                stored.number,
-            ),
+            (chunk.position, chunk.start, chunk.stop, chunk_crc32(number, *chunk), number),
         )
 
     def remove_chunks(self, numbers: Sequence[int]) -> None:
@@ -201,23 +147,14 @@ class Change:
         removed = 0
         for part in parts_of(list(dict.fromkeys(ids))):
             marks = ", ".join("?" * len(part))
-            documents = [
-                row[0]
-                for row in self.connection.execute(
-                    f"SELECT number FROM documents WHERE id IN ({marks})", part
-                )
-            ]
-            inner = ", ".join("?" * len(documents))
-            self.remove_chunks(
-                [
-                    row[0]
-                    for row in self.connection.execute(
-                        f"SELECT number FROM chunks WHERE document IN ({inner})", documents
-                    )
-                ]
+            removing = f"(SELECT number FROM documents WHERE id IN ({marks}))"
+            chunks = self.connection.execute(
+                f"SELECT number FROM chunks WHERE document IN {removing}", part
             )
-            self.connection.execute(f"DELETE FROM documents WHERE number IN ({inner})", documents)
-            removed += len(documents)
+            self.remove_chunks([row[0] for row in chunks])
+            removed += self.connection.execute(
+                f"DELETE FROM documents WHERE number IN {removing}", part
+            ).rowcount
         return removed
 
     def touch_all(self) -> None:
@@ -243,8 +180,7 @@ class Change:
     def _mark(self, number: int, *, live: bool) -> None:
         block, slot = divmod(number, BLOCK_ROWS)
         if block not in self._live:
-            stored = read_live(self.connection, block)
-            self._live[block] = bytearray(LIVE_BYTES if stored is None else stored)
+            self._live[block] = bytearray(read_live(self.connection, block) or LIVE_BYTES)
         bit = 1 << slot % 8
         if live:
             self._live[block][slot // 8] |= bit

@@ -7,7 +7,7 @@ them from the file and compares them at full width.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
@@ -15,22 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egemma.fusion import reciprocal_rank_fusion
-from egemma.identity import ModelIdentity
 from egemma.index.codes import cosines, to_array
 from egemma.index.facts import State
 from egemma.index.heads import Heads
-from egemma.index.hits import MODES, Hit, Hits, Mode, SearchInfo, read_hit
-from egemma.index.inputs import check_k, check_shortlist, query_rows
-from egemma.index.records import CHUNKS_WHERE, numbers_where
+from egemma.index.hits import Hit, Hits, Mode, SearchInfo, read_hit
+from egemma.index.inputs import query_rows
+from egemma.index.records import numbers_where
 from egemma.index.scan import kernel_name
 from egemma.index.session import Session
 from egemma.index.tuned import Tuned
 from egemma.index.vectors import read_vectors
 from egemma.index.words import best_words
-from egemma.where import parse
-from egemma.where_sqlite import to_sqlite
 from egemma_core.errors import ConfigError, InputError
-from egemma_core.vectors import check_dim
 
 MIN_SHORTLIST = 300  # where nothing was tuned: at least so many, and
 SHORTLIST_PER_HIT = 10  # so many for each hit that is asked for
@@ -52,96 +48,67 @@ class SearchOptions(TypedDict, total=False):
     exact: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Queries:
-    """What a caller searches for: texts or vectors, one of the two."""
+def queries_of(query: object) -> tuple[list[str] | None, NDArray[Any] | None, bool]:
+    """Tell texts from vectors, and one query from several.
 
-    texts: list[str] | None
-    vectors: NDArray[Any] | None  # (B, W)
-    single: bool  # one query came without a list around it
-
-    @classmethod
-    def of(cls, query: object) -> Queries:
-        """Tell texts from vectors, and one from several.
-
-        Raises:
-            InputError: it is neither, or a text is blank or no Unicode text.
-        """
-        if isinstance(query, str):
-            _check_query(query, 0, "")
-            return cls(texts=[query], vectors=None, single=True)
-        if isinstance(query, (list, tuple)) and (
-            not query or any(isinstance(text, str) for text in query)
-        ):
-            for position, text in enumerate(query):
-                _check_query(text, position, f"query {position}")
-            return cls(texts=list(query), vectors=None, single=False)
-        vectors = to_array(query)
-        if vectors.ndim not in (1, 2) or vectors.dtype.kind != "f":
-            raise InputError(
-                f"the query has shape {vectors.shape} and type {vectors.dtype}: it must be a text, "
-                "a list of texts, a vector of floats, or rows of them."
-            )
-        rows = vectors[None] if vectors.ndim == 1 else vectors
-        return cls(texts=None, vectors=rows, single=vectors.ndim == 1)
+    Returns:
+        The texts, or None; the (B, W) vectors, or None; whether it is one query without a list.
+    """
+    if isinstance(query, str) or (
+        isinstance(query, (list, tuple))
+        and (not query or any(isinstance(text, str) for text in query))
+    ):
+        single = isinstance(query, str)
+        texts: list[Any] = [query] if single else list(query)
+        for position, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(
+                    f"the query is {text!r}, and must be a text with at least one word.",
+                    position=position,
+                    place="" if single else f"query {position}",
+                )
+        return texts, None, single
+    vectors = to_array(query)
+    if vectors.ndim not in (1, 2) or vectors.dtype.kind != "f":
+        raise InputError(
+            f"the query has shape {vectors.shape} and type {vectors.dtype}: it must be a text, "
+            "a list of texts, a vector of floats, or rows of them."
+        )
+    return None, np.atleast_2d(vectors), vectors.ndim == 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchPlan:
-    """How a caller wants the search done, checked as far as it can be without the file."""
+    """What a caller searches for and how, checked; `Index.search` says what each setting means."""
 
+    texts: list[str] | None  # the queries, or else
+    vectors: NDArray[Any] | None  # (B, W) theirs
     k: int
-    mode: Mode
     dim: int | None
     condition: tuple[str, list[Any]] | None  # SQL of a filter, and its parameters
+    mode: Mode
+    task: str
     shortlist: int | None
     exact: bool
+
+    def __post_init__(self) -> None:
+        if self.vectors is not None and self.mode != "vector":
+            raise ConfigError(
+                f"mode={self.mode!r} searches for words, and the query is a vector.",
+                hint="Pass a text, or mode='vector'.",
+            )
+        numbers = self.dim is not None or self.shortlist is not None or self.exact
+        if self.mode == "text" and numbers:
+            raise ConfigError(
+                "mode='text' compares no vectors.", hint="Leave dim, shortlist and exact out."
+            )
+        if self.exact and self.shortlist is not None:
+            raise ConfigError("exact=True compares every vector.", hint="Leave shortlist out.")
 
     @property
     def count(self) -> int:
         """How many hits of each kind are looked for."""
         return max(self.k, FUSED_HITS) if self.mode == "hybrid" else self.k
-
-
-def plan_search(
-    queries: Queries,
-    identity: ModelIdentity,
-    k: int,
-    dim: int | None,
-    where: Mapping[Any, Any] | None,
-    mode: Mode,
-    shortlist: int | None,
-    exact: bool,
-) -> SearchPlan:
-    """Check the settings of a search; `Index.search` says what they mean.
-
-    Raises:
-        ConfigError, DimensionError, InputError: a number, mode or filter cannot work, or two of
-            them do not go together.
-    """
-    if mode not in MODES:
-        raise ConfigError(f"mode={mode!r} must be one of {', '.join(MODES)}.")
-    if queries.vectors is not None and mode != "vector":
-        raise ConfigError(
-            f"mode={mode!r} searches for words, and the query is a vector.",
-            hint="Pass a text, or mode='vector'.",
-        )
-    if mode == "text" and (dim is not None or shortlist is not None or exact):
-        raise ConfigError(
-            "mode='text' compares no vectors.", hint="Leave dim, shortlist and exact out."
-        )
-    if exact and shortlist is not None:
-        raise ConfigError("exact=True compares every vector.", hint="Leave shortlist out.")
-    if dim is not None:
-        check_dim(dim, identity.dims)
-    return SearchPlan(
-        k=check_k(k),
-        mode=mode,
-        dim=dim,
-        condition=None if where is None else to_sqlite(parse(where)),
-        shortlist=check_shortlist(shortlist),
-        exact=exact,
-    )
 
 
 class Searcher:
@@ -159,48 +126,44 @@ class Searcher:
         self._heads = Heads(0, self._threads)
         self._filters.clear()
 
-    def answer(self, queries: Queries, plan: SearchPlan, task: str, session: Session) -> list[Hits]:
-        """Embed texts where the plan compares vectors, and search for each query."""
-        if queries.texts == []:
+    def answer(self, plan: SearchPlan, session: Session) -> list[Hits]:
+        """Embed texts where the plan compares vectors, and search in one state of the file."""
+        if plan.texts == []:
             return []
-        words = queries.texts if plan.mode != "vector" else None
         while True:
-            vectors, embedder = queries.vectors, None
-            if queries.texts is not None and plan.mode != "text":
+            vectors, embedder = plan.vectors, None
+            if plan.texts is not None and plan.mode != "text":
                 embedder = session.embedder_for("search by meaning")
-                vectors = embedder.embed_query(queries.texts, task=task).vectors
+                vectors = embedder.embed_query(plan.texts, task=plan.task).vectors
             with session.reading("search") as connection:
                 # else a migration came between, and is done: ask the new model
                 if embedder is None or embedder is session.embedder:
                     state = session.checked_state(connection)
                     if plan.condition is not None:
                         session.check_documents(connection)
-                    return self.search(connection, state, plan, vectors, words)
+                    return self._search(connection, state, plan, vectors)
 
-    def search(
+    def _search(
         self,
         connection: sqlite3.Connection,
         state: State,
         plan: SearchPlan,
         vectors: NDArray[Any] | None,
-        texts: Sequence[str] | None,
     ) -> list[Hits]:
-        """Search for each query in one state of the file: under one lock, in one transaction.
+        """Search for each query.
 
         Args:
             vectors: (B, W) of the queries, where the plan compares vectors.
-            texts: B of them, where it compares words.
         """
         info = SearchInfo(mode=plan.mode)
         by_vector: list[Ranking] = []
         by_words: list[Ranking] = []
         if vectors is not None:
-            by_vector, info = self._by_vector(connection, state, plan, vectors, info)
-        if texts is not None:
-            condition = None
-            if plan.condition is not None:
-                condition = (CHUNKS_WHERE.format(plan.condition[0]), list(plan.condition[1]))
-            by_words = [best_words(connection, text, plan.count, condition) for text in texts]
+            by_vector, info = self._by_vector(connection, state, plan, vectors)
+        if plan.texts is not None and plan.mode != "vector":
+            by_words = [
+                best_words(connection, text, plan.count, plan.condition) for text in plan.texts
+            ]
         nothing: list[Ranking] = [[]] * max(len(by_vector), len(by_words))
         return [
             Hits(hits=_hits(connection, plan, *rankings), how=info)
@@ -213,24 +176,22 @@ class Searcher:
         state: State,
         plan: SearchPlan,
         vectors: NDArray[Any],
-        info: SearchInfo,
     ) -> tuple[list[Ranking], SearchInfo]:
         queries, dim = query_rows(vectors, plan.dim, state.identity)
         if state.scan_width != self._heads.width:
             self._heads = Heads(state.scan_width, self._threads)
         self._heads.refresh(connection, state)
-        live = self._heads.live[: self._heads.count]
-        allowed = None
+        live, allowed = self._heads.live[: self._heads.count], None
         if plan.condition is not None:
             allowed = self._allowed(connection, state, plan.condition)
-        searched = state.chunks if allowed is None else int((allowed & live).sum())
-        info = replace(info, dim=dim, vectors=searched, scanned=searched)
+            live = live & allowed
+        searched = state.chunks if allowed is None else int(live.sum())
+        info = SearchInfo(
+            mode=plan.mode, dim=dim, vectors=searched, scanned=searched, kernel="numpy"
+        )
         unit = unit_rows(queries, dim)
         if plan.exact:
-            numbers = np.flatnonzero(live if allowed is None else live & allowed)
-            return self._rank(connection, state, unit, numbers, plan.count), replace(
-                info, kernel="numpy"
-            )
+            return self._rank(connection, state, unit, np.flatnonzero(live), plan.count), info
         if queries.shape[1] < state.scan_width:
             raise InputError(
                 f"the vector has {queries.shape[1]} channels, and this index scans "
@@ -239,7 +200,7 @@ class Searcher:
             )
         shortlist, tuned_for = plan.shortlist, None
         if shortlist is None:
-            shortlist, tuned_for = default_shortlist(state, plan.k)
+            shortlist, tuned_for = _default_shortlist(state, plan.k)
         shortlist = max(plan.count, shortlist)
         rough = unit_rows(queries, state.scan_width).astype(np.float32)
         candidates = self._heads.scan(rough, shortlist, allowed)
@@ -280,10 +241,7 @@ class Searcher:
     def _allowed(
         self, connection: sqlite3.Connection, state: State, condition: tuple[str, list[Any]]
     ) -> NDArray[np.bool_]:
-        """Return (rows,) bool by chunk number: whose document passes a filter.
-
-        It is kept until the file changes.
-        """
+        """Return (rows,) bool by chunk number: whose document passes a filter; kept for a while."""
         if self._filters_generation != state.generation:
             self._filters.clear()
             self._filters_generation = state.generation
@@ -297,7 +255,7 @@ class Searcher:
         return self._filters[key]
 
 
-def default_shortlist(state: State, k: int) -> tuple[int, int | None]:
+def _default_shortlist(state: State, k: int) -> tuple[int, int | None]:
     """Return how many vectors to compare at full width for k hits.
 
     The second value is for how many chunks that was tuned, None where it was not.
@@ -327,12 +285,3 @@ def _hits(
         read_hit(connection, number, score, cosine.get(number), bm25.get(number))
         for number, score in ranked[: plan.k]
     )
-
-
-def _check_query(text: object, position: int, place: str) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(
-            f"the query is {text!r}, and must be a text with at least one word.",
-            position=position,
-            place=place,
-        )

@@ -15,7 +15,6 @@ from egemma.index.facts import MAX_WIDTH, State, read_state
 from egemma.index.file import (
     MIGRATE_HINT,
     check_format,
-    check_not_blank,
     checked_path,
     connect,
     create_tables,
@@ -84,8 +83,6 @@ class Session:
             with typed_errors(path, "open"):
                 if create and identity is not None and not read_only and is_blank(connection):
                     create_tables(connection, identity, floats=keep_floats)
-                if not read_only:
-                    check_not_blank(connection, path)
                 check_format(connection, path)
                 with transaction(connection):
                     stored = read_state(connection).identity
@@ -111,9 +108,8 @@ class Session:
     @contextmanager
     def writing(self, doing: str) -> Iterator[Change]:
         """Give one write transaction, which is committed at the end of the block."""
-        self._check_not_read_only()
         with self._writing_lock:
-            self._check_open()
+            self.check_writable()
             if self._writer is None:
                 self._writer = connect(self.path)[0]
             with typed_errors(self.path, doing), transaction(self._writer, "BEGIN IMMEDIATE"):
@@ -143,11 +139,7 @@ class Session:
                 self.embedder, self.identity = embedder, ModelIdentity.of(embedder.manifest)
 
     def checked_state(self, connection: sqlite3.Connection) -> State:
-        """Return what the file says now.
-
-        Raises:
-            IndexMismatchError: somebody has migrated it to another model.
-        """
+        """Return what the file says now, when nobody has migrated it to another model."""
         state = read_state(connection)
         self._check_model(state)
         return state
@@ -161,8 +153,8 @@ class Session:
     def embedder_for(self, doing: str) -> Embedder:
         """Return the model of this moment; a migration may change it.
 
-        Raises:
-            ConfigError: the index was opened without one.
+        Args:
+            doing: what it is needed for, for the message: "embed texts".
         """
         if self.embedder is None:
             raise ConfigError(
@@ -172,15 +164,8 @@ class Session:
         return self.embedder
 
     def check_writable(self) -> None:
-        """Check that the file can be written.
-
-        Raises:
-            IndexFileError: it is closed, or open for search only.
-        """
+        """Check that the file is open for writing."""
         self._check_open()
-        self._check_not_read_only()
-
-    def _check_not_read_only(self) -> None:
         if self.read_only:
             raise IndexFileError(
                 f"{self.path} cannot be written here; it is open for search only.",

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,7 +60,6 @@ class TuneRequest:
 
 
 def tune(
-    path: Path,
     request: TuneRequest,
     queries: Sequence[str] | NDArray[np.float32] | None,
     session: Session,
@@ -80,13 +78,15 @@ def tune(
         queries: texts, or their (B, D) vectors by the file's model, as users will ask; some
             hundred. None takes stored chunks, each without itself, which is a guess: queries can be
             harder.
-        session: of the same file; the measuring has a connection of its own, so searches go on.
+        session: of the file; the measuring has a connection of its own, so searches go on.
 
     Raises:
         ConfigError: there are not more than k chunks.
         InputError: the queries are no texts or vectors of this model.
         IndexFileError: the index is damaged, or cannot be written.
     """
+    session.check_writable()
+    path = session.path
     rows = None if queries is None else _query_rows(queries, session)
     with opened(path, "tune", write=False) as connection, transaction(connection):
         state = session.checked_state(connection)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from typing import Any
 
 from egemma.index.checksums import Damage
+from egemma.index.records import CHUNKS_WHERE
 from egemma_core.errors import InputError
 
 _WORD = re.compile(r"\w+")
@@ -21,9 +23,6 @@ def match_of(query: str) -> str | None:
 
     Each word is quoted, so that no operator, column or quote of FTS5 can come from a user. FTS5
     cuts what stands in quotes once more, and finds it where the same words follow each other.
-
-    Raises:
-        InputError: more words than a query can have.
     """
     query = _NEVER_STORED.sub(" ", query)
     pieces = [piece.replace('"', '""') for piece in query.split() if _NOT_FOR_PYTHON.search(piece)]
@@ -40,25 +39,23 @@ def best_words(
     connection: sqlite3.Connection,
     query: str,
     count: int,
-    condition: tuple[str, list[object]] | None,
+    condition: tuple[str, list[Any]] | None,
 ) -> list[tuple[int, float]]:
     """Return chunk numbers and BM25 (higher is better), best first, equal ones by number.
 
     Args:
-        condition: SQL and its parameters for chunk numbers that may come back; None for all.
+        condition: a filter on documents, as SQL and its parameters; None for all.
     """
     match = match_of(query)
     if match is None:
         return []
-    among, parameters = (
-        ("", []) if condition is None else (f"AND rowid IN ({condition[0]})", condition[1])
-    )
-    rows = connection.execute(
+    sql, parameters = condition or ("", [])
+    among = f"AND rowid IN ({CHUNKS_WHERE.format(sql)})" if condition else ""
+    found = connection.execute(
         f"SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? {among} ORDER BY bm25(words), "
         "rowid LIMIT ?",
         (match, *parameters, count),
-    )
-    found = rows.fetchall()
+    ).fetchall()
     if any(not isinstance(score, float) for _, score in found):
         raise Damage("the full-text table is not what was stored")
     return found

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from egemma.index.blocks import heads_are_sound, live_is_sound, live_numbers
 from egemma.index.checksums import Damage, chunk_crc32, chunk_hash
 from egemma.index.codes import squares
 from egemma.index.facts import BLOCK_ROWS, State, read_state
 from egemma.index.file import opened, transaction
 from egemma.index.records import unsound_documents
-from egemma.index.vectors import vector_is_sound
+from egemma.index.vectors import heads_are_sound, live_is_sound, live_numbers, vector_is_sound
 
 MAX_FINDINGS = 100
 

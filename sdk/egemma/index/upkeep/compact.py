@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from egemma.index.blocks import HeadReader, live_numbers, read_heads, read_live
-from egemma.index.bulk_reads import chunks_with_vectors_after
+from egemma.index.bulk_reads import HeadReader, chunks_with_vectors_after
 from egemma.index.checksums import Damage, block_crc32, chunk_crc32, vector_crc32
 from egemma.index.facts import BLOCK_ROWS, State, read_migration, read_state, write_state
 from egemma.index.file import (
@@ -23,6 +22,7 @@ from egemma.index.file import (
 )
 from egemma.index.rows import append_heads, write_heads
 from egemma.index.upkeep.disk import check_room, folder_of_vacuum
+from egemma.index.vectors import live_numbers, read_heads, read_live
 from egemma_core.errors import IndexFileError
 
 _DEAD_SHARE = 8  # chunks get new numbers when more than one number in so many is dead

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from egemma.index.bulk_reads import count_truncated
 from egemma.index.facts import FORMAT_VERSION, read_migration, read_state
 from egemma.index.file import (
     checked_path,
@@ -20,7 +21,7 @@ from egemma.index.file import (
     typed_errors,
     wal_of,
 )
-from egemma.index.records import count_documents, count_truncated
+from egemma.index.records import count_documents
 from egemma.index.upkeep.check import findings
 
 
