@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from egemma.fusion import reciprocal_rank_fusion
 from egemma.identity import ModelIdentity
 from egemma.index.hits import MODES, Hits, Mode, SearchInfo
 from egemma.index.inputs import MAX_K, query_rows
+from egemma.index.search import Queries, Query, SearchOptions
 from egemma.index.words import MAX_WORDS
 from egemma.where import Condition, parse
 from egemma_core.checks import one_of, whole_number
@@ -26,18 +27,10 @@ if TYPE_CHECKING:
 
 FUSED = 100  # hits of each kind that hybrid search joins, or k where that is more
 
-Texts: TypeAlias = "list[str] | tuple[str, ...]"
 
+class StoreOptions(SearchOptions, total=False):
+    """The settings of a store's search by name, for type checkers."""
 
-class SearchOptions(TypedDict, total=False):
-    """What may be said of a search beside the query and `k`; `SearchRequest` says what each is."""
-
-    dim: int | None
-    where: Mapping[Any, Any] | None
-    mode: Mode
-    task: str
-    shortlist: int | None
-    exact: bool
     approximate: bool
 
 
@@ -58,7 +51,8 @@ class SearchRequest:
         InputError: a query cannot be searched for.
     """
 
-    query: str | Texts | NDArray[Any]  # one text or (W,) vector, or several texts or (B, W) vectors
+    # one text or (W,) vector, or several texts or (B, W) vectors
+    query: Query | Queries | NDArray[Any]
     k: int = 10
     dim: int | None = None  # a trained width to score at; None: the full one, or the vector's own
     where: Mapping[Any, Any] | None = None

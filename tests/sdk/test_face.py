@@ -113,6 +113,11 @@ def find(bundle: Path, notes: Path) -> list[str]:
         reveal_type(model.embed_documents(["a"]).num_tokens)
         hits = index.search("tomatoes", k=3, where={"year": 2026})
         reveal_type(hits)
+        reveal_type(index.search(query))
+        reveal_type(index.search(several, mode="vector"))
+        reveal_type(index.search(["tomatoes"]))
+        reveal_type(hits.how)
+        reveal_type(egemma.upkeep.check(notes))
         chunks = split_text("a", title=None, count_tokens=model.count_tokens, max_tokens=64)
         reveal_type(chunks)
         reveal_type(egemma.verify_bundle(bundle).worst_cosine_float)
@@ -132,6 +137,11 @@ REVEALED = (
     "numpy.ndarray[",
     "tuple[int, ...]",
     "egemma.index.hits.Hits",
+    "egemma.index.hits.Hits",
+    "list[egemma.index.hits.Hits]",
+    "list[egemma.index.hits.Hits]",
+    "egemma.index.hits.SearchInfo",
+    "list[str]",
     "list[egemma.chunks.Chunk]",
     "float | None",
     "int | None",

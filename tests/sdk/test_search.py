@@ -215,6 +215,13 @@ def test_a_vector_of_a_smaller_width_searches_at_that_width(index: Index) -> Non
         index.search(full[:16], dim=32)
 
 
+def test_what_the_model_gave_searches_as_its_vectors_do(index: Index) -> None:
+    one, several = index.embedder.embed_query("cat"), index.embedder.embed_query(["cat", "rain"])
+    assert index.search(one) == index.search(one.vector) == index.search("cat")
+    assert index.search(several) == index.search(["cat", "rain"])
+    assert index.search(several) == index.search(several.vectors)
+
+
 def test_queries_searched_together_get_what_each_gets_alone(filled: dict[str, Index]) -> None:
     index = filled["codes"]
     queries = ["text 300", "words", "text 7 text 8", "words"]

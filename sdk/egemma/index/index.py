@@ -24,7 +24,7 @@ from egemma.index.hits import MODES, Document, Hits, Mode, read_document
 from egemma.index.inputs import MAX_K, check_ids, check_text
 from egemma.index.prepare import IndexOverflow, cut_to_fit, prepare_vectors, whole_documents
 from egemma.index.put import PutReport, put_documents, replace_documents
-from egemma.index.search import Searcher, SearchOptions, SearchPlan, queries_of
+from egemma.index.search import Queries, Query, Searcher, SearchOptions, SearchPlan, queries_of
 from egemma.index.session import Session
 from egemma.index.tuned import TuneReport
 from egemma.index.upkeep.describe import IndexFacts, facts_of
@@ -229,11 +229,11 @@ class Index:
             return records.ids_where(connection, condition, parameters)
 
     @overload
-    def search(self, query: str, k: int = 10, **options: Unpack[SearchOptions]) -> Hits: ...
+    def search(self, query: Query, k: int = 10, **options: Unpack[SearchOptions]) -> Hits: ...
 
     @overload
     def search(
-        self, query: list[str] | tuple[str, ...], k: int = 10, **options: Unpack[SearchOptions]
+        self, query: Queries, k: int = 10, **options: Unpack[SearchOptions]
     ) -> list[Hits]: ...
 
     @overload  # one vector or rows of them: NumPy's types do not tell
@@ -241,7 +241,7 @@ class Index:
 
     def search(
         self,
-        query: str | list[str] | tuple[str, ...] | NDArray[Any],
+        query: Query | Queries | NDArray[Any],
         k: int = 10,
         *,
         dim: int | None = None,
@@ -258,7 +258,8 @@ class Index:
 
         Args:
             query: a text without prompt, or its vector (W,) by the same model, of any trained width
-                from the index's scan width up; or several: a list of texts, or rows (B, W).
+                from the index's scan width up, or what `embed_query` gave; or several: a list
+                of texts, rows (B, W), or `Embeddings`.
             k: how many hits, 1 to 10,000; fewer come back when fewer are stored or found.
             dim: a trained width to score at; None for the full one, or for that of the vector.
             where: a filter on metadata, such as {"lang": "en", "year": {"$gte": 2020}}; see

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from egemma.index.vectors import read_vectors
 from egemma.index.words import best_words
 from egemma_core.errors import ConfigError, InputError
 
+if TYPE_CHECKING:
+    from egemma.embeddings import Embedding, Embeddings
+
 MIN_SHORTLIST = 300  # where nothing was tuned: at least so many, and
 SHORTLIST_PER_HIT = 10  # so many for each hit that is asked for
 FUSED_HITS = 100  # of each kind that hybrid search joins, or k where that is more
@@ -35,6 +38,11 @@ _VECTORS_TOGETHER = 4096  # that are held at full width at a time
 _KEPT_FILTERS = 16
 
 Ranking = list[tuple[int, float]]  # chunk numbers and scores, best first
+
+
+# What gives one `Hits`, and what gives a list of them; an array of NumPy may be either.
+Query: TypeAlias = "str | Embedding"
+Queries: TypeAlias = "list[str] | tuple[str, ...] | Embeddings"
 
 
 class SearchOptions(TypedDict, total=False):

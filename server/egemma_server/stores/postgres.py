@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index.hits import Document, Hits, Mode
 from egemma.index.inputs import check_id, check_ids
+from egemma.index.search import Queries, Query
 from egemma.where import parse
 from egemma_core.checks import whole_number
 from egemma_core.errors import ConfigError, StoreError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.vectors import check_dim
 from egemma_server.request import (
-    SearchOptions,
     SearchRequest,
-    Texts,
+    StoreOptions,
     model_here,
 )
 from egemma_server.stores import postgres_documents as documents
@@ -235,14 +235,16 @@ class PostgresIndex:
             return documents.read_ids(run, self._tables, condition)
 
     @overload
-    def search(self, query: str, k: int = 10, **options: Unpack[SearchOptions]) -> Hits: ...
+    def search(self, query: Query, k: int = 10, **options: Unpack[StoreOptions]) -> Hits: ...
     @overload
-    def search(self, query: Texts, k: int = 10, **options: Unpack[SearchOptions]) -> list[Hits]: ...
+    def search(
+        self, query: Queries, k: int = 10, **options: Unpack[StoreOptions]
+    ) -> list[Hits]: ...
     @overload  # one vector or rows of them: NumPy's types do not tell
-    def search(self, query: NDArray[Any], k: int = 10, **options: Unpack[SearchOptions]) -> Any: ...
+    def search(self, query: NDArray[Any], k: int = 10, **options: Unpack[StoreOptions]) -> Any: ...
     def search(
         self,
-        query: str | Texts | NDArray[Any],
+        query: Query | Queries | NDArray[Any],
         k: int = 10,
         *,
         dim: int | None = None,

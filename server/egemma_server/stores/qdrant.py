@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from egemma.identity import ModelIdentity, check_same_model
 from egemma.index.hits import Document, Hits, Mode
 from egemma.index.inputs import check_id, check_ids
+from egemma.index.search import Queries, Query
 from egemma.where import parse
 from egemma_core.errors import ConfigError, StoreError
 from egemma_core.prompts import DEFAULT_TASK
 from egemma_core.vectors import check_dim
 from egemma_server.request import (
-    SearchOptions,
     SearchRequest,
-    Texts,
+    StoreOptions,
     model_here,
 )
 from egemma_server.stores import qdrant_documents as documents
@@ -220,14 +220,16 @@ class QdrantIndex:
             return documents.read_ids(self._collection, condition)
 
     @overload
-    def search(self, query: str, k: int = 10, **options: Unpack[SearchOptions]) -> Hits: ...
+    def search(self, query: Query, k: int = 10, **options: Unpack[StoreOptions]) -> Hits: ...
     @overload
-    def search(self, query: Texts, k: int = 10, **options: Unpack[SearchOptions]) -> list[Hits]: ...
+    def search(
+        self, query: Queries, k: int = 10, **options: Unpack[StoreOptions]
+    ) -> list[Hits]: ...
     @overload  # one vector or rows of them: NumPy's types do not tell
-    def search(self, query: NDArray[Any], k: int = 10, **options: Unpack[SearchOptions]) -> Any: ...
+    def search(self, query: NDArray[Any], k: int = 10, **options: Unpack[StoreOptions]) -> Any: ...
     def search(
         self,
-        query: str | Texts | NDArray[Any],
+        query: Query | Queries | NDArray[Any],
         k: int = 10,
         *,
         dim: int | None = None,
