@@ -22,7 +22,7 @@ SOCKETS = {
 # The hub is asked for a checkpoint that somebody named by its id there, and for nothing else.
 ASKS_THE_HUB = {
     "core/egemma_core/checkpoint/folder.py",
-    "quant/egemma_train/teachers/teacher.py",
+    "quant/egemma_train/teachers/sentence_transformer.py",
 }
 
 
