@@ -134,9 +134,10 @@ def decode(
     ]
     wide = scales.astype(np.float64)
     vectors[:, : layout.head] = (heads + (nibbles - FINE / 2) / FINE) * wide[:, :1]
-    vectors[:, layout.head :] = rests[:, packed.shape[1] :].view(np.int8)
+    codes = rests[:, packed.shape[1] :].view(np.int8)
     for segment, (start, stop) in enumerate(pairwise((layout.head, *layout.edges)), start=1):
-        vectors[:, start:stop] *= wide[:, segment, None]
+        part = codes[:, start - layout.head : stop - layout.head]
+        np.multiply(part, wide[:, segment, None], out=vectors[:, start:stop])
     return vectors
 
 
