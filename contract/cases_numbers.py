@@ -120,7 +120,7 @@ def codes() -> dict[str, Any]:
         "`decoded_crc32` is zlib's CRC-32 of each decoded row's bytes. "
         "`crc32` is that of row `numbers` of the table vectors, `crc32_with_floats` where the file keeps floats; "
         "`heads_crc32` and `blocks_crc32` those of block `block`. `rows`: checksums of rows of text.",
-        "made_by": "contract/make.py from egemma.index.codes, egemma.index.damage, egemma.index.heads",
+        "made_by": "contract/make.py from egemma.index.codes, checksums and heads",
         "tolerance": "none: codes, scales, squares, decoded numbers and checksums are equal",
         "cases": cases,
         "rows": _row_checksums(),

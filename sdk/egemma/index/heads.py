@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egemma.index.checksums import Damage
-from egemma.index.codes import squares
 from egemma.index.facts import BLOCK_ROWS, State
 from egemma.index.scan import best_kernel, highest, int8_products, inverse_lengths, round_queries
 from egemma.index.vectors import changed_blocks
@@ -63,13 +62,6 @@ class Heads:
             raise Damage(f"{state.chunks} chunks are counted, the blocks hold {live}")
         self.dead = np.flatnonzero(~self.live[: self.count])
         self.generation = state.generation
-
-    def fill(self, codes: NDArray[np.int8]) -> None:
-        """Hold these (N, width) heads, which are of no file."""
-        self._reserve(len(codes))
-        self.count = len(codes)
-        self.codes[: self.count], self.live[: self.count] = codes, True
-        self.inverse[: self.count] = inverse_lengths(squares(codes))
 
     def scan(
         self,

@@ -22,8 +22,8 @@ from egemma.index import jsonl, migration, records, tune
 from egemma.index.facts import write_state
 from egemma.index.hits import MODES, Document, Hits, Mode, read_document
 from egemma.index.inputs import MAX_K, check_ids, check_text
-from egemma.index.prepare import IndexOverflow, cut_to_fit, prepare_vectors, whole_documents
-from egemma.index.put import PutReport, put_documents, replace_documents
+from egemma.index.prepare import IndexOverflow, document_of, prepare_vectors, text_rows
+from egemma.index.put import PutReport, put_documents, store_vectors
 from egemma.index.search import Queries, Query, Searcher, SearchOptions, SearchPlan, queries_of
 from egemma.index.session import Session
 from egemma.index.tuned import TuneReport
@@ -127,13 +127,12 @@ class Index:
             TokenLimitError: a text is too long and `overflow` is "error".
             IndexFileError: the file is read-only, full, locked or damaged.
         """
-        documents = whole_documents(texts, ids, titles, metadata)
+        rows = text_rows(texts, ids, titles, metadata)
         one_of("overflow", overflow, get_args(IndexOverflow))
         embedder = self._session.embedder_for("add texts")
-        if overflow == "chunk":
-            overflow, documents = "error", [cut_to_fit(whole, embedder) for whole in documents]
-        self.put(documents, overflow=overflow)
-        return [document.id for document in documents]
+        documents = [document_of(row, embedder, overflow) for row in rows]
+        self.put(documents, overflow="error" if overflow == "chunk" else overflow)
+        return [row.id for row in rows]
 
     def add_vectors(
         self,
@@ -161,11 +160,11 @@ class Index:
         Raises:
             InputError, IndexFileError: as `add`.
         """
-        checked, documents = prepare_vectors(
+        prepared = prepare_vectors(
             vectors, self.identity.dim, ids, texts, titles, metadata, num_tokens, truncated
         )
         with self._session.writing("add") as change:
-            change.add_chunks(replace_documents(change, documents), checked)
+            store_vectors(change, prepared)
         return list(ids)
 
     def put(

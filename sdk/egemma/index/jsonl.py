@@ -34,7 +34,7 @@ from egemma.index.jsonl_lines import (
     read_documents,
     stacked,
 )
-from egemma.index.put import PutReport, replace_documents
+from egemma.index.put import PutReport, new_chunk
 from egemma.index.records import StoredChunk, chunks_of, count_documents
 from egemma.index.rows import Change
 from egemma_core.errors import IndexFileError, InputError
@@ -238,7 +238,12 @@ def _store(change: Change, batch: list[ReadDocument], header: Header, layout: La
             floats=change.state.floats or header.floats,
             tuned=header.tuned,
         )
-    chunks = replace_documents(change, [(read.packed, read.counts) for read in batch])
+    numbers = change.replace_documents([read.packed.row for read in batch])
+    chunks = [
+        new_chunk(number, position, chunk, *count)
+        for number, read in zip(numbers, batch, strict=True)
+        for position, (chunk, count) in enumerate(zip(read.packed.chunks, read.counts, strict=True))
+    ]
     if header.vectors == "floats":
         change.add_chunks(chunks, stacked(vectors, "floats", "<f4").astype(np.float32))
     elif change.state.layout == layout and not change.state.floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 IndexOverflow = Literal["error", "truncate", "chunk"]
 
 
+class TextRow(NamedTuple):
+    """One text with what stands beside it, checked but for the metadata."""
+
+    id: str
+    text: str
+    title: str | None
+    metadata: Mapping[str, Any] | None
+
+
 @dataclass
 class Prepared:
     """A document on its way in: checked, and as far as possible embedded."""
@@ -49,15 +58,26 @@ class Prepared:
         return [(chunk_hash(chunk.title, chunk.text), chunk) for chunk in self.chunks]
 
 
-def whole_documents(
+@dataclass(frozen=True, kw_only=True)
+class PreparedVectors:
+    """Documents of one chunk each whose vectors come with them, checked; N of everything."""
+
+    documents: Sequence[StoredDocument]
+    texts: Sequence[str]
+    vectors: NDArray[np.float32]  # (N, D)
+    num_tokens: Sequence[int]
+    truncated: Sequence[bool]
+
+
+def text_rows(
     texts: Sequence[str],
     ids: Sequence[str] | None,
     titles: Sequence[str | None] | None,
     metadata: Sequence[Mapping[str, Any] | None] | None,
     *,
     blank: bool = False,
-) -> list[ChunkedDocument]:
-    """Check texts, and make each a document of one chunk; metadata is not checked yet.
+) -> list[TextRow]:
+    """Check texts, and join each with its id, title and metadata.
 
     Args:
         ids: None makes each from a hash of its title and text.
@@ -79,27 +99,25 @@ def whole_documents(
         ids = [content_id(text, title or None) for text, title in zip(texts, names, strict=True)]
     ids = one_per_text("ids", ids, len(texts))
     return [
-        ChunkedDocument(
-            id=id_,
-            title=title or None,
-            metadata=entry,
-            source=None,
-            chunks=(Chunk(start=0, stop=len(text), title=title or None, text=text),),
-        )
+        TextRow(id_, text, title or None, entry)
         for id_, text, title, entry in zip(ids, texts, names, entries, strict=True)
     ]
 
 
-def cut_to_fit(document: ChunkedDocument, embedder: Embedder) -> ChunkedDocument:
-    """Return a document of one chunk with as many as it takes for the model to read them whole."""
-    chunks = split_text(
-        document.chunks[0].text,
-        title=document.title,
-        count_tokens=embedder.count_tokens,
-        max_tokens=embedder.max_tokens,
-        prompt=embedder.document_prompt,
+def document_of(row: TextRow, embedder: Embedder, overflow: IndexOverflow) -> ChunkedDocument:
+    """Return a text as a document: of one chunk, or with overflow "chunk" of as many as needed."""
+    chunks = [Chunk(start=0, stop=len(row.text), title=row.title, text=row.text)]
+    if overflow == "chunk":
+        chunks = split_text(
+            row.text,
+            title=row.title,
+            count_tokens=embedder.count_tokens,
+            max_tokens=embedder.max_tokens,
+            prompt=embedder.document_prompt,
+        )
+    return ChunkedDocument(
+        id=row.id, title=row.title, metadata=row.metadata, source=None, chunks=tuple(chunks)
     )
-    return replace(document, chunks=tuple(chunks))
 
 
 def prepare(documents: Sequence[ChunkedDocument], *, blank: bool = False) -> list[Prepared]:
@@ -174,15 +192,11 @@ def prepare_vectors(
     metadata: Sequence[Mapping[str, Any] | None] | None,
     num_tokens: Sequence[int] | None,
     truncated: Sequence[bool] | None,
-) -> tuple[NDArray[np.float32], list[tuple[Prepared, list[tuple[int, bool]]]]]:
-    """Check N vectors that were computed elsewhere, and what is stored with them.
+) -> PreparedVectors:
+    """Check vectors that were computed elsewhere, and what is stored with them.
 
     Args:
-        dim: D, the model's full width.
-
-    Returns:
-        The (N, D) vectors; and the documents of one chunk each that they are of, with the number of
-        tokens of that chunk, and whether it is truncated.
+        dim: the model's full width.
     """
     checked = check_vectors(vectors, dim)
     count = len(checked)
@@ -192,12 +206,13 @@ def prepare_vectors(
     if len(set(given)) != count:
         raise InputError("an id comes twice in one call.", hint="Give each vector its own.")
     words = [""] * count if texts is None else one_per_text("texts", texts, count)
-    documents = whole_documents(words, given, titles, metadata, blank=True)
-    tokens = [0] * count if num_tokens is None else check_counts(num_tokens, count)
-    cut = [bool(value) for value in one_per_text("truncated", truncated, count)]
-    prepared = []
-    for position, document in enumerate(documents):
-        row = StoredDocument(document.id, document.title, pack_metadata(document.metadata), None)
-        counts = [(tokens[position], cut[position])]
-        prepared.append((Prepared(row, document.chunks, position), counts))
-    return checked, prepared
+    rows = text_rows(words, given, titles, metadata, blank=True)
+    return PreparedVectors(
+        documents=[
+            StoredDocument(row.id, row.title, pack_metadata(row.metadata), None) for row in rows
+        ],
+        texts=[row.text for row in rows],
+        vectors=checked,
+        num_tokens=[0] * count if num_tokens is None else check_counts(num_tokens, count),
+        truncated=[bool(cut) for cut in one_per_text("truncated", truncated, count)],
+    )

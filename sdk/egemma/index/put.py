@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from egemma.chunks import Chunk, ChunkedDocument
 from egemma.exported import exported
 from egemma.index.codes import check_vectors
-from egemma.index.prepare import Prepared, prepare
+from egemma.index.prepare import Prepared, PreparedVectors, prepare
 from egemma.index.records import ChunkKey, NewChunk, chunk_keys
 from egemma.index.rows import Change
 from egemma.index.session import Session
@@ -146,15 +146,15 @@ def _store_documents(
             if free is not None:
                 kept.add(free.number)
                 if (free.position, free.start, free.stop) != (position, chunk.start, chunk.stop):
-                    moved = _new_chunk(number, position, chunk, free.num_tokens, free.truncated)
+                    moved = new_chunk(number, position, chunk, free.num_tokens, free.truncated)
                     change.move_chunk(free.number, moved)
             elif hash_ in document.vectors:
                 vector, num_tokens, truncated = document.vectors[hash_]
-                chunks.append(_new_chunk(number, position, chunk, num_tokens, truncated))
+                chunks.append(new_chunk(number, position, chunk, num_tokens, truncated))
                 vectors.append(vector)
             else:
                 copied = same[0]
-                new = _new_chunk(number, position, chunk, copied.num_tokens, copied.truncated)
+                new = new_chunk(number, position, chunk, copied.num_tokens, copied.truncated)
                 copies.append((new, copied.number))
         gone += [key.number for key in keys if key.number not in kept]
         reused += len(kept)
@@ -173,34 +173,34 @@ def _store_documents(
     )
 
 
-def replace_documents(
-    change: Change, documents: Iterable[tuple[Prepared, Sequence[tuple[int, bool]]]]
-) -> list[NewChunk]:
-    """Put documents in place of what has their ids, and drop what chunks these had.
-
-    Args:
-        documents: each with the number of tokens of its chunks, and whether they are truncated.
-
-    Returns:
-        Their chunks, which the caller stores with the vectors that it has of them.
-    """
-    documents = list(documents)
-    stored = chunk_keys(change.connection, [document.row.id for document, _ in documents])
-    change.remove_chunks([key.number for _, keys in stored.values() for key in keys])
-    chunks: list[NewChunk] = []
-    for document, counts in documents:
-        number = change.put_document(document.row, stored.get(document.row.id, (None,))[0])
-        chunks += [
-            _new_chunk(number, position, chunk, *count)
-            for position, (chunk, count) in enumerate(zip(document.chunks, counts, strict=True))
-        ]
-    return chunks
+def store_vectors(change: Change, prepared: PreparedVectors) -> None:
+    """Write documents of one chunk each, whose vectors were computed elsewhere."""
+    numbers = change.replace_documents(prepared.documents)
+    chunks = [
+        NewChunk(number, 0, 0, len(text), num_tokens, int(truncated), document.title, text)
+        for number, document, text, num_tokens, truncated in zip(
+            numbers,
+            prepared.documents,
+            prepared.texts,
+            prepared.num_tokens,
+            prepared.truncated,
+            strict=True,
+        )
+    ]
+    change.add_chunks(chunks, prepared.vectors)
 
 
-def _new_chunk(
+def new_chunk(
     document: int, position: int, chunk: Chunk, num_tokens: int, truncated: bool
 ) -> NewChunk:
+    """Return a chunk as a row of the document with a number."""
     return NewChunk(
-        *(document, position, chunk.start, chunk.stop, num_tokens, int(truncated)),
-        *(chunk.title, chunk.text),
+        document=document,
+        position=position,
+        start=chunk.start,
+        stop=chunk.stop,
+        num_tokens=num_tokens,
+        truncated=int(truncated),
+        title=chunk.title,
+        text=chunk.text,
     )

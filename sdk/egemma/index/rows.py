@@ -24,7 +24,7 @@ from egemma.index.checksums import (
 )
 from egemma.index.codes import encode, squares
 from egemma.index.facts import BLOCK_ROWS, LIVE_BYTES, read_state, write_state
-from egemma.index.records import NewChunk, StoredDocument, parts_of
+from egemma.index.records import NewChunk, StoredDocument, chunk_keys, parts_of
 from egemma.index.vectors import read_heads, read_live
 
 _YIELD_ROWS = 16  # rows between two moments at which other threads may go on
@@ -57,6 +57,18 @@ class Change:
             (*fields, number),
         )
         return number
+
+    def replace_documents(self, documents: Sequence[StoredDocument]) -> list[int]:
+        """Put documents, of different ids, in place of what has these; return their numbers.
+
+        They have no chunks yet.
+        """
+        stored = chunk_keys(self.connection, [document.id for document in documents])
+        self.remove_chunks([key.number for _, keys in stored.values() for key in keys])
+        return [
+            self.put_document(document, stored[document.id][0] if document.id in stored else None)
+            for document in documents
+        ]
 
     def add_chunks(self, chunks: Sequence[NewChunk], vectors: NDArray[np.float32]) -> None:
         """Give each chunk the next number and store it with its vector: (N, D) float32, checked."""

@@ -329,8 +329,9 @@ def _scan_ms(
     codes: NDArray[np.int8], queries: NDArray[np.int8], threads: int, chunks: int
 ) -> float:
     """Return the median time of a scan for one query over all chunks."""
-    heads = Heads(codes.shape[1], threads)
-    heads.fill(codes)
+    heads = Heads(codes.shape[1], threads, count=len(codes))  # of no file
+    heads.codes, heads.inverse = codes, inverse_lengths(squares(codes))
+    heads.live = np.ones(len(codes), np.bool_)
     times = []
     for run in range(_TIMED_RUNS):
         query = queries[run % len(queries)][None].astype(np.float32)
