@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tests.stress", description=(stress.__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument("--quick", action="store_true", help="few of each, and no results file")
-    parser.add_argument("--kills", type=int, help="default 1000, quick 40")
+    parser.add_argument("--kills", type=int, help="default 1200, quick 40")
     parser.add_argument("--writer-kills", type=int, help="default 200, quick 16")
     parser.add_argument(
-        "--damages", type=int, help="of each kind of file and of damage; default 300, quick 12"
+        "--damages", type=int, help="of each kind of file and of damage; default 600, quick 12"
     )
     parser.add_argument("--seed", type=int, default=20261123)
     parser.add_argument(
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="results file (default benchmarks/results/durability.json)"
     )
     args = parser.parse_args(argv)
-    kills = args.kills or (40 if args.quick else 1000)
+    kills = args.kills or (40 if args.quick else 1200)
     writer_kills = args.writer_kills or (16 if args.quick else 200)
-    damages = args.damages or (12 if args.quick else 300)
+    damages = args.damages or (12 if args.quick else 600)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         work = Path(folder)
