@@ -1,7 +1,7 @@
 """What does an index lose when its process is killed, its files are damaged, its disk is full, or
 its clock jumps? Nothing, or it says so.
 
-    python -m tests.stress            # 1,400 kills, 3,900 damaged files: a few minutes; writes
+    python -m tests.stress            # 1,400 kills, 4,200 damaged files: a few minutes; writes
                                       # benchmarks/results/durability.json
     python -m tests.stress --quick    # half a minute, printed only
 
