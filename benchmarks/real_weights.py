@@ -178,7 +178,9 @@ def read_gguf(path: Path, vocabulary: Path) -> Encoder:
             _, layer, part = name.split(".")
             less = 1 if part.endswith("norm") else 0
             weights[f"layers.{layer}.{NAMES[part]}.weight"] = values - less
-    weights |= dict(zip(("dense.0.weight", "dense.1.weight"), head(width, HIDDEN, 768), strict=True))
+    weights |= dict(
+        zip(("dense.0.weight", "dense.1.weight"), head(width, HIDDEN, 768), strict=True)
+    )
     with torch.device("meta"):
         encoder = Encoder(config)
     encoder.load_state_dict(weights, strict=True, assign=True)
