@@ -1,8 +1,8 @@
 """Which remedies keep a real model's vectors when weights and activations are rounded, alone and
 together?
 
-    python benchmarks/real_weights.py --download   # makes the model; read what it says of the licence
-    python benchmarks/remedies.py                  # hours on one thread: all; --only NAMES for some
+    python benchmarks/real_weights.py --download   # makes the model; says whose licence it has
+    python benchmarks/remedies.py                  # two hours on one thread; --only for a part
 
 Emulated in float arithmetic on Gemma 3 270M as an encoder (see real_weights.py): weights on the
 grids that ship, activations rounded to 8 bits per token or per block of 32 before each product.
@@ -19,8 +19,9 @@ import gzip
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.latency import commit, machine
+from benchmarks.latency import commit
 from benchmarks.real_weights import (
     ACTIVATIONS,
     CACHE,
@@ -42,14 +43,14 @@ from benchmarks.real_weights import (
     yardstick,
 )
 from egemma_core.checkpoint import open_checkpoint
-from egemma_core.nn.encode import Ids, by_length, encode_rows, pad
-from egemma_core.nn.encoder import Encoder, Layer, rotary_tables
+from egemma_core.nn.encode import Ids, encode_rows
+from egemma_core.nn.encoder import Encoder, Layer
 from egemma_core.nn.load import load_encoder
 from egemma_core.prompts import EMBEDDING_GEMMA
-from egemma_core.tokens import Tokenizer, tokenizer_of
+from egemma_core.tokens import tokenizer_of
 from egemma_quant import equalize
+from egemma_quant.calibrate import Flow, chunks, flow_of, moments
 from egemma_quant.feedback import codes_and_scales
-from egemma_quant.roles import role_of
 from egemma_quant.schemes import SCHEMES, Format, Scheme, group_size_of, quantize
 
 TOKENS = 96  # the longest calibration or evaluation text
@@ -57,15 +58,15 @@ PAIRS = ("medquad", "pycode", "squad-sentences", "scitldr", "cpp-docs")
 WORDS = (
     "tomato river lighthouse Berlin invoice 42 why gravity music yes error winter 你好 maison "
     "quantum login"
-).split()
+)
 CALIBRATION_WORDS = (
     "house ocean Paris contract 7 how energy film no warning summer 水 Haus biology password "
     "bicycle teacher garden moon bread sleep history Monday red phone engine tree law heart news "
     "fire bridge"
-).split()
+)
 
 
-def texts(data: Path, start: int, passages: int, words: Sequence[str]) -> tuple[list[str], ...]:
+def texts(data: Path, start: int, passages: int, words: str) -> tuple[list[str], ...]:
     """Return ordinary texts (two thirds documents, one third queries), and short ones."""
     ordinary = []
     for name in PAIRS:
@@ -74,42 +75,12 @@ def texts(data: Path, start: int, passages: int, words: Sequence[str]) -> tuple[
         chosen = rows[start::37][: passages // len(PAIRS)]  # neighbours in a file are alike
         ordinary += [EMBEDDING_GEMMA.document() + row["positive"] for row in chosen]
         ordinary += [EMBEDDING_GEMMA.query() + row["query"] for row in chosen[::2]]
-    return ordinary, ["", *words]
+    return ordinary, ["", *words.split()]
 
 
-@dataclass
-class Batch:
-    """Texts on their way through the layers."""
-
-    mask: Tensor  # (B, T) bool
-    rotary: dict[str, tuple[Tensor, Tensor]]  # by kind of layer
-    bias: dict[str, Tensor]
-    x: Tensor  # (B, T, D) what the next layer reads
-
-    def through(self, layer: Layer, kind: str) -> Tensor:
-        return layer(self.x, self.rotary[kind], self.bias[kind])
-
-
-def batches(encoder: Encoder, rows: Sequence[Ids], chunk_tokens: int = 1536) -> list[Batch]:
+def flows_of(encoder: Encoder, rows: Sequence[Ids]) -> list[Flow]:
     """Return the rows as they enter the first layer."""
-    config, found = encoder.config, []
-    for chunk in by_length(rows, chunk_tokens):
-        ids, mask = pad([rows[index] for index in chunk], config.pad_id)
-        x = encoder.embed_tokens(ids) * config.width**0.5
-        kinds = ("full_attention", "sliding_attention")
-        bases = (config.rope_theta_full, config.rope_theta_sliding)
-        found.append(
-            Batch(
-                mask=mask,
-                rotary={
-                    kind: rotary_tables(ids.shape[1], config.head_dim, base, x)
-                    for kind, base in zip(kinds, bases, strict=True)
-                },
-                bias=dict(zip(kinds, encoder.biases(mask, x.dtype), strict=True)),
-                x=x,
-            )
-        )
-    return found
+    return [flow_of(encoder, *chunk) for chunk in chunks(rows, encoder.config.pad_id)]
 
 
 def compact(encoder: Encoder, rows: Sequence[Sequence[Ids]]) -> tuple[Encoder, list[list[Ids]]]:
@@ -124,64 +95,15 @@ def compact(encoder: Encoder, rows: Sequence[Sequence[Ids]]) -> tuple[Encoder, l
     return encoder, [[tuple(place[piece] for piece in row) for row in some] for some in rows]
 
 
-# ---- what calibration texts say ----------------------------------------------------------------
-
-
 def maxima(encoder: Encoder, rows: Sequence[Ids]) -> equalize.Maxima:
     """Return what `channel_maxima` finds on rows."""
-    chunks = by_length(rows, 1536)
-    pad_id = encoder.config.pad_id
-    return equalize.channel_maxima(
-        encoder, (pad([rows[index] for index in chunk], pad_id) for chunk in chunks)
-    )
-
-
-def inputs_of(layer: Layer, batch: Batch, kind: str) -> dict[str, Tensor]:
-    """Return what the products of each place read, (real tokens, channels), and "out" (B, T, D).
-
-    Beside them is what `o` and `down` give, as "o gives" and "down gives".
-    """
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for place in equalize.PLACES:
-        product = equalize.consumers(layer, place)[0]
-
-        def keep(_module: nn.Module, inputs: Any, output: Tensor, place: str = place) -> None:
-            seen[place] = inputs[0][batch.mask]
-            seen[f"{place} gives"] = output[batch.mask]
-
-        handles.append(product.register_forward_hook(keep))
-    seen["out"] = batch.through(layer, kind)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-def moments(layer: Layer, flow: list[Batch], kind: str, how: Weights) -> dict[str, Tensor]:
-    """Return the mean of x xᵀ over tokens, by place.
-
-    Args:
-        how: with `relative`, at `o` and `down`, behind which a norm divides by the size of what they give, a
-            token counts by that size ** -2.
-            With `by_text`, each text counts alike, however many tokens share its mean; otherwise each token.
-    """
-    found: dict[str, Tensor] = {}
-    for batch in flow:
-        seen = inputs_of(layer, batch, kind)
-        lengths = batch.mask.sum(1, keepdim=True).expand_as(batch.mask)
-        share = lengths[batch.mask].float().sqrt().unsqueeze(-1)
-        for place in equalize.PLACES:
-            x = seen[place]
-            if how.relative and place in ("o", "down"):
-                x = x / seen[f"{place} gives"].square().mean(-1, keepdim=True).sqrt()
-            if how.by_text:
-                x = x / share
-            found[place] = found.get(place, torch.zeros(())) + x.t() @ x
-    tokens = sum(int(batch.mask.sum()) for batch in flow)
-    return {place: moment / tokens for place, moment in found.items()}
+    return equalize.channel_maxima(encoder, chunks(rows, encoder.config.pad_id))
 
 
 # ---- weights -------------------------------------------------------------------------------------
+
+
+ROLES = {"attention": "attention", "o": "attention", "mlp": "feed_forward", "down": "feed_forward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +114,10 @@ class Weights:
     relative: bool = True  # see `moments`
     by_text: bool = True
     inputs: str = "rounded"  # of the moments: those of the rounded layers before, or of "float"
-    table: str = "plain"  # float, plain, scales (unweighted), moment (feedback by gradients)
+    head: str = ""  # the method of the dense head; empty: as the layers
+    # float, plain, scales (unweighted), gradients (feedback by `table_moments`); BOS and EOS of the
+    # first three may stay float: "plain, BOS and EOS float"
+    table: str = "plain"
 
 
 def rounded(weight: Tensor, weight_format: Format, method: str, moment: Tensor | None) -> Tensor:
@@ -208,67 +133,106 @@ def rounded(weight: Tensor, weight_format: Format, method: str, moment: Tensor |
     return (codes.view(len(codes), -1, size) * scales.unsqueeze(-1)).view_as(weight).float()
 
 
+Costs = dict[int, Tensor] | None
+
+
 @torch.no_grad()
 def with_rounded_weights(
-    encoder: Encoder, scheme: Scheme, how: Weights, rows: Sequence[Ids], table: Tensor | None = None
+    encoder: Encoder, scheme: Scheme, how: Weights, rows: Sequence[Ids], costs: Costs = None
 ) -> Encoder:
     """Return a copy with rounded weights; layers are rounded in order, each on what it will read.
 
     Args:
-        table: (D, D) what an error of a token's vector costs, for `how.table` "moment".
+        costs: what `table_moments` gives, where `how.table` is "gradients".
     """
     encoder = copy.deepcopy(encoder)
-    method = {"moment": "feedback"}.get(how.table, how.table)
     weight = encoder.embed_tokens.weight
-    weight.copy_(rounded(weight, scheme.embedding, method, table))
+    weight.copy_(rounded_table(weight.clone(), scheme.embedding, how.table, costs or {}))
     needed = how.method not in ("plain", "float")
-    flow = batches(encoder, rows) if needed else []
-    exact = copy.deepcopy(flow) if how.inputs == "float" else flow
+    flows = flows_of(encoder, rows) if needed else []
+    exact = copy.deepcopy(flows) if how.inputs == "float" else flows
     for layer, kind in zip(encoder.layers, encoder.config.layer_types, strict=True):
-        by_place = moments(layer, exact, kind, how) if needed else {}
+        by_place = {}
+        if needed:
+            by_place = moments(layer, exact, kind, relative=how.relative, by_text=how.by_text)
         if how.inputs == "float":
-            for batch in exact:
-                batch.x = batch.through(layer, kind)
+            for flow in exact:
+                flow.x = flow.through(layer, kind)
         for place in equalize.PLACES:
-            role = "attention" if place in ("attention", "o") else "feed_forward"
             for product in equalize.consumers(layer, place):
-                product.weight.copy_(
-                    rounded(product.weight, scheme.format_of(role), how.method, by_place.get(place))
-                )
+                weight_format = scheme.format_of(ROLES[place])
+                moment = by_place.get(place)
+                product.weight.copy_(rounded(product.weight, weight_format, how.method, moment))
         if how.inputs != "float":
-            for batch in flow:
-                batch.x = batch.through(layer, kind)
+            for flow in flows:
+                flow.x = flow.through(layer, kind)
+    method = how.head or how.method
+    pooled = torch.zeros(1, encoder.config.width)
+    if needed:
+        pooled = torch.cat([encoder.pooler(encoder.norm(flow.x), flow.mask) for flow in exact])
     for dense in encoder.dense:
-        method = "float" if how.method == "float" else "plain"
-        dense.weight.copy_(rounded(dense.weight, scheme.projection, method, None))
+        unit = nn.functional.normalize(pooled, dim=-1)
+        moment = unit.t() @ unit / len(unit)
+        dense.weight.copy_(rounded(dense.weight, scheme.projection, method, moment))
+        pooled = dense(pooled)
     return encoder
 
 
-def table_moment(encoder: Encoder, rows: Sequence[Ids], draws: int = 1) -> Tensor:
-    """Return (D, D): the mean of g gᵀ, g the gradient of a random direction of a text's vector by
-    a token's vector. An error e of a token's vector then moves the text's by about e M eᵀ.
+@contextmanager
+def kept_table_output(encoder: Encoder) -> Iterator[list[Tensor]]:
+    """Keep what the table gives inside the block."""
+    kept: list[Tensor] = []
+    handle = encoder.embed_tokens.register_forward_hook(
+        lambda _module, _inputs, output: kept.append(output)
+    )
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+FREQUENT = (1, 2)  # EOS and BOS, which every text has; their places in the compact table
+OTHERS = -1
+
+
+def table_moments(encoder: Encoder, rows: Sequence[Ids]) -> dict[int, Tensor]:
+    """Return (D, D) what an error of a token's vector costs: of EOS, of BOS, and of all OTHERS.
+
+    The mean of g gᵀ, g the gradient of a random direction of a text's vector by a token's vector:
+    an error e then moves the text's vector by about e M eᵀ. By texts alike, so in a short one a
+    token counts more.
     """
     generator = torch.Generator().manual_seed(0)
-    found = torch.zeros(encoder.config.width, encoder.config.width)
-    vectors = encoder.embed_tokens.weight
-    vectors.requires_grad_()
-    for chunk in by_length(rows, 512):
-        ids, mask = pad([rows[index] for index in chunk], encoder.config.pad_id)
-        for _ in range(draws):
-            grads: list[Tensor] = []
-            handle = encoder.embed_tokens.register_forward_hook(
-                lambda _module, _inputs, output: output.register_hook(grads.append) and None
-            )
+    found = {token: torch.zeros((encoder.config.width,) * 2) for token in (*FREQUENT, OTHERS)}
+    encoder.embed_tokens.weight.requires_grad_()
+    for ids, mask in chunks(rows, encoder.config.pad_id, 512):
+        with kept_table_output(encoder) as kept:
             out = encoder(ids, mask)
-            handle.remove()
-            direction = torch.randn(out.shape, generator=generator)
-            (out * direction).sum().backward()
-            g = grads[0][mask]
-            # Texts weigh alike, however long: a token of a short text moves its vector more.
-            found += g.t() @ g
-    vectors.requires_grad_(False)
-    vectors.grad = None
-    return found / found.diagonal().mean()
+        direction = torch.randn(out.shape, generator=generator)
+        (gradient,) = torch.autograd.grad((out * direction).sum(), kept)
+        for token, moment in found.items():
+            at = ids == token
+            if token == OTHERS:
+                at = mask & ~sum(ids == frequent for frequent in FREQUENT).bool()
+            moment.addmm_(gradient[at].t(), gradient[at])
+    encoder.embed_tokens.weight.requires_grad_(False)
+    return {token: moment / moment.diagonal().mean() for token, moment in found.items()}
+
+
+def rounded_table(
+    weight: Tensor, weight_format: Format, how: str, costs: dict[int, Tensor]
+) -> Tensor:
+    """Return the table, rounded as `Weights.table` says."""
+    if how == "gradients":
+        table = rounded(weight, weight_format, "feedback", costs[OTHERS])
+        for token in FREQUENT:
+            row = weight[token : token + 1]
+            table[token] = rounded(row, weight_format, "feedback", costs[token])[0]
+        return table
+    table = rounded(weight, weight_format, how.removesuffix(", BOS and EOS float"), None)
+    if how.endswith("float"):
+        table[list(FREQUENT)] = weight[list(FREQUENT)]
+    return table
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -326,10 +290,9 @@ class Strength:
     by_weights: bool = True  # SmoothQuant's factors; otherwise maxima ** share alone
 
 
-NOTHING = Strength(0.0, by_weights=False)
 CANDIDATES = (
-    *(Strength(share, by_weights=False) for share in (0.0, 0.15, 0.3, 0.5, 0.75)),
-    *(Strength(share) for share in (0.35, 0.5, 0.65, 0.8)),
+    *(Strength(share, by_weights=False) for share in (0.0, 0.3, 0.5)),
+    *(Strength(share) for share in (0.5, 0.65, 0.8)),
 )
 
 
@@ -368,14 +331,14 @@ def chosen_strengths(
 
     A token's error counts by what its half of the layer adds to the residual stream.
     """
-    flow = batches(encoder, rows)
+    flows = flows_of(encoder, rows)
     rounding = read_as(how) if how is not None else lambda x: x
     chosen: list[dict[str, Strength]] = []
     for index, (layer, kind) in enumerate(
         zip(encoder.layers, encoder.config.layer_types, strict=True)
     ):
-        right = [inputs_of(layer, batch, kind) for batch in flow]
-        by_place = moments(layer, flow, kind, Weights())
+        right: list[dict[str, Tensor]] = [{} for _ in flows]
+        by_place = moments(layer, flows, kind)
         best: dict[str, Strength] = {}
         for place in equalize.PLACES:
             errors = {}
@@ -387,20 +350,19 @@ def chosen_strengths(
                     ratio = ratio_of(layer, trial, place)
                     moment = moment / ratio / ratio.unsqueeze(1)
                 products = equalize.consumers(trial, place)
-                role = "attention" if place in ("attention", "o") else "feed_forward"
                 if scheme is not None:
                     for product in products:
                         product.weight.copy_(
-                            rounded(product.weight, scheme.format_of(role), method, moment)
+                            rounded(product.weight, scheme.format_of(ROLES[place]), method, moment)
                         )
                 errors[strength] = sum(
                     half_error(trial, layer, place, batch, kind, rounding, seen)
-                    for batch, seen in zip(flow, right, strict=True)
+                    for batch, seen in zip(flows, right, strict=True)
                 )
             best[place] = min(errors, key=lambda strength: errors[strength])
         chosen.append(best)
-        for batch, seen in zip(flow, right, strict=True):
-            batch.x = seen["out"]
+        for batch in flows:
+            batch.x = batch.through(layer, kind)
     return chosen
 
 
@@ -414,7 +376,7 @@ def half_error(
     trial: Layer,
     layer: Layer,
     place: str,
-    batch: Batch,
+    batch: Flow,
     kind: str,
     rounding: Rounding,
     seen: dict[str, Tensor],
@@ -493,21 +455,22 @@ class Bench:
     short: list[Ids]
     exact: Tensor  # of ordinary and short texts
     maxima: equalize.Maxima
-    results: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def vectors(self, encoder: Encoder, how: Activations | None) -> Tensor:
         return vectors(encoder, [*self.ordinary, *self.short], how)
 
     def score(self, name: str, found: Tensor, rounded: Tensor | None = None) -> None:
-        row = {}
+        row: dict[str, Any] = {}
         for to, right in (("float", self.exact), ("rounded", rounded)):
             if right is not None:
                 distance = 1000 * (1 - (found.double() * right.double()).sum(-1))
                 count = len(self.ordinary)
                 row[f"ordinary to {to}"] = round(float(distance[:count].mean()), 2)
                 row[f"short to {to}"] = round(float(distance[count:].mean()), 2)
-        self.results[name] = row
-        print(f"{time.strftime('%H:%M:%S')} {name:<60} {list(row.values())}", flush=True)
+        written = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        row |= {"calibrated on": len(self.calibration), "commit": commit()}
+        write({"remedies": written.get("remedies", {}) | {name: row}})
+        print(f"{time.strftime('%H:%M:%S')} {name:<60} {list(row.values())[:4]}", flush=True)
 
     def activations(self, name: str, encoder: Encoder, *hows: Activations) -> None:
         """Score float weights under rounded activations."""
@@ -532,14 +495,14 @@ class Bench:
         return rounded
 
 
-def setup(checkpoint_folder: Path, data: Path) -> Bench:
+def setup(checkpoint_folder: Path, data: Path, passages: int) -> Bench:
     checkpoint = open_checkpoint(checkpoint_folder)
     tokenizer = tokenizer_of(checkpoint.tokenizer_path, checkpoint.config)
 
     def ids(some: Sequence[str]) -> list[Ids]:
         return [tokenizer.encode(text, max_tokens=TOKENS, overflow="truncate").ids for text in some]
 
-    calibration = [text for part in texts(data, 0, 100, CALIBRATION_WORDS) for text in part]
+    calibration = [text for part in texts(data, 0, passages, CALIBRATION_WORDS) for text in part]
     ordinary, short = texts(data, 17, 20, WORDS)
     encoder, (calibrating, long, brief) = compact(
         load_encoder(checkpoint), [ids(calibration), ids(ordinary), ids(short)]
@@ -602,59 +565,61 @@ def activations_alone(bench: Bench) -> None:
 
 
 def weights_alone(bench: Bench) -> None:
-    encoder = bench.encoder
-    table = table_moment(encoder, bench.calibration)
+    """Score ways to round the layers and the head under a float table."""
     for scheme in ("int4", "mixed"):
         for name, how in {
-            "plain": Weights(),
-            "plain, table float": Weights(table="float"),
-            "only table": Weights(method="float"),
-            "only table, scales": Weights(method="float", table="scales"),
-            "only table, feedback by gradients": Weights(method="float", table="moment"),
-            "scales, table float": Weights(method="scales", table="float"),
-            "feedback, table float": Weights(method="feedback", table="float"),
-            "feedback, float inputs, table float": Weights(
-                method="feedback", table="float", inputs="float"
-            ),
-            "feedback, tokens alike, table float": Weights(
-                method="feedback", table="float", by_text=False
-            ),
-            "feedback, absolute, table float": Weights(
-                method="feedback", table="float", relative=False
-            ),
-            "scales, table too": Weights(method="scales", table="scales"),
-            "feedback, table too": Weights(method="feedback", table="moment"),
+            "plain": Weights(table="float"),
+            "scales": Weights(method="scales", table="float"),
+            "feedback": Weights(method="feedback", table="float"),
+            "feedback, head plain": Weights(method="feedback", head="plain", table="float"),
+            "feedback, float inputs": Weights(method="feedback", table="float", inputs="float"),
+            "feedback, tokens alike": Weights(method="feedback", table="float", by_text=False),
+            "feedback, absolute": Weights(method="feedback", table="float", relative=False),
         }.items():
-            bench.weights(name, encoder, scheme, how, table=table)
+            bench.weights(f"table float; {name}", bench.encoder, scheme, how)
 
 
-def both(bench: Bench) -> None:
+def tables_alone(bench: Bench) -> None:
+    """Score ways to round the table under float layers."""
+    costs = table_moments(bench.encoder, bench.calibration)
+    for scheme in ("int4", "mixed", "int8"):
+        for how in ("plain", "scales", "plain, BOS and EOS float", "gradients"):
+            weights = Weights(method="float", table=how)
+            bench.weights(f"only table; {how}", bench.encoder, scheme, weights, costs=costs)
+
+
+def variants(bench: Bench, scheme: str) -> Iterator[tuple[str, Encoder]]:
+    """Yield the encoder as it is and equalised, with names."""
     encoder, found = bench.encoder, bench.maxima
-    few = bench.calibration[::4]
-    table = table_moment(encoder, bench.calibration)
-    variants: dict[str, Callable[[str], Encoder]] = {
-        "as it is": lambda _scheme: encoder,
-        **{
-            f"equalised {share}": lambda _scheme, share=share: equalized(
-                encoder, found, lambda _index, _place: Strength(share)
-            )
-            for share in (0.5, 0.75)
-        },
-        "equalised, maxima alone 0.5": lambda _scheme: equalized(
-            encoder, found, lambda _index, _place: Strength(0.5, by_weights=False)
-        ),
-        "equalised as chosen": lambda scheme: equalized(encoder, found, picked(bench, scheme, few)),
-    }
-    for scheme in ("int4", "mixed"):
+    yield "as it is", encoder
+    for share in (0.5, 0.75):
+        strength = Strength(share)
+        yield (
+            f"equalised {share}",
+            equalized(encoder, found, lambda _index, _place, strength=strength: strength),
+        )
+
+
+def both(bench: Bench, schemes: Sequence[str] = ("mixed", "int4")) -> None:
+    """Score rounded weights and activations, with and without equalisation."""
+    for scheme in schemes:
         acts = (TOKEN, BLOCKS) if scheme == "int4" else (TOKEN,)
-        for name, made in variants.items():
-            some = made(scheme)
-            bench.weights(f"{name}; plain", some, scheme, Weights(), *acts)
-            how = Weights(method=METHOD)
-            bench.weights(f"{name}; {METHOD}", some, scheme, how, *acts, table=table)
+        for name, encoder in variants(bench, scheme):
+            costs = table_moments(encoder, bench.calibration)
+            for method, how in {
+                "plain": Weights(),
+                "feedback, table by gradients": Weights(method="feedback", table="gradients"),
+            }.items():
+                bench.weights(f"{name}; {method}", encoder, scheme, how, *acts, costs=costs)
 
 
-METHOD = "scales"
+def as_chosen(bench: Bench) -> None:
+    """Score strengths chosen by place."""
+    for scheme in ("int4", "mixed"):
+        strengths = picked(bench, scheme, bench.calibration[::10])
+        encoder = equalized(bench.encoder, bench.maxima, strengths)
+        how = Weights(method="feedback", table="plain")
+        bench.weights("equalised as chosen; feedback", encoder, scheme, how, TOKEN)
 
 
 def picked(bench: Bench, scheme: str, rows: Sequence[Ids]) -> Callable[[int, str], Strength]:
@@ -668,8 +633,10 @@ def picked(bench: Bench, scheme: str, rows: Sequence[Ids]) -> Callable[[int, str
 
 GROUPS: dict[str, Callable[[Bench], None]] = {
     "activations": activations_alone,
-    "weights": weights_alone,
+    "tables": tables_alone,
     "both": both,
+    "weights": weights_alone,
+    "chosen": as_chosen,
 }
 
 
@@ -681,17 +648,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--only", nargs="*", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--passages", type=int, default=100, help="documents to calibrate on")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if skipped(args.cache):
         return 0
-    bench = setup(yardstick(args.cache, args.data), args.data)
+    bench = setup(yardstick(args.cache, args.data), args.data, args.passages)
     for name in args.only:
         GROUPS[name](bench)
-        before = json.loads(RESULTS.read_text(encoding="utf-8")).get("remedies", {})
-        at = {"machine": machine(), "threads": args.threads, "commit": commit()}
-        write({"remedies": before | {name: at | {"distances": bench.results}}})
-        bench.results = {}
     return 0
 
 

@@ -9,19 +9,27 @@ decide alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from egemma_core.config import FULL, SLIDING
+from egemma_core.nn.encode import Chunk, Ids, by_length, pad
 from egemma_core.nn.encoder import Encoder, Layer, rotary_tables
-from egemma_quant.equalize import PLACES, consumers
+from egemma_quant.equalize import PLACES, consumers, layers_of
 from egemma_quant.roles import role_of
 from egemma_quant.schemes import Quantized, Scheme, quantize
 
 NORMED = ("o", "down")  # places behind whose product stands a norm
+
+
+def chunks(rows: Sequence[Ids], pad_id: int, chunk_tokens: int = 1536) -> list[Chunk]:
+    """Return token rows as padded ids and masks, texts of like length together."""
+    return [
+        pad([rows[index] for index in chunk], pad_id) for chunk in by_length(rows, chunk_tokens)
+    ]
 
 
 @dataclass
@@ -106,11 +114,12 @@ def moments(
 
 @torch.no_grad()
 def round_calibrated(
-    encoder: Encoder, scheme: Scheme, batches: Iterable[tuple[Tensor, Tensor]]
+    encoder: Encoder, scheme: Scheme, batches: Iterable[Chunk]
 ) -> dict[str, Quantized]:
     """Round every parameter that has a role, in place, and return its codes by name.
 
-    Products are rounded on calibration texts, the table to the nearest codes. `quantize` rounds the weights that are left in the encoder to the same values.
+    Products are rounded on calibration texts, the table to the nearest codes. `quantize` rounds the
+    weights that are left in the encoder to the same values.
 
     Args:
         encoder: float32.
@@ -132,8 +141,7 @@ def round_calibrated(
     round_parameter("embed_tokens.weight", None)
     flows = [flow_of(encoder, ids, mask) for ids, mask in batches]
     names = {id(weight): name for name, weight in encoder.named_parameters()}
-    for layer, kind in zip(encoder.layers, encoder.config.layer_types, strict=True):
-        assert isinstance(layer, Layer)
+    for layer, kind in zip(layers_of(encoder), encoder.config.layer_types, strict=True):
         by_place = moments(layer, flows, kind)
         for place in PLACES:
             for product in consumers(layer, place):

@@ -60,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
     round_.add_argument(
         "--out", type=Path, required=True, help="folder of the rounded checkpoint; must not exist"
     )
+    round_.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXTS",
+        help="UTF-8 file, some hundred texts like yours, one per line: keep the products of these "
+        "texts as they were, instead of each weight; takes minutes",
+    )
     for verb in (report, round_):
         verb.add_argument(
             "--model",
@@ -125,14 +132,24 @@ def _round(args: argparse.Namespace) -> str:
     from egemma_core.checkpoint import open_checkpoint
     from egemma_core.nn.load import load_encoder
     from egemma_core.nn.save import save_checkpoint
+    from egemma_quant.calibrate import chunks, round_calibrated
     from egemma_quant.ggml import hint
     from egemma_quant.qat import rounded
     from egemma_quant.schemes import scheme_named
 
     scheme, checkpoint = scheme_named(args.scheme), open_checkpoint(args.model)
     encoder = load_encoder(checkpoint)
-    with rounded(encoder, scheme):
+
+    def save() -> None:
         save_checkpoint(encoder, checkpoint.tokenizer_path, checkpoint.prompts, args.out)
+
+    if args.calibrate:
+        rows = calibration_rows(checkpoint, read_texts(args.calibrate))
+        round_calibrated(encoder, scheme, chunks(rows, checkpoint.config.pad_id))
+        save()
+    else:
+        with rounded(encoder, scheme):
+            save()
     note = hint(checkpoint, scheme.name)
     if args.json:
         return json.dumps({"out": str(args.out), "scheme": scheme.name, "hint": note})
@@ -163,6 +180,24 @@ def read_texts(path: Path) -> tuple[str, ...]:
                 position=number - 1,
             )
     return lines
+
+
+CALIBRATION_TOKENS = 128  # of a text that is read; more texts tell more than longer ones
+
+
+def calibration_rows(checkpoint: Checkpoint, texts: Sequence[str]) -> list[Ids]:
+    """Return token rows of each text as a document, as a query, and of its first word alone.
+
+    Short texts lose most by rounding, and their users write no prompt.
+    """
+    tokenizer, prompts = checkpoint.tokenizer(), checkpoint.prompts
+    limit = min(CALIBRATION_TOKENS, checkpoint.config.max_tokens)
+    wanted = [
+        variant
+        for text in texts
+        for variant in (prompts.document() + text, prompts.query() + text, text.split()[0])
+    ]
+    return [tokenizer.encode(text, max_tokens=limit, overflow="truncate").ids for text in wanted]
 
 
 def _rows(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[list[Ids], int]:

@@ -34,6 +34,11 @@ LEAST = 1e-5
 Maxima = Sequence[Mapping[str, Tensor]]  # by layer and place, (channels,)
 
 
+def layers_of(encoder: Encoder) -> list[Layer]:
+    """Return the layers in order, as what they are."""
+    return [layer for layer in encoder.layers if isinstance(layer, Layer)]
+
+
 def consumers(layer: Layer, place: str) -> list[nn.Linear]:
     """Return the products that read the channels of a place.
 
@@ -68,7 +73,7 @@ def channel_maxima(encoder: Encoder, batches: Iterable[tuple[Tensor, Tensor]]) -
 
     handles = [
         consumers(layer, place)[0].register_forward_pre_hook(watcher(of_layer, place))
-        for layer, of_layer in zip(encoder.layers, found, strict=True)
+        for layer, of_layer in zip(layers_of(encoder), found, strict=True)
         for place in PLACES
     ]
     try:
@@ -139,7 +144,7 @@ def equalize_encoder(
             is left alone.
     """
     made = copy.deepcopy(encoder)
-    for number, (layer, of_layer) in enumerate(zip(made.layers, maxima, strict=True)):
+    for number, (layer, of_layer) in enumerate(zip(layers_of(made), maxima, strict=True)):
         for place in PLACES:
             of_place = strength if isinstance(strength, float) else strength[number].get(place)
             if of_place is not None:

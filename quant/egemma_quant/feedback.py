@@ -22,7 +22,10 @@ from egemma_quant.grid import BOUNDS, LARGEST_CODE, as_scale
 
 # Candidate scales of a group, as amax / divisor. Where few weights carry much, and in long rows,
 # 4 bits gain by clipping the largest ones; 8 bits do not.
-DIVISORS = {4: (7.0, 7.25, 7.5, 7.75, 8.0, 8.5, 9.0, 9.5, 10.0, 11.0, 12.0, 14.0, 16.0), 8: (127.0,)}
+DIVISORS = {
+    4: (7.0, 7.25, 7.5, 7.75, 8.0, 8.5, 9.0, 9.5, 10.0, 11.0, 12.0, 14.0, 16.0),
+    8: (127.0,),
+}
 DAMPING = 0.01  # of the mean diagonal, added to it: for channels that calibration hardly saw
 BLOCK = 128  # columns that are rounded before their errors reach the columns behind them
 
@@ -85,7 +88,7 @@ def codes_and_scales(
 
 
 def _codes(weight: Tensor, scale: Tensor, least: Tensor, bits: int) -> Tensor:
-    """Return the nearest codes, but none of an anchor smaller than `least`, which is 0 elsewhere."""
+    """Return the nearest codes, those of anchors as large as `least`, which is 0 elsewhere."""
     codes = (weight / scale).round_().clamp_(*BOUNDS[bits])
     codes = torch.where(least > 0, torch.maximum(codes, least), codes)
     return torch.where(least < 0, torch.minimum(codes, least), codes)

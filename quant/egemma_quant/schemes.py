@@ -134,9 +134,7 @@ class Quantized:
 
 
 @torch.no_grad()
-def quantize(
-    weight: Tensor, weight_format: Format, *, moment: Tensor | None = None
-) -> Quantized:
+def quantize(weight: Tensor, weight_format: Format, *, moment: Tensor | None = None) -> Quantized:
     """Round a matrix to integers and scales.
 
     Scales are bfloat16 numbers, because XNNPACK's blockwise 4-bit kernel stores them so; every

@@ -40,7 +40,9 @@ def weights(rows: int = 40, columns: int = 96) -> Tensor:
 def inputs(columns: int = 96) -> Tensor:
     """Return 500 inputs of channels that move together, some of them large."""
     generator = torch.Generator().manual_seed(1)
-    mixed = torch.randn(500, 24, generator=generator) @ torch.randn(24, columns, generator=generator)
+    mixed = torch.randn(500, 24, generator=generator) @ torch.randn(
+        24, columns, generator=generator
+    )
     sizes = torch.randn(columns, generator=generator).exp()
     return (mixed + torch.randn(500, columns, generator=generator)) * sizes
 
