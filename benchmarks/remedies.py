@@ -605,12 +605,13 @@ def both(bench: Bench, schemes: Sequence[str] = ("mixed", "int4")) -> None:
     for scheme in schemes:
         acts = (TOKEN, BLOCKS) if scheme == "int4" else (TOKEN,)
         for name, encoder in variants(bench, scheme):
-            costs = table_moments(encoder, bench.calibration)
             for method, how in {
                 "plain": Weights(),
-                "feedback, table by gradients": Weights(method="feedback", table="gradients"),
+                "feedback, BOS and EOS float": Weights(
+                    method="feedback", table="plain, BOS and EOS float"
+                ),
             }.items():
-                bench.weights(f"{name}; {method}", encoder, scheme, how, *acts, costs=costs)
+                bench.weights(f"{name}; {method}", encoder, scheme, how, *acts)
 
 
 def as_chosen(bench: Bench) -> None:
@@ -618,8 +619,10 @@ def as_chosen(bench: Bench) -> None:
     for scheme in ("int4", "mixed"):
         strengths = picked(bench, scheme, bench.calibration[::10])
         encoder = equalized(bench.encoder, bench.maxima, strengths)
-        how = Weights(method="feedback", table="plain")
-        bench.weights("equalised as chosen; feedback", encoder, scheme, how, TOKEN)
+        how = Weights(method="feedback", table="plain, BOS and EOS float")
+        bench.weights(
+            "equalised as chosen; feedback, BOS and EOS float", encoder, scheme, how, TOKEN
+        )
 
 
 def picked(bench: Bench, scheme: str, rows: Sequence[Ids]) -> Callable[[int, str], Strength]:

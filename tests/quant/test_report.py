@@ -155,13 +155,14 @@ def test_a_rounded_checkpoint_holds_the_dequantized_weights(tmp_path: Path) -> N
         assert torch.equal(found.get_parameter(name), quantized.dequantize()), name
 
 
+@pytest.mark.parametrize("more", [[], ["--equalize", "0.5"]], ids=["as it is", "equalised"])
 def test_a_checkpoint_rounded_on_texts_is_rounded_to_itself_and_nearer_to_the_float_one(
-    tmp_path: Path,
+    tmp_path: Path, more: list[str]
 ) -> None:
     texts, out = tmp_path / "texts.txt", tmp_path / "out"
     texts.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     asked = ["round", "--model", str(MODEL), "--scheme", "int4", "--out", str(out)]
-    assert main([*asked, "--calibrate", str(texts)]) == 0
+    assert main([*asked, "--calibrate", str(texts), *more]) == 0
     found = load_encoder(open_checkpoint(out))
     for name, quantized in quantize_encoder(found, INT4).items():
         assert torch.equal(found.get_parameter(name), quantized.dequantize()), name
@@ -225,6 +226,14 @@ def test_the_command_reports_and_fails_in_one_line(
         ),
         (["report", "--model", str(absent), "--scheme", "int4"], "no such folder"),
         (["round", "--model", str(MODEL), "--scheme", "int4", "--out", str(out)], "exists"),
+        (
+            ["round", "--model", "any", "--scheme", "int4", "--out", str(out), "--equalize", "0.5"],
+            "Add --calibrate",
+        ),
+        (
+            ["round", "--model", "any", "--scheme", "int4", "--out", str(out), "--equalize", "2"],
+            "--equalize=2.0 must be a number above 0 and of at most 1",
+        ),
     ):
         assert main(arguments) == 1
         printed = capsys.readouterr()
