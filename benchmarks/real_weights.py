@@ -74,6 +74,10 @@ NAMES = {  # of a layer's tensors, in ggml's file and in ours
     "ffn_down": "mlp.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+KNOWN = (
+    "Four score and seven years ago our fathers brought forth on this continent, a new nation, "
+    "conceived in Liberty, and dedicated to the proposition that all men are created"
+)
 HIDDEN = 3072  # of the dense head, as EmbeddingGemma's
 GOLDEN = {  # name in our tables: golden text
     "query": "query",
@@ -327,23 +331,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = open_checkpoint(yardstick(args.cache, args.data))
     encoder = load_encoder(checkpoint)
     tokenizer = tokenizer_of(checkpoint.tokenizer_path, checkpoint.config)
-    text = " ".join(english(args.data, 4))
-    value, said = perplexity(encoder, tokenizer, text)
-    shuffled, _ = perplexity(encoder, tokenizer, " ".join(sorted(text.split())))
-    print(f"perplexity {value:.1f}, words sorted {shuffled:.0f}; goes on: {''.join(said)!r}")
-    capital = perplexity(encoder, tokenizer, "The capital of France is")[1]
-    print(f"The capital of France is {''.join(capital)!r}", flush=True)
+    passages = " ".join(english(args.data, 4))
+    proof = {"passages": round(perplexity(encoder, tokenizer, passages)[0], 1)}
+    words_sorted = " ".join(sorted(passages.split()))
+    proof["passages, words sorted"] = round(perplexity(encoder, tokenizer, words_sorted)[0], 1)
+    value, said = perplexity(encoder, tokenizer, KNOWN)
+    proof["a text that it knows"] = round(value, 1)
+    print(f"perplexity: {proof}; it goes on: {''.join(said)!r}", flush=True)
     found = losses(encoder, tokenizer)
     for name, cosines in found.items():
         print(f"{name:<45}", *(f"{value:.4f}" for value in cosines.values()))
     write(
         {
             "weights": f"{PACKAGE} {VERSION}, sha256 {SHA256}, {LICENCE}",
-            "proof": {
-                "perplexity": round(value, 2),
-                "perplexity_words_sorted": round(shuffled, 1),
-                "the capital of France is": "".join(capital),
-            },
+            "perplexity": proof,
+            "goes on": "".join(said),
             "losses": found,
             "machine": machine(),
             "threads": args.threads,

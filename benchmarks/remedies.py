@@ -115,8 +115,8 @@ class Weights:
     by_text: bool = True
     inputs: str = "rounded"  # of the moments: those of the rounded layers before, or of "float"
     head: str = ""  # the method of the dense head; empty: as the layers
-    # float, plain, scales (unweighted), gradients (feedback by `table_moments`); BOS and EOS of the
-    # first three may stay float: "plain, BOS and EOS float"
+    # float, plain, scales (unweighted), gradients (feedback by `table_moments`); BOS and EOS may
+    # stay float: "plain, BOS and EOS float"
     table: str = "plain"
 
 
@@ -223,14 +223,15 @@ def rounded_table(
     weight: Tensor, weight_format: Format, how: str, costs: dict[int, Tensor]
 ) -> Tensor:
     """Return the table, rounded as `Weights.table` says."""
-    if how == "gradients":
+    method = how.removesuffix(", BOS and EOS float")
+    if method == "gradients":
         table = rounded(weight, weight_format, "feedback", costs[OTHERS])
         for token in FREQUENT:
             row = weight[token : token + 1]
             table[token] = rounded(row, weight_format, "feedback", costs[token])[0]
-        return table
-    table = rounded(weight, weight_format, how.removesuffix(", BOS and EOS float"), None)
-    if how.endswith("float"):
+    else:
+        table = rounded(weight, weight_format, method, None)
+    if how != method:
         table[list(FREQUENT)] = weight[list(FREQUENT)]
     return table
 
@@ -582,8 +583,13 @@ def weights_alone(bench: Bench) -> None:
 def tables_alone(bench: Bench) -> None:
     """Score ways to round the table under float layers."""
     costs = table_moments(bench.encoder, bench.calibration)
-    for scheme in ("int4", "mixed", "int8"):
-        for how in ("plain", "scales", "plain, BOS and EOS float", "gradients"):
+    for scheme in ("int4", "mixed"):
+        for how in (
+            "plain",
+            "scales",
+            "gradients",
+            *(f"{how}, BOS and EOS float" for how in ("plain", "scales", "gradients")),
+        ):
             weights = Weights(method="float", table=how)
             bench.weights(f"only table; {how}", bench.encoder, scheme, weights, costs=costs)
 

@@ -164,7 +164,7 @@ def quantize(weight: Tensor, weight_format: Format, *, moment: Tensor | None = N
                 hint="Round those without calibration.",
             )
         require_finite(weight)
-        of_moment = codes_and_scales(weight.float(), moment, weight_format.bits, size)
+        of_moment = codes_and_scales(weight.float().contiguous(), moment, weight_format.bits, size)
         return Quantized(codes=of_moment[0], scales=of_moment[1], format=weight_format)
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
     scales = torch.empty(rows, columns // size, device=weight.device)
