@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from egemma_core.errors import EgemmaError, InputError
+from egemma_core.checks import number
+from egemma_core.errors import ConfigError, EgemmaError, InputError
 
 if TYPE_CHECKING:  # at run time they would import torch for --help
     from egemma_core.checkpoint.folder import Checkpoint
@@ -59,6 +60,20 @@ def parser() -> argparse.ArgumentParser:
     )
     round_.add_argument(
         "--out", type=Path, required=True, help="folder of the rounded checkpoint; must not exist"
+    )
+    round_.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXTS",
+        help="UTF-8 file, some hundred texts like yours, one per line: keep the products of these "
+        "texts as they were, instead of each weight; takes minutes",
+    )
+    round_.add_argument(
+        "--equalize",
+        type=float,
+        metavar="STRENGTH",
+        help="with --calibrate: first make the channels that products read alike in size, which "
+        "changes nothing in float and helps 8-bit activations; above 0, at most 1 (0.5 is a start)",
     )
     for verb in (report, round_):
         verb.add_argument(
@@ -125,14 +140,35 @@ def _round(args: argparse.Namespace) -> str:
     from egemma_core.checkpoint.folder import open_checkpoint
     from egemma_core.nn.load import load_encoder
     from egemma_core.nn.save import save_checkpoint
+    from egemma_quant.calibrate import chunks, round_calibrated
+    from egemma_quant.equalize import channel_maxima, equalize_encoder
     from egemma_quant.ggml import hint
     from egemma_quant.qat import rounded
     from egemma_quant.schemes import scheme_named
 
+    if args.equalize is not None:
+        number("--equalize", args.equalize, above=0, most=1)
+        if not args.calibrate:
+            raise ConfigError(
+                "--equalize needs texts that show how large each channel is.",
+                hint="Add --calibrate TEXTS.",
+            )
     scheme, checkpoint = scheme_named(args.scheme), open_checkpoint(args.model)
     encoder = load_encoder(checkpoint)
-    with rounded(encoder, scheme):
+
+    def save() -> None:
         save_checkpoint(encoder, checkpoint.tokenizer_path, checkpoint.prompts, args.out)
+
+    if args.calibrate:
+        rows = calibration_rows(checkpoint, read_texts(args.calibrate))
+        batches = chunks(rows, checkpoint.config.pad_id)
+        if args.equalize is not None:
+            encoder = equalize_encoder(encoder, channel_maxima(encoder, batches), args.equalize)
+        round_calibrated(encoder, scheme, batches)
+        save()
+    else:
+        with rounded(encoder, scheme):
+            save()
     note = hint(checkpoint, scheme.name)
     if args.json:
         return json.dumps({"out": str(args.out), "scheme": scheme.name, "hint": note})
@@ -155,14 +191,32 @@ def read_texts(path: Path) -> tuple[str, ...]:
             f"{path}: byte {error.start} is not UTF-8.",
             hint="Save the file as UTF-8, one text per line.",
         ) from error
-    for number, line in enumerate(lines, start=1):
+    for position, line in enumerate(lines):
         if not line.strip():
             raise InputError(
-                f"{path}, line {number} is blank.",
+                f"{path}, line {position + 1} is blank.",
                 hint="Write one text per line.",
-                position=number - 1,
+                position=position,
             )
     return lines
+
+
+CALIBRATION_TOKENS = 128  # of a text that is read; more texts tell more than longer ones
+
+
+def calibration_rows(checkpoint: Checkpoint, texts: Sequence[str]) -> list[Ids]:
+    """Return token rows of each text as a document, as a query, and of its first word alone.
+
+    Short texts lose most by rounding, and their users write no prompt.
+    """
+    tokenizer, prompts = checkpoint.tokenizer(), checkpoint.prompts
+    limit = min(CALIBRATION_TOKENS, checkpoint.config.max_tokens)
+    wanted = [
+        variant
+        for text in texts
+        for variant in (prompts.document() + text, prompts.query() + text, text.split()[0])
+    ]
+    return [tokenizer.encode(text, max_tokens=limit, overflow="truncate").ids for text in wanted]
 
 
 def _rows(checkpoint: Checkpoint, texts: Sequence[str]) -> tuple[list[Ids], int]:

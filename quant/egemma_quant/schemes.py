@@ -15,7 +15,9 @@ from torch import Tensor
 
 from egemma_core.checks import one_of
 from egemma_core.errors import ConfigError
+from egemma_quant.feedback import codes_and_scales
 from egemma_quant.ggml import GgmlFormat, into_codes
+from egemma_quant.grid import BOUNDS, as_scale
 
 ROLES = ("embedding", "attention", "feed_forward", "projection")
 
@@ -132,7 +134,7 @@ class Quantized:
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, weight_format: Format) -> Quantized:
+def quantize(weight: Tensor, weight_format: Format, *, moment: Tensor | None = None) -> Quantized:
     """Round a matrix to integers and scales.
 
     Scales are bfloat16 numbers, because XNNPACK's blockwise 4-bit kernel stores them so; every
@@ -142,15 +144,28 @@ def quantize(weight: Tensor, weight_format: Format) -> Quantized:
     Args:
         weight: (rows, columns), any float dtype, finite.
         weight_format: bits and group size; columns must be a multiple of the group size.
+        moment: (columns, columns) the mean of x xᵀ over what the matrix will multiply. Codes are
+            then those with a small error of the product (`egemma_quant.feedback`); without it,
+            those nearest to the weights.
 
     Returns:
         Codes (rows, columns) int8 and scales (rows, G) float32.
 
     Raises:
-        ConfigError: columns do not divide into groups, or a weight is not finite.
+        ConfigError: columns do not divide into groups, a weight is not finite, or a moment has
+            another size or is given for a GgmlFormat.
     """
     rows, columns = weight.shape
     size = group_size_of(weight, weight_format)
+    if moment is not None:
+        if isinstance(weight_format, GgmlFormat):
+            raise ConfigError(
+                "ggml's grids are for weights that were trained to lie on them.",
+                hint="Round those without calibration.",
+            )
+        require_finite(weight)
+        of_moment = codes_and_scales(weight.float().contiguous(), moment, weight_format.bits, size)
+        return Quantized(codes=of_moment[0], scales=of_moment[1], format=weight_format)
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
     scales = torch.empty(rows, columns // size, device=weight.device)
     for part, part_codes, part_scales in _parts(weight, weight_format):
@@ -212,14 +227,13 @@ def _parts(weight: Tensor, weight_format: Format) -> Iterator[tuple[slice, Tenso
         part = slice(start, min(start + step, rows))
         groups = weight[part].float().reshape(-1, size).t().contiguous()  # (g, groups)
         amax = torch.maximum(groups.amax(0), -groups.amin(0))  # (groups,)
-        if not torch.isfinite(amax).all():
-            raise ConfigError("A weight is NaN or infinite; the checkpoint is damaged.")
+        require_finite(amax)
         codes = torch.empty_like(groups)
         if isinstance(weight_format, GgmlFormat):
             scales = into_codes(groups, weight_format.bits, codes)
         else:
             scales = (
-                _as_scale(amax / 127)
+                as_scale(amax / 127)
                 if weight_format.bits == 8
                 else _searched_scales(groups, amax, codes)
             )
@@ -227,9 +241,18 @@ def _parts(weight: Tensor, weight_format: Format) -> Iterator[tuple[slice, Tenso
         yield part, codes, scales
 
 
+def require_finite(weight: Tensor) -> None:
+    """Refuse a weight that no code stands for.
+
+    Raises:
+        ConfigError: a weight is NaN or infinite.
+    """
+    if not torch.isfinite(weight).all():
+        raise ConfigError("A weight is NaN or infinite; the checkpoint is damaged.")
+
+
 def _into_codes(groups: Tensor, scales: Tensor, bits: int, codes: Tensor) -> None:
-    lowest, highest = (-8, 7) if bits == 4 else (-127, 127)
-    torch.div(groups, scales, out=codes).round_().clamp_(lowest, highest)
+    torch.div(groups, scales, out=codes).round_().clamp_(*BOUNDS[bits])
 
 
 def _searched_scales(groups: Tensor, amax: Tensor, scratch: Tensor) -> Tensor:
@@ -239,7 +262,7 @@ def _searched_scales(groups: Tensor, amax: Tensor, scratch: Tensor) -> Tensor:
     """
     best_scale = best_error = None
     for divisor in INT4_DIVISORS:
-        scale = _as_scale(amax / divisor)
+        scale = as_scale(amax / divisor)
         _into_codes(groups, scale, 4, scratch)
         torch.addcmul(groups, scratch, scale, value=-1, out=scratch)  # the product is exact
         error = _sum_(scratch.square_())
@@ -266,12 +289,3 @@ def _sum_(values: Tensor) -> Tensor:
             values[0] += values[count - 1]
         count = half
     return values[0].clone()
-
-
-def _as_scale(scale: Tensor) -> Tensor:
-    """Return the nearest bfloat16 scales, normal and positive as XNNPACK demands.
-
-    A group of zeros, whose codes are 0 anyway, has the scale 1.
-    """
-    rounded = scale.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16).float()
-    return torch.where(scale == 0, torch.ones_like(rounded), rounded)

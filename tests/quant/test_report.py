@@ -11,10 +11,11 @@ import torch
 
 from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.errors import InputError
+from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_quant import layer_report
-from egemma_quant.cli import main
+from egemma_quant.cli import TEXTS, calibration_rows, main
 from egemma_quant.qat import rounded_weights
 from egemma_quant.report import measure
 from egemma_quant.roles import quantize_encoder
@@ -23,6 +24,12 @@ from tests.quant.test_qat import make_encoder
 from tests.tiny import with_weights
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "egemma-small"
+OTHER_TEXTS = (
+    "The bridge was closed in March because two of its cables had rusted through.",
+    "How long does it take to boil an egg at high altitude?",
+    "for name in sorted(os.listdir(folder)): print(name)",
+    "Aspirin thins the blood and should not be taken before an operation.",
+)
 ROWS = [(2, 5, 9, 1), (2, 77, 130, 8, 8, 45, 1), (2, 1), tuple(range(3, 40))]
 
 
@@ -148,6 +155,25 @@ def test_a_rounded_checkpoint_holds_the_dequantized_weights(tmp_path: Path) -> N
         assert torch.equal(found.get_parameter(name), quantized.dequantize()), name
 
 
+@pytest.mark.parametrize("more", [[], ["--equalize", "0.5"]], ids=["as it is", "equalised"])
+def test_a_checkpoint_rounded_on_texts_is_rounded_to_itself_and_nearer_to_the_float_one(
+    tmp_path: Path, more: list[str]
+) -> None:
+    texts, out = tmp_path / "texts.txt", tmp_path / "out"
+    texts.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    asked = ["round", "--model", str(MODEL), "--scheme", "int4", "--out", str(out)]
+    assert main([*asked, "--calibrate", str(texts), *more]) == 0
+    found = load_encoder(open_checkpoint(out))
+    for name, quantized in quantize_encoder(found, INT4).items():
+        assert torch.equal(found.get_parameter(name), quantized.dequantize()), name
+    encoder = load_encoder(open_checkpoint(MODEL))
+    others = calibration_rows(open_checkpoint(MODEL), OTHER_TEXTS)
+    exact, calibrated = encode_rows(encoder, others, 0), encode_rows(found, others, 0)
+    with rounded_weights(encoder, INT4):
+        plain = encode_rows(encoder, others, 0)
+    assert (1 - (calibrated * exact).sum(1)).mean() < 0.9 * (1 - (plain * exact).sum(1)).mean()
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
 def test_a_rounded_model_rounds_to_itself(scheme: Scheme) -> None:
     # Of 4 bits the largest code is 7 or -8, so amax / 7 or amax / 8 is the scale again, and leaves
@@ -200,6 +226,14 @@ def test_the_command_reports_and_fails_in_one_line(
         ),
         (["report", "--model", str(absent), "--scheme", "int4"], "no such folder"),
         (["round", "--model", str(MODEL), "--scheme", "int4", "--out", str(out)], "exists"),
+        (
+            ["round", "--model", "any", "--scheme", "int4", "--out", str(out), "--equalize", "0.5"],
+            "Add --calibrate",
+        ),
+        (
+            ["round", "--model", "any", "--scheme", "int4", "--out", str(out), "--equalize", "2"],
+            "--equalize=2.0 must be a number above 0 and of at most 1",
+        ),
     ):
         assert main(arguments) == 1
         printed = capsys.readouterr()
