@@ -25,7 +25,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.latency import commit, machine
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint
 from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder

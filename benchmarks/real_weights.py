@@ -39,14 +39,14 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.latency import commit, machine
-from egemma_core.checkpoint import open_checkpoint
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.folder import open_checkpoint, tokenizer_of
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.nn.encode import encode_rows
 from egemma_core.nn.encoder import Encoder
 from egemma_core.nn.load import load_encoder
 from egemma_core.nn.save import save_checkpoint
-from egemma_core.prompts import EMBEDDING_GEMMA
-from egemma_core.tokens import Tokenizer, tokenizer_of
+from egemma_core.tokens import Tokenizer
 from egemma_export.golden import golden_texts
 from egemma_quant.qat import round_tokens, rounded_weights
 from egemma_quant.schemes import SCHEMES

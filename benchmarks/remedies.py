@@ -42,12 +42,11 @@ from benchmarks.real_weights import (
     write,
     yardstick,
 )
-from egemma_core.checkpoint import open_checkpoint
+from egemma_core.checkpoint.folder import open_checkpoint, tokenizer_of
+from egemma_core.checkpoint.prompts import EMBEDDING_GEMMA
 from egemma_core.nn.encode import Ids, encode_rows
 from egemma_core.nn.encoder import Encoder, Layer
 from egemma_core.nn.load import load_encoder
-from egemma_core.prompts import EMBEDDING_GEMMA
-from egemma_core.tokens import tokenizer_of
 from egemma_quant import equalize
 from egemma_quant.calibrate import Flow, chunks, flow_of, moments
 from egemma_quant.feedback import codes_and_scales

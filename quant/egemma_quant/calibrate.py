@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from egemma_core.config import FULL, SLIDING
+from egemma_core.checkpoint.config import FULL, SLIDING
 from egemma_core.nn.encode import Chunk, Ids, by_length, pad
 from egemma_core.nn.encoder import Encoder, Layer, rotary_tables
 from egemma_quant.equalize import PLACES, consumers, layers_of

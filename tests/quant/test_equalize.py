@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from egemma_core.config import FULL, SLIDING, EncoderConfig
+from egemma_core.checkpoint.config import FULL, SLIDING, EncoderConfig
 from egemma_core.errors import ConfigError
 from egemma_core.nn.encoder import Encoder, Layer
 from egemma_quant.equalize import (
